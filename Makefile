@@ -1,0 +1,68 @@
+# `make` alone lists the targets. Needs python3 (3.11 or newer), make and git; everything else goes into .venv.
+#   make demo PYTHON=/path/to/python3.12      another interpreter
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow lint format bench clean
+
+PYTHON ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# The benchmarks, cheap ones first; a name that is not there is skipped. docs/benchmarks.md says what each one shows.
+BENCHMARKS := coverage solver exactness trace_time budget accuracy compress_time resume
+ARGS ?=
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## make .venv with lmfx (editable), its extras and the development tools
+
+# The first interpreter that is new enough, unless PYTHON names one. An earlier run that was killed half-way leaves no
+# stamp, and so is done again.
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@new='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  base=''; \
+	  for candidate in $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python3.14); do \
+	    if "$$candidate" -c "$$new" >/dev/null 2>&1; then base="$$candidate"; break; fi; \
+	  done; \
+	  if [ -z "$$base" ]; then \
+	    echo 'lmfx needs Python 3.11 or newer, and found none in: $(or $(PYTHON),PATH). Try make $(MAKECMDGOALS) PYTHON=/path/to/python3.11' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$("$$base" --version)"; \
+	  "$$base" -m venv --clear $(VENV); \
+	fi; \
+	echo 'installing (torch is large; the first time takes a minute or two)'; \
+	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'; \
+	touch $@
+
+demo: install ## train a small network, compress it to half its latency without training, write out/
+	$(PY) examples/demo.py $(ARGS)
+
+test: lint ## lint and types, then every test that needs neither a GPU nor long
+	$(PY) -m pytest $(ARGS)
+
+test-slow: install ## the tests marked slow
+	$(PY) -m pytest -m slow $(ARGS)
+
+lint: install ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: install ## let ruff put the code in order
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: install ## every benchmark, one after the other (see docs/benchmarks.md)
+	@for name in $(BENCHMARKS); do \
+	  if [ -f "benchmarks/$$name.py" ]; then echo "== benchmarks/$$name.py"; $(PY) "benchmarks/$$name.py" $(ARGS); fi; \
+	done
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,55 @@
+"""Package metadata. Versions are wide here and exact in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The version, read as text: importing the package would need torch."""
+    found = re.search(r'^__version__ = "(.+)"$', (HERE / "lmfx" / "_version.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit('lmfx/_version.py has no line __version__ = "..."')
+    return found[1]
+
+
+EXTRAS = {
+    "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
+    "ort": ["onnx>=1.17", "onnxruntime>=1.20"],
+    "trt": ["tensorrt>=10"],
+    "vision": ["torchvision"],
+    "plot": ["matplotlib"],
+}
+EXTRAS["dev"] = sorted(
+    {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}
+    | {"build", "hypothesis", "mypy", "pytest", "ruff", "scikit-learn", "setuptools>=77"}
+)
+
+setup(
+    name="lmfx",
+    version=version(),
+    description="A depth compiler for convolutional networks: fewer, merged convolutions within a latency budget",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    install_requires=["numpy>=1.26", "safetensors>=0.4", "torch>=2.4", "tqdm"],
+    extras_require=EXTRAS,
+    # `passes/` is a top-level folder and a package only under the name lmfx.passes. The symlink lmfx/passes serves
+    # runs without an install; it is never packaged, so each file is in the wheel once.
+    packages=["lmfx", "lmfx.export", "lmfx.importance", "lmfx.latency", "lmfx.passes", "lmfx.report"],
+    package_dir={"lmfx.passes": "passes"},
+    package_data={"lmfx": ["py.typed"]},
+    include_package_data=False,
+    entry_points={"console_scripts": ["lmfx = lmfx.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
