@@ -37,7 +37,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	  "$$base" -m venv --clear $(VENV); \
 	fi; \
 	echo 'installing (torch is large; the first time takes a minute or two)'; \
-	$(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'; \
+	$(PY) -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'; \
 	touch $@
 
 demo: install ## train a small network, compress it to half its latency without training, write out/

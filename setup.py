@@ -34,7 +34,7 @@ setup(
     description="A depth compiler for convolutional networks: fewer, merged convolutions within a latency budget",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=["numpy>=1.26", "safetensors>=0.4", "torch>=2.4", "tqdm"],
