@@ -1,0 +1,471 @@
+"""`LinearOp`: every affine op of a convolutional network as one convolution, and the algebra of such ops.
+
+A `LinearOp` is ``y = conv(pad(x, p), W, stride s, dilation d, groups g) + b`` in 1, 2 or 3 spatial dimensions, with the
+zeros before (left, top) and after (right, bottom) kept apart. In each dimension, tap ``t`` of output pixel ``o`` reads
+input pixel ``s o - p + d t``, so the window is ``[s o - p, s o - p + K]`` with the extent ``K = d (k - 1)``.
+
+**compose** (second after first). All padding moves to the front: the composed op equals the two ops run without any
+padding on an input that was padded once. It equals the two ops as they stand if the second does not pad.
+
+    s = s1 s2       p = p1 + s1 p2       K = K1 + s1 K2       groups = gcd(g1, g2)
+    W[o, i, d1 t + s1 d2 j] += sum_m W2[o, m, j] W1[m, i, t]            b = b2 + sum_j W2[., ., j] b1
+
+``gcd`` is exact: a block-diagonal matrix is block-diagonal in every coarser partition, and the finest that both share
+has ``gcd(g1, g2)`` blocks. Sizes agree because ``floor((floor(a / s1) + c) / s2) = floor((a + s1 c) / (s1 s2))``.
+
+**Dilation.** The taps above lie on a lattice of step ``u = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``; the result has
+dilation ``u`` and ``k = K / u + 1``. So dilation survives next to 1 x 1 ops and next to equal dilations, and mixed
+dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k = k1 + s1 (k2 - 1)``).
+
+**add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
+into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
+``e_i = before_i + after_i - K_i``. If the branches agree for the size ``n`` at hand, then floor, being monotone, gives
+the same for every ``e`` between the smallest and the largest ``e_i``; we take the one in that range that makes the
+padding most symmetric. They can agree only if all ``e_i`` lie less than ``s`` apart. A sum has ``gcd(g_i)`` groups. A
+concatenation of two or more branches is dense: the last outputs of the first branch read the last input block and the
+first outputs of the next one the first block again, an order that no structure of two or more groups has.
+
+Weights are float64 unless the caller asks for something else; all is plain differentiable torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import gcd, prod
+from types import EllipsisType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from .errors import ModelError, OptionError
+from .ir import ConvConfig
+
+__all__ = [
+    "LinearOp",
+    "add",
+    "add_configs",
+    "branch_crops",
+    "cat",
+    "cat_configs",
+    "compose",
+    "compose_config",
+    "densify",
+    "diagonal",
+    "from_avg_pool",
+    "from_batch_norm",
+    "from_conv",
+    "from_pad",
+    "identity",
+    "to_conv",
+    "undilate",
+]
+
+Pads = tuple[tuple[int, int], ...]
+Crops = tuple[tuple[int, int], ...]
+
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_FN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PAD: dict[int, Any] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
+
+
+@dataclass(frozen=True, eq=False)
+class LinearOp:
+    """One convolution with its values.
+
+    `weight` is (out, in / groups, kernel...), `bias` (out,); the tuples have one entry a spatial dimension, that of
+    `padding` is (before, after). OptionError if the shapes disagree.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, ...]
+    padding: Pads
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        n = self.weight.ndim - 2
+        if n not in _CONV:
+            raise OptionError(f"a LinearOp has 1 to 3 spatial dimensions; the weight is {tuple(self.weight.shape)}")
+        if not len(self.stride) == len(self.padding) == len(self.dilation) == n:
+            raise OptionError(
+                f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} need {n} entries each, "
+                f"one for a spatial dimension of the weight {tuple(self.weight.shape)}"
+            )
+        if self.bias.shape != (self.out_channels,) or self.out_channels % self.groups:
+            raise OptionError(
+                f"weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)} and groups {self.groups} disagree; "
+                "the bias has one entry an output channel and groups divide the channels"
+            )
+
+    @property
+    def ndim(self) -> int:
+        """The number of spatial dimensions."""
+        return self.weight.ndim - 2
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of all groups together."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels."""
+        return self.weight.shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Taps in each spatial dimension."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def config(self) -> ConvConfig:
+        """Everything but the values."""
+        return ConvConfig(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Pad and convolve `x` (batch, in, \\*size) in the dtype of the weight."""
+        x = F.pad(x.to(self.weight.dtype), _torch_pads(self.padding))
+        return _CONV_FN[self.ndim](x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def response(self) -> Tensor:
+        """The sum over taps, (out, in): how a constant input reaches the output, away from the edges."""
+        return densify(self).weight.flatten(2).sum(2)
+
+
+# --- constructors -----------------------------------------------------------------------------------------------------
+
+
+def from_conv(conv: nn.Module) -> LinearOp:
+    """A torch.nn convolution in float64.
+
+    Raises ModelError for a transposed one, for padding that is not zeros, and for complex weights.
+    """
+    if isinstance(conv, _ConvTransposeNd) or not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ModelError(f"{type(conv).__name__} is not a plain convolution; only nn.Conv1d, Conv2d and Conv3d are")
+    if conv.weight.is_complex():
+        raise ModelError("a convolution with complex weights can not be merged; split it into real ones")
+    if conv.padding == "same":  # torch puts the odd pixel after
+        extents = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        pads: Pads = tuple((e // 2, e - e // 2) for e in extents)
+    elif conv.padding == "valid":
+        pads = ((0, 0),) * len(conv.kernel_size)
+    else:
+        pads = tuple((int(p), int(p)) for p in conv.padding)
+    if conv.padding_mode != "zeros" and any(map(any, pads)):
+        raise ModelError(f"padding mode {conv.padding_mode!r} is not affine in zeros; only 'zeros' can be merged")
+    weight = conv.weight.double()
+    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.double()
+    return LinearOp(weight, bias, tuple(conv.stride), pads, tuple(conv.dilation), conv.groups)
+
+
+def from_batch_norm(bn: nn.Module, ndim: int) -> LinearOp:
+    """A BatchNorm with its running (eval) statistics, in float64; ModelError if it has none."""
+    if not isinstance(bn, _BatchNorm):
+        raise ModelError(f"{type(bn).__name__} is not a BatchNorm")
+    if bn.running_mean is None or bn.running_var is None:
+        raise ModelError(
+            "a BatchNorm without running statistics (track_running_stats=False) depends on its batch; "
+            "set them from training data to make it affine"
+        )
+    scale = (bn.running_var.double() + bn.eps).rsqrt()
+    if bn.weight is not None:
+        scale = scale * bn.weight.double()
+    bias = -bn.running_mean.double() * scale
+    return diagonal(scale, bias if bn.bias is None else bias + bn.bias.double(), ndim)
+
+
+def diagonal(scale: Tensor, bias: Tensor | None, ndim: int) -> LinearOp:
+    """Each channel times `scale` (channels,) plus `bias` (channels,), in float64."""
+    if scale.ndim != 1 or (bias is not None and bias.shape != scale.shape):
+        shapes = tuple(scale.shape), None if bias is None else tuple(bias.shape)
+        raise OptionError(f"scale and bias need one entry a channel, not shapes {shapes}")
+    weight = scale.double().reshape(-1, 1, *[1] * ndim)
+    shift = torch.zeros_like(weight[:, 0].flatten()) if bias is None else bias.double()
+    return LinearOp(weight, shift, (1,) * ndim, ((0, 0),) * ndim, (1,) * ndim, len(scale))
+
+
+def identity(channels: int, ndim: int, device: torch.device | str | None = None) -> LinearOp:
+    """The Dirac: output equals input."""
+    return diagonal(torch.ones(channels, dtype=torch.float64, device=device), None, ndim)
+
+
+def from_avg_pool(pool: nn.Module, channels: int, device: torch.device | str | None = None) -> LinearOp:
+    """An average pool as a constant depthwise convolution.
+
+    Raises ModelError for `ceil_mode`, and for padding that does not count: their divisor changes at the edge.
+    """
+    if not isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
+        raise ModelError(f"{type(pool).__name__} is not nn.AvgPool1d, AvgPool2d or AvgPool3d")
+    ndim = 1 if isinstance(pool, nn.AvgPool1d) else 2 if isinstance(pool, nn.AvgPool2d) else 3
+    kernel = _tuple(pool.kernel_size, ndim)
+    before = _tuple(pool.padding, ndim)
+    if pool.ceil_mode:
+        raise ModelError("an average pool with ceil_mode=True divides by fewer pixels at the edge; use ceil_mode=False")
+    divisor = getattr(pool, "divisor_override", None)
+    if any(before) and not pool.count_include_pad and not divisor:
+        raise ModelError(
+            f"an average pool with padding {before} and count_include_pad=False divides by fewer pixels at the edge; "
+            "only count_include_pad=True, or no padding, is one convolution"
+        )
+    weight = torch.full((channels, 1, *kernel), 1.0 / (divisor or prod(kernel)), dtype=torch.float64, device=device)
+    stride = kernel if pool.stride is None else _tuple(pool.stride, ndim)
+    return LinearOp(weight, weight.new_zeros(channels), stride, tuple((p, p) for p in before), (1,) * ndim, channels)
+
+
+def from_pad(padding: Sequence[tuple[int, int]], channels: int, device: torch.device | str | None = None) -> LinearOp:
+    """Zeros around: `padding` is (before, after) for each dimension, first dimension first; negative: ModelError."""
+    pads = tuple((int(lo), int(hi)) for lo, hi in padding)
+    if any(p < 0 for pair in pads for p in pair):
+        raise ModelError(f"padding {pads} crops; only padding of zero or more can move into a convolution")
+    op = identity(channels, len(pads), device)
+    return LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups)
+
+
+def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> nn.Module:
+    """The torch.nn module of an op: a plain convolution, behind a zero pad if before and after differ."""
+    symmetric = all(lo == hi for lo, hi in op.padding)
+    conv = _CONV[op.ndim](
+        op.in_channels,
+        op.out_channels,
+        op.kernel_size,
+        op.stride,
+        tuple(lo for lo, _ in op.padding) if symmetric else 0,
+        op.dilation,
+        op.groups,
+        device="meta",  # the values are set below; do not draw random ones
+    )
+    conv.weight = nn.Parameter(op.weight.detach().to(device, dtype, copy=True).contiguous())
+    conv.bias = nn.Parameter(op.bias.detach().to(device, dtype, copy=True).contiguous())
+    return conv if symmetric else nn.Sequential(_PAD[op.ndim](tuple(_torch_pads(op.padding)), 0.0), conv)
+
+
+# --- shape rules (integers only; the tensor algebra below follows them) -----------------------------------------------
+
+
+def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
+    """The configuration of `compose` for two ops of these configurations. OptionError if they do not fit together."""
+    if first.out_channels != second.in_channels or len(first.stride) != len(second.stride):
+        raise OptionError(f"can not compose: the first gives {_io(first)[1]}, the second takes {_io(second)[0]}")
+    kernel, dilation, padding = [], [], []
+    for k1, d1, s1, p1, k2, d2, p2 in zip(
+        first.kernel_size, first.dilation, first.stride, first.padding,
+        second.kernel_size, second.dilation, second.padding, strict=True,
+    ):  # fmt: skip
+        step = gcd(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) or 1
+        kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
+        dilation.append(step)
+        padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
+    return ConvConfig(
+        first.in_channels,
+        second.out_channels,
+        tuple(kernel),
+        tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
+        tuple(padding),
+        tuple(dilation),
+        gcd(first.groups, second.groups),
+    )
+
+
+def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
+    """The configuration of `add`. OptionError if the branches differ in channels, stride, or always in output size."""
+    if len({c.out_channels for c in configs}) > 1:
+        raise OptionError(f"can not add branches of {[c.out_channels for c in configs]} output channels")
+    kernel, padding, dilation = _common_window(configs)
+    first = configs[0]
+    groups = gcd(*(c.groups for c in configs))
+    return ConvConfig(first.in_channels, first.out_channels, kernel, first.stride, padding, dilation, groups)
+
+
+def cat_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
+    """The configuration of `cat` along the channels. OptionError as in `add_configs`."""
+    kernel, padding, dilation = _common_window(configs)
+    first = configs[0]
+    groups = first.groups if len(configs) == 1 else 1
+    out = sum(c.out_channels for c in configs)
+    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups)
+
+
+def branch_crops(configs: Sequence[ConvConfig]) -> tuple[Crops, ...]:
+    """What each branch drops, (before, after), of an input with the common padding, to run there without its own.
+
+    With `whole = add_configs(configs)` and an input padded by `whole.padding`, branch i without padding on the cropped
+    input gives exactly its share of the sum, for every input size.
+    """
+    _common_window(configs)  # raises if the branches do not fit together
+    starts = [max(pads) for pads in zip(*([lo for lo, _ in c.padding] for c in configs), strict=True)]
+    befores = [[p - lo for p, (lo, _) in zip(starts, c.padding, strict=True)] for c in configs]
+    ends = [[b + e for b, e in zip(bs, _extent(c), strict=True)] for bs, c in zip(befores, configs, strict=True)]
+    last = [max(dim) for dim in zip(*ends, strict=True)]
+    return tuple(
+        tuple((b, whole - end) for b, end, whole in zip(bs, es, last, strict=True))
+        for bs, es in zip(befores, ends, strict=True)
+    )
+
+
+def _common_window(configs: Sequence[ConvConfig]) -> tuple[tuple[int, ...], Pads, tuple[int, ...]]:
+    """(kernel_size, padding, dilation) of the smallest window that holds those of all branches."""
+    if not configs:
+        raise OptionError("no branches; a join needs at least one")
+    first = configs[0]
+    if any(c.stride != first.stride or c.in_channels != first.in_channels for c in configs):
+        seen = [(c.in_channels, c.stride) for c in configs]
+        raise OptionError(f"branches need equal input channels and strides, not {seen} (channels, stride)")
+    kernel, padding, dilation = [], [], []
+    for i, stride in enumerate(first.stride):
+        pads = [c.padding[i] for c in configs]
+        extents = [c.dilation[i] * (c.kernel_size[i] - 1) for c in configs]
+        before = max(lo for lo, _ in pads)
+        extent = max(before - lo + e for (lo, _), e in zip(pads, extents, strict=True))
+        excess = [lo + hi - e for (lo, hi), e in zip(pads, extents, strict=True)]
+        if max(excess) - min(excess) >= stride:
+            raise OptionError(
+                f"branches with kernels {[c.kernel_size for c in configs]} and paddings {[c.padding for c in configs]} "
+                f"at stride {first.stride} never have the same output size"
+            )
+        after = min(max(before, min(excess) + extent - before), max(excess) + extent - before)
+        steps = [c.dilation[i] for c in configs if c.kernel_size[i] > 1]
+        step = gcd(*steps, *(before - lo for lo, _ in pads)) or 1
+        kernel.append(extent // step + 1)
+        padding.append((before, after))
+        dilation.append(step)
+    return tuple(kernel), tuple(padding), tuple(dilation)
+
+
+# --- the algebra ------------------------------------------------------------------------------------------------------
+
+
+def compose(first: LinearOp, second: LinearOp) -> LinearOp:
+    """The op that does `first`, then `second`, with all padding moved to the front (module docstring)."""
+    config = compose_config(first.config, second.config)
+    if first.groups % second.groups and second.groups % first.groups:
+        first, second = densify(first, config.groups), densify(second, config.groups)
+    g2 = second.groups
+    sums = second.weight.flatten(2).sum(2).reshape(g2, second.out_channels // g2, -1)  # (g2, out / g2, mid / g2)
+    bias = second.bias + (sums @ first.bias.reshape(g2, -1, 1)).flatten()
+    steps1 = [d // u for d, u in zip(first.dilation, config.dilation, strict=True)]
+    steps2 = [s * d // u for s, d, u in zip(first.stride, second.dilation, config.dilation, strict=True)]
+    weight = first.weight.new_zeros(config.out_channels, config.in_channels // config.groups, *config.kernel_size)
+    # One matrix product for each tap of the op that has fewer: that is all the arithmetic there is, in large pieces.
+    by_second = prod(second.kernel_size) <= prod(first.kernel_size)
+    few, many = (second, first) if by_second else (first, second)
+    few_steps, many_steps = (steps2, steps1) if by_second else (steps1, steps2)
+    for i, tap in enumerate(product(*map(range, few.kernel_size))):
+        w1, w2 = first.weight.flatten(2), second.weight.flatten(2)
+        w1, w2 = (w1, w2[..., i : i + 1]) if by_second else (w1[..., i : i + 1], w2)
+        part = _product(w1, w2, first.groups, second.groups)
+        starts = [t * step for t, step in zip(tap, few_steps, strict=True)]
+        weight[_window(starts, many_steps, many.kernel_size)] += part.reshape(*part.shape[:2], *many.kernel_size)
+    return LinearOp(weight, bias, config.stride, config.padding, config.dilation, config.groups)
+
+
+def add(ops: Sequence[LinearOp], signs: Sequence[float] | None = None) -> LinearOp:
+    """The sum of branches that read one input, each times its sign (module docstring)."""
+    config = add_configs([op.config for op in ops])
+    factors = [1.0] * len(ops) if signs is None else list(signs)
+    if len(factors) != len(ops):
+        raise OptionError(f"{len(factors)} signs for {len(ops)} branches; give one a branch")
+    weight = sum(f * _embed(op, config) for f, op in zip(factors, ops, strict=True))
+    bias = sum(f * op.bias for f, op in zip(factors, ops, strict=True))
+    assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+    return LinearOp(weight, bias, config.stride, config.padding, config.dilation, config.groups)
+
+
+def cat(ops: Sequence[LinearOp]) -> LinearOp:
+    """The concatenation, along the channels, of branches that read one input (module docstring)."""
+    config = cat_configs([op.config for op in ops])
+    weight = torch.cat([_embed(op, config) for op in ops])
+    bias = torch.cat([op.bias for op in ops])
+    return LinearOp(weight, bias, config.stride, config.padding, config.dilation, config.groups)
+
+
+def densify(op: LinearOp, groups: int = 1) -> LinearOp:
+    """The same op with fewer groups; `groups` divides `op.groups`."""
+    if groups < 1 or op.groups % groups:
+        raise OptionError(f"{op.groups} groups can not be seen as {groups}; give a divisor")
+    ratio = op.groups // groups
+    if ratio == 1:
+        return op
+    out, inner = op.out_channels // op.groups, op.in_channels // op.groups
+    blocks = op.weight.reshape(groups, ratio, out, inner, -1)
+    weight = blocks.new_zeros(groups, ratio, out, ratio, inner, blocks.shape[-1])
+    i = torch.arange(ratio, device=blocks.device)
+    weight[:, i, :, i] = blocks.transpose(0, 1)  # the index pair comes first
+    weight = weight.reshape(op.out_channels, ratio * inner, *op.kernel_size)
+    return LinearOp(weight, op.bias, op.stride, op.padding, op.dilation, groups)
+
+
+def undilate(op: LinearOp) -> LinearOp:
+    """The same op with dilation 1: zeros between the taps."""
+    if all(d == 1 for d in op.dilation):
+        return op
+    config = op.config
+    kernel = tuple(e + 1 for e in _extent(config))
+    weight = op.weight.new_zeros(*op.weight.shape[:2], *kernel)
+    weight[_window([0] * op.ndim, op.dilation, op.kernel_size)] += op.weight
+    return LinearOp(weight, op.bias, op.stride, op.padding, (1,) * op.ndim, op.groups)
+
+
+def _product(w1: Tensor, w2: Tensor, g1: int, g2: int) -> Tensor:
+    """sum_m W2[o, m, j] W1[m, i, t] as (out, in / min(g1, g2), j t), where one of g1, g2 divides the other.
+
+    Works on the finer blocks, so a depthwise op is never made dense. Of the tap axes j and t one has length 1.
+    """
+    out, _, taps2 = w2.shape
+    mid, fan_in, taps1 = w1.shape
+    g, r = min(g1, g2), max(g1, g2) // min(g1, g2)
+    w1 = w1.reshape(g, r, mid // (g * r), fan_in, taps1)
+    if g1 >= g2:  # each block of the first is read by all outputs of one block of the second
+        blocks = torch.einsum("gormj,grmit->gorijt", w2.reshape(g, out // g, r, mid // (g * r), taps2), w1)
+    else:  # each block of the second reads a part of what one block of the first writes
+        blocks = torch.einsum("gromj,grmit->groijt", w2.reshape(g, r, out // (g * r), -1, taps2), w1)
+    return blocks.reshape(out, -1, taps2 * taps1)
+
+
+def _embed(op: LinearOp, config: ConvConfig) -> Tensor:
+    """The weight of a branch inside the common window of `config`, with its groups."""
+    op = densify(op, config.groups)
+    lattice = list(zip(config.dilation, config.padding, op.padding, op.dilation, op.kernel_size, strict=True))
+    starts = [(common[0] - own[0]) // u for u, common, own, _, _ in lattice]
+    steps = [d // u if k > 1 else 1 for u, _, _, d, k in lattice]
+    weight = op.weight.new_zeros(*op.weight.shape[:2], *config.kernel_size)
+    weight[_window(starts, steps, op.kernel_size)] += op.weight
+    return weight
+
+
+def _window(starts: Sequence[int], steps: Sequence[int], counts: Sequence[int]) -> tuple[EllipsisType | slice, ...]:
+    """The index of every `step`-th tap, `count` of them, in each spatial dimension of a weight."""
+    slices = (slice(a, a + s * (n - 1) + 1, max(s, 1)) for a, s, n in zip(starts, steps, counts, strict=True))
+    return (..., *slices)
+
+
+def _extent(config: ConvConfig) -> tuple[int, ...]:
+    return tuple(d * (k - 1) for d, k in zip(config.dilation, config.kernel_size, strict=True))
+
+
+def _torch_pads(padding: Pads) -> list[int]:
+    """F.pad counts from the last dimension."""
+    return [p for pair in reversed(padding) for p in pair]
+
+
+def _tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    return (value,) * ndim if isinstance(value, int) else tuple(value)
+
+
+def _io(config: ConvConfig) -> tuple[str, str]:
+    ndim = len(config.stride)
+    return f"{config.in_channels} channels in {ndim}d", f"{config.out_channels} channels in {ndim}d"
