@@ -1,0 +1,209 @@
+"""`export_onnx`: a network as one ONNX file that has been run and compared before it gets its name.
+
+The file is written by `torch.onnx.export` to a temporary name beside the target, run by ONNX Runtime on the example
+input and on one random input, compared with torch, and only then renamed: a failed export leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmfx.export.emit import PROTO_LIMIT, require_onnx
+from lmfx.passes.errors import ExportError, InputError, MissingExtra
+
+__all__ = ["export_onnx", "quiet_export"]
+
+
+def export_onnx(
+    net: nn.Module,
+    example_input: torch.Tensor | tuple[Any, ...] | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    check: bool = True,
+    tolerance: float = 1e-3,
+    dynamic_batch: bool = False,
+) -> Path:
+    """Writes `net` in eval mode as one self-contained ONNX file and returns its path.
+
+    `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's,
+    with a free first dimension if `dynamic_batch`. With `check`, every output of ONNX Runtime may differ from torch's by
+    `tolerance`, relative to the largest entry of that output. The training mode of `net` is restored.
+
+    Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
+    """
+    onnx = require_onnx()
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ExportError(f"can not write {target}: the folder {target.parent} does not exist; make it first")
+    if target.is_dir():
+        raise ExportError(f"can not write {target}: it is a folder; give a file name such as net.onnx")
+    args, kwargs = _arguments(example_input)
+    with _eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
+        program = quiet_export(net, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
+        model = program.model_proto
+        if model.ByteSize() > PROTO_LIMIT:
+            raise ExportError(
+                f"the network takes {model.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB; export it in half "
+                "precision or use torch.onnx.export(external_data=True)"
+            )
+        temporary = Path(folder) / target.name
+        try:
+            onnx.save(model, temporary)
+        except OSError as error:
+            raise ExportError(f"can not write {target}: {error}") from error
+        if check:
+            _check(net, args, kwargs, temporary, tolerance)
+        os.replace(temporary, target)
+    return target
+
+
+def quiet_export(
+    net: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = False,
+) -> torch.onnx.ONNXProgram:
+    """`torch.onnx.export(dynamo=True)` in eval mode without its prints and warnings. Raises `ExportError`, `MissingExtra`."""
+    try:
+        import onnxscript  # noqa: F401  (torch.onnx.export needs it)
+    except ImportError as error:
+        raise MissingExtra(
+            f'torch.onnx.export needs onnxscript, which can not be imported ({error}); pip install "lmfx[onnx]"'
+        ) from error
+    dynamic = None
+    if dynamic_batch:
+        batch = torch.export.Dim("batch", min=1)
+        axes = [{0: batch} if isinstance(a, torch.Tensor) and a.dim() else None for a in (*args, *(kwargs or {}).values())]
+        dynamic = tuple(axes)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with (
+            _eval_mode(net),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                net,
+                args,
+                kwargs=kwargs or None,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                dynamic_shapes=dynamic,
+            )
+    except Exception as error:  # torch.onnx raises many kinds, all of them about this model
+        lines = str(error).strip().splitlines()
+        raise ExportError(
+            f"torch.onnx.export could not export {type(net).__name__}: {type(error).__name__}: "
+            f"{lines[0] if lines else ''}; try a newer torch, or another opset"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    if program is None:
+        raise ExportError(f"torch.onnx.export gave nothing for {type(net).__name__}")
+    return program
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, torch.Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping) and example:
+        return (), dict(example)
+    if isinstance(example, (tuple, list)) and example:
+        return tuple(example), {}
+    raise InputError(f"example_input must be a tensor, a tuple or a dict of tensors, not {type(example).__name__}")
+
+
+@contextlib.contextmanager
+def _eval_mode(net: nn.Module) -> Iterator[None]:
+    """`net` in eval mode, and every module back in its own mode at the end."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, tolerance: float) -> None:
+    """Runs ONNX Runtime on the example and on a random input; raises `ExportError` with the worst difference."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra(
+            f"checking the exported file needs onnxruntime, which can not be imported ({error}); "
+            'pip install "lmfx[ort]", or pass check=False'
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime can not load the exported network: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    for what, draw in (("the example input", None), ("a random input", generator)):
+        new_args = tuple(_redraw(a, draw) for a in args)
+        new_kwargs = {k: _redraw(v, draw) for k, v in kwargs.items()}
+        with torch.no_grad():
+            expected = _leaves(net(*new_args, **new_kwargs))
+        # constants that are not tensors are baked into the graph, so inputs are matched among the tensors
+        named = {i.name for i in session.get_inputs()}
+        feed = {k: v for k, v in new_kwargs.items() if k in named}
+        rest = [n.name for n in session.get_inputs() if n.name not in feed]
+        positional = [t for t in _leaves((*new_args, *(v for k, v in new_kwargs.items() if k not in feed)))]
+        if len(rest) != len(positional):
+            raise ExportError(f"the exported network takes inputs {sorted(named)}, and {len(positional)} were given")
+        feed |= dict(zip(rest, positional, strict=True))
+        got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
+        if len(got) != len(expected):
+            raise ExportError(f"the exported network has {len(got)} outputs, torch {len(expected)}")
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            error_seen = _relative(a, b.detach().cpu().double().numpy())
+            if not error_seen <= tolerance:
+                raise ExportError(
+                    f"ONNX Runtime and torch differ by {error_seen:.3g} (relative) in output {i} on {what}, more than "
+                    f"the tolerance {tolerance:g}; no file was written. Raise `tolerance` if the network is "
+                    "ill-conditioned, or report this"
+                )
+
+
+def _redraw(value: Any, generator: torch.Generator | None) -> Any:
+    if generator is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    return torch.randn(value.shape, generator=generator).to(value)
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    leaves, _ = torch.utils._pytree.tree_flatten(value)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _relative(got: Any, expected: Any) -> float:
+    got = np.asarray(got, dtype=np.float64)
+    if got.shape != expected.shape:
+        return float("inf")
+    if not got.size:
+        return 0.0
+    scale = float(np.abs(expected).max())
+    return float(np.abs(got - expected).max()) / (scale if scale > 0 else 1.0)

@@ -1,0 +1,438 @@
+"""One rule an op for `emit`: a torch.nn module or function and the names of its inputs -> ONNX nodes.
+
+A rule adds nodes to the `Emitter` and gives back the name of its value. Shapes are only worked out (on fake tensors)
+when a rule asks for them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from lmfx.export.emit import IR_VERSION, OPSET, InputSpec, UnsupportedOp, require_onnx
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Emitter"]
+
+
+class Emitter:
+    """Collects the nodes and initializers of one model while it walks a graph."""
+
+    def __init__(self, gm: fx.GraphModule, specs: tuple[InputSpec, ...], fill: float | None) -> None:
+        self.onnx = require_onnx()
+        self.gm, self.specs, self.fill = gm, specs, fill
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.values: dict[fx.Node, str] = {}
+        self.pads: dict[fx.Node, list[int]] = {}  # zero pads that the conv behind them takes over
+        self._shapes: dict[fx.Node, tuple[int, ...]] | None = None
+        self.dtype = specs[0][1] if specs else torch.float32
+
+    # what rules call
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node with one output and returns the output's name."""
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), [name], **attributes))
+        return name
+
+    def tensor(self, tensor: torch.Tensor) -> str:
+        """Adds an initializer. A meta tensor is filled with `fill`."""
+        if tensor.is_meta and self.fill is None:
+            raise UnsupportedOp("a parameter is on the meta device and has no values; give `fill` or load the weights")
+        kind = _onnx_type(self.onnx, tensor.dtype)
+        if tensor.is_meta:
+            tensor = torch.full(tensor.shape, self.fill, dtype=tensor.dtype)
+        tensor = tensor.detach().cpu().contiguous()
+        raw = tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).numpy().tobytes()
+        name = f"c{len(self.initializers)}"
+        self.initializers[name] = self.onnx.helper.make_tensor(name, kind, list(tensor.shape), raw, raw=True)
+        return name
+
+    def scalar(self, value: float) -> str:
+        return self.tensor(torch.tensor(value, dtype=self.dtype))
+
+    def ints(self, values: Sequence[int]) -> str:
+        return self.tensor(torch.tensor(list(values), dtype=torch.int64))
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a node's value."""
+        if self._shapes is None:
+            self._shapes = _fake_shapes(self.gm, self.specs)
+        return self._shapes[node]
+
+    # the walk
+
+    def model(self) -> onnx.ModelProto:
+        helper = self.onnx.helper
+        placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
+        if len(placeholders) != len(self.specs):
+            raise UnsupportedOp(f"the graph takes {len(placeholders)} inputs, and {len(self.specs)} were given")
+        declared = []
+        for i, (node, (shape, dtype)) in enumerate(zip(placeholders, self.specs, strict=True)):
+            if not dtype.is_floating_point:
+                raise UnsupportedOp(f"input {node.name} is {dtype}; the emitter only knows floating point")
+            self.values[node] = f"input_{i}"
+            declared.append(helper.make_tensor_value_info(f"input_{i}", _onnx_type(self.onnx, dtype), shape))
+        results: list[str] = []
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                returned = node.args[0]
+                results = [self.value(n) for n in (returned if isinstance(returned, (tuple, list)) else (returned,))]
+            elif node.op != "placeholder":
+                self.values[node] = self.emit(node)
+        outputs = []
+        for i, name in enumerate(results):
+            self.nodes.append(helper.make_node("Identity", [name], [f"output_{i}"]))
+            outputs.append(helper.make_tensor_value_info(f"output_{i}", _onnx_type(self.onnx, self.dtype), None))
+        graph = helper.make_graph(self.nodes, "lmfx", declared, outputs, list(self.initializers.values()))
+        return helper.make_model(
+            graph,
+            producer_name="lmfx",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+
+    def value(self, argument: Any) -> str:
+        if isinstance(argument, fx.Node):
+            if argument in self.pads:  # somebody other than the conv reads the padded value
+                raise UnsupportedOp(f"{argument.name} is read twice")
+            return self.values[argument]
+        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+            return self.scalar(argument)
+        raise UnsupportedOp(f"the emitter can not read the argument {argument!r}")
+
+    def emit(self, node: fx.Node) -> str:
+        if node.op == "get_attr":
+            owner: Any = self.gm
+            for part in str(node.target).split("."):
+                owner = getattr(owner, part)
+            return self.tensor(owner)
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            module_rule = _MODULES.get(type(module))
+            if module_rule is not None and len(node.args) == 1 and not node.kwargs:
+                return module_rule(self, node, module)
+            raise UnsupportedOp(f"the emitter has no rule for {type(module).__name__} ({node.name})")
+        rule = _FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if rule is None:
+            raise UnsupportedOp(f"the emitter has no rule for {node.op} {node.target} ({node.name})")
+        return rule(self, node, *node.args, **node.kwargs)
+
+
+def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
+    kinds = {
+        torch.float32: onnx.TensorProto.FLOAT,
+        torch.float16: onnx.TensorProto.FLOAT16,
+        torch.float64: onnx.TensorProto.DOUBLE,
+        torch.bfloat16: onnx.TensorProto.BFLOAT16,
+        torch.int64: onnx.TensorProto.INT64,
+    }
+    if dtype not in kinds:
+        raise UnsupportedOp(f"the emitter has no ONNX type for {dtype}")
+    return int(kinds[dtype])
+
+
+def _fake_shapes(gm: fx.GraphModule, specs: tuple[InputSpec, ...]) -> dict[fx.Node, tuple[int, ...]]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                shapes[n] = tuple(value.shape)
+            return value
+
+    tensors = [t for t in (*gm.parameters(), *gm.buffers())]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    training = gm.training
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        Shapes(gm.eval()).run(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs))
+    gm.train(training)
+    return shapes
+
+
+# convolution and padding
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    return (int(value),) * n if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def _pads(reversed_pairs: Sequence[int]) -> list[int]:
+    """torch's (last begin, last end, second last begin, ...) -> ONNX's (begins..., ends...)."""
+    pairs = [(reversed_pairs[i], reversed_pairs[i + 1]) for i in range(0, len(reversed_pairs), 2)][::-1]
+    return [lo for lo, _ in pairs] + [hi for _, hi in pairs]
+
+
+def _conv(e: Emitter, node: fx.Node, m: Any) -> str:
+    if m.padding_mode != "zeros":
+        raise UnsupportedOp(f"{node.name} pads with {m.padding_mode!r}; only zeros are known")
+    n = len(m.kernel_size)
+    pads = _pads(m._reversed_padding_repeated_twice)
+    source = node.args[0]
+    if isinstance(source, fx.Node) and source in e.pads:
+        pads = [a + b for a, b in zip(pads, e.pads.pop(source), strict=True)]
+    operands = [e.value(source), e.tensor(m.weight)]
+    if m.bias is not None:
+        operands.append(e.tensor(m.bias))
+    return e.node(
+        "Conv",
+        *operands,
+        kernel_shape=list(m.kernel_size),
+        strides=list(_tuple(m.stride, n)),
+        pads=pads,
+        dilations=list(_tuple(m.dilation, n)),
+        group=m.groups,
+    )
+
+
+def _pad(e: Emitter, node: fx.Node, m: Any) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    value = float(getattr(m, "value", 0.0))
+    pads = _pads(m.padding)
+    users = list(node.users)
+    if value == 0 and min(pads) >= 0 and len(users) == 1 and users[0].op == "call_module":
+        user = e.gm.get_submodule(str(users[0].target))
+        if type(user) in _CONVS and len(pads) == 2 * len(user.kernel_size) and user.padding_mode == "zeros":  # type: ignore[arg-type]
+            e.pads[node] = pads
+            return e.value(source)
+    n = len(pads) // 2
+    axes = e.ints(range(-n, 0))
+    return e.node("Pad", e.value(source), e.ints(pads), e.scalar(value), axes, mode="constant")
+
+
+# normalization
+
+
+def _batch_norm(e: Emitter, node: fx.Node, m: Any) -> str:
+    if m.running_mean is None:
+        raise UnsupportedOp(f"{node.name} has no running statistics, so it is not affine in eval mode")
+    ones = torch.ones_like(m.running_var)
+    weight = m.weight if m.weight is not None else ones
+    bias = m.bias if m.bias is not None else torch.zeros_like(ones)
+    constants = [e.tensor(t) for t in (weight, bias, m.running_mean, m.running_var)]
+    return e.node("BatchNormalization", e.value(node.args[0]), *constants, epsilon=m.eps)
+
+
+def _layer_norm(e: Emitter, node: fx.Node, m: nn.LayerNorm) -> str:
+    scale = m.weight if m.weight is not None else torch.ones(m.normalized_shape, dtype=e.dtype)
+    operands = [e.value(node.args[0]), e.tensor(scale)]
+    if m.bias is not None:
+        operands.append(e.tensor(m.bias))
+    return e.node("LayerNormalization", *operands, axis=-len(m.normalized_shape), epsilon=m.eps)
+
+
+def _group_norm(e: Emitter, node: fx.Node, m: nn.GroupNorm) -> str:
+    # GroupNormalization is right only from opset 21 on; instance norm over the groups is the same.
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = e.shape(source)
+    grouped = e.node("Reshape", e.value(source), e.ints((shape[0], m.num_groups, -1)))
+    ones = torch.ones(m.num_groups, dtype=e.dtype)
+    grouped = e.node("InstanceNormalization", grouped, e.tensor(ones), e.tensor(ones * 0), epsilon=m.eps)
+    out = e.node("Reshape", grouped, e.ints(shape))
+    if m.weight is None:
+        return out
+    tail = (m.num_channels,) + (1,) * (len(shape) - 2)
+    return e.node("Add", e.node("Mul", out, e.tensor(m.weight.view(tail))), e.tensor(m.bias.view(tail)))
+
+
+# pooling
+
+
+def _windows(e: Emitter, source: fx.Node, m: Any) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Kernel, strides, dilations, torch's pads (one a dimension) and the longer end pads that stand for ceil_mode."""
+    shape = e.shape(source)
+    n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
+    kernel = _tuple(m.kernel_size, n)
+    stride = _tuple(m.stride if m.stride not in (None, ()) else m.kernel_size, n)
+    dilation = _tuple(getattr(m, "dilation", 1), n)
+    padding = _tuple(m.padding, n)
+    ends = []
+    for size, k, s, d, p in zip(shape[-n:], kernel, stride, dilation, padding, strict=True):
+        span = size + 2 * p - d * (k - 1) - 1
+        out = span // s + 1
+        # torch's rule: a last window that would start in the end padding is left out
+        if m.ceil_mode and span % s and out * s < size + p:
+            out += 1
+        ends.append(max(p, (out - 1) * s + d * (k - 1) + 1 - size - p))
+    return list(kernel), list(stride), list(dilation), list(padding), ends
+
+
+def _max_pool(e: Emitter, node: fx.Node, m: Any) -> str:
+    if m.return_indices:
+        raise UnsupportedOp(f"{node.name} returns indices")
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    kernel, stride, dilation, begins, ends = _windows(e, source, m)
+    return e.node(
+        "MaxPool", e.value(source), kernel_shape=kernel, strides=stride, dilations=dilation, pads=begins + ends
+    )
+
+
+def _avg_pool(e: Emitter, node: fx.Node, m: Any) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    kernel, stride, _, begins, ends = _windows(e, source, m)
+    name = e.value(source)
+    divisor = getattr(m, "divisor_override", None)
+    counted = m.count_include_pad or divisor is not None
+    if counted and ends != begins and divisor is None:
+        # torch counts its own padding but not what ceil_mode adds: the padding becomes real zeros
+        axes = e.ints(range(-len(begins), 0))
+        name = e.node("Pad", name, e.ints(begins + begins), e.scalar(0.0), axes, mode="constant")
+        ends = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        begins, counted = [0] * len(begins), False
+    out = e.node(
+        "AveragePool", name, kernel_shape=kernel, strides=stride, pads=begins + ends, count_include_pad=int(counted)
+    )
+    if divisor is not None:
+        out = e.node("Mul", out, e.scalar(math.prod(kernel) / divisor))
+    return out
+
+
+def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
+    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
+        wanted = (m.output_size,) * n if isinstance(m.output_size, (int, type(None))) else tuple(m.output_size)
+        if all(w == 1 for w in wanted) and not getattr(m, "return_indices", False):
+            return e.node("GlobalAveragePool" if average else "GlobalMaxPool", e.value(source))
+        sizes = e.shape(source)[-n:]
+        wanted = tuple(s if w is None else w for s, w in zip(sizes, wanted, strict=True))
+        if getattr(m, "return_indices", False) or any(s % w for s, w in zip(sizes, wanted, strict=True)):
+            raise UnsupportedOp(f"{node.name}: an adaptive pool from {sizes} to {wanted} has windows of unequal size")
+        kernel = [s // w for s, w in zip(sizes, wanted, strict=True)]
+        return e.node("AveragePool" if average else "MaxPool", e.value(source), kernel_shape=kernel, strides=kernel)
+
+    return rule
+
+
+# the rest
+
+
+def _linear(e: Emitter, node: fx.Node, m: nn.Linear) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if len(e.shape(source)) == 2:
+        operands = [e.value(source), e.tensor(m.weight)]
+        if m.bias is not None:
+            operands.append(e.tensor(m.bias))
+        return e.node("Gemm", *operands, transB=1)
+    out = e.node("MatMul", e.value(source), e.tensor(m.weight.T))
+    return out if m.bias is None else e.node("Add", out, e.tensor(m.bias))
+
+
+def _flat(e: Emitter, node: fx.Node, source: fx.Node, start: int, end: int) -> str:
+    if start == 1 and end == -1:
+        return e.node("Flatten", e.value(source), axis=1)
+    return e.node("Reshape", e.value(source), e.ints(e.shape(node)))
+
+
+def _prelu(e: Emitter, node: fx.Node, m: nn.PReLU) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    slope = m.weight
+    if slope.numel() > 1:
+        slope = slope.view(-1, *(1,) * (len(e.shape(source)) - 2))  # type: ignore[assignment]
+    return e.node("PRelu", e.value(source), e.tensor(slope))
+
+
+def _silu(e: Emitter, node: fx.Node, m: nn.Module) -> str:
+    x = e.value(node.args[0])
+    return e.node("Mul", x, e.node("Sigmoid", x))
+
+
+def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Callable[[Emitter, fx.Node, Any], str]:
+    return lambda e, node, m: e.node("Clip", e.value(node.args[0]), e.scalar(low(m)), e.scalar(high(m)))
+
+
+def _unary(op: str, **attributes: Callable[[Any], Any]) -> Callable[[Emitter, fx.Node, Any], str]:
+    return lambda e, node, m: e.node(op, e.value(node.args[0]), **{k: f(m) for k, f in attributes.items()})
+
+
+def _softmax(op: str) -> Callable[[Emitter, fx.Node, Any], str]:
+    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+        if m.dim is None:
+            raise UnsupportedOp(f"{node.name}: softmax without a dim")
+        return e.node(op, e.value(node.args[0]), axis=m.dim)
+
+    return rule
+
+
+def _same(e: Emitter, node: fx.Node, m: nn.Module) -> str:
+    return e.value(node.args[0])
+
+
+def _binary(op: str) -> Callable[..., str]:
+    def rule(e: Emitter, node: fx.Node, a: Any, b: Any, *, alpha: float = 1) -> str:
+        right = e.value(b)
+        if alpha != 1:
+            right = e.node("Mul", right, e.scalar(alpha))
+        return e.node(op, e.value(a), right)
+
+    return rule
+
+
+def _cat(e: Emitter, node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> str:
+    return e.node("Concat", *(e.value(t) for t in tensors), axis=dim)
+
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MODULES: dict[type[nn.Module], Callable[[Emitter, fx.Node, Any], str]] = {
+    **dict.fromkeys(_CONVS, _conv),
+    **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _pad),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _pad),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _max_pool),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _avg_pool),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _adaptive(True)),
+    **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _adaptive(False)),
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), _same),
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Linear: _linear,
+    nn.Flatten: lambda e, node, m: _flat(e, node, node.args[0], m.start_dim, m.end_dim),  # type: ignore[arg-type]
+    nn.ReLU: _unary("Relu"),
+    nn.ReLU6: _clip(lambda m: 0.0, lambda m: 6.0),
+    nn.Hardtanh: _clip(lambda m: m.min_val, lambda m: m.max_val),
+    nn.SiLU: _silu,
+    nn.Hardswish: _unary("HardSwish"),
+    nn.Hardsigmoid: _unary("HardSigmoid", alpha=lambda m: 1 / 6, beta=lambda m: 0.5),
+    nn.Sigmoid: _unary("Sigmoid"),
+    nn.Tanh: _unary("Tanh"),
+    nn.GELU: _unary("Gelu", approximate=lambda m: m.approximate),
+    nn.LeakyReLU: _unary("LeakyRelu", alpha=lambda m: m.negative_slope),
+    nn.ELU: _unary("Elu", alpha=lambda m: m.alpha),
+    nn.CELU: _unary("Celu", alpha=lambda m: m.alpha),
+    nn.SELU: _unary("Selu"),
+    nn.Mish: _unary("Mish"),
+    nn.Softsign: _unary("Softsign"),
+    nn.PReLU: _prelu,
+    nn.Softmax: _softmax("Softmax"),
+    nn.LogSoftmax: _softmax("LogSoftmax"),
+}
+_FUNCTIONS: dict[Any, Callable[..., str]] = {
+    torch.add: _binary("Add"),
+    operator.add: _binary("Add"),
+    torch.sub: _binary("Sub"),
+    operator.sub: _binary("Sub"),
+    torch.mul: _binary("Mul"),
+    operator.mul: _binary("Mul"),
+    torch.cat: _cat,
+    torch.concat: _cat,
+    torch.flatten: lambda e, node, x, start_dim=0, end_dim=-1: _flat(e, node, x, start_dim, end_dim),
+}

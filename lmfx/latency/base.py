@@ -1,0 +1,210 @@
+"""The backend protocol: workloads -> measurements, each operator configuration once, and resumable.
+
+A backend only says how to prepare one workload as a `Runner`; `TimedBackend.measure` does the rest:
+
+    in the store already          not measured
+    quick pass                    two runs; `prune(signature, ms)` may say that the row can not be useful at that latency
+    interleaved rounds            `lmfx.latency.rounds`, in batches that share a sentinel
+    each finished row             committed to the store at once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+
+from lmfx.latency.rounds import Runner, Sampling, Session, summary
+from lmfx.latency.store import Store
+from lmfx.latency.workload import Workload
+from lmfx.passes.errors import OptionError, StoreError
+from lmfx.progress import progress as progress_bar
+
+__all__ = ["Backend", "Measurement", "Prune", "TimedBackend", "Whole"]
+
+Prune = Callable[[str, float], bool]
+"""(signature, quick latency in ms) -> True if no plan can use the row at that latency."""
+Whole = Workload | tuple[nn.Module, Sequence[Any]]
+"""A workload, or a module with its example inputs (tensors or (shape, dtype) pairs)."""
+KIND = "latency"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A latency in ms: the median of `n` samples, and their interquartile range.
+
+    `quality` is "full", "quick" (two runs of a row that was pruned), "noisy" (the spread stayed large) or "analytic".
+    """
+
+    ms: float
+    spread: float = 0.0
+    n: int = 1
+    device: str = ""
+    backend: str = ""
+    quality: Literal["full", "quick", "noisy", "analytic"] = "full"
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What the rest of lmfx knows of a latency backend."""
+
+    @property
+    def name(self) -> str:
+        """The name that `get_backend` knows."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that a latency depends on besides the workload: backend, version, device, threads... JSON values."""
+
+    def measure(
+        self,
+        workloads: Iterable[Workload],
+        store: Store | None = None,
+        progress: bool = False,
+        rounds: int | None = None,
+        prune: Prune | None = None,
+    ) -> dict[str, Measurement]:
+        """A measurement for every signature. Rows that the store has are not measured again."""
+
+    def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
+        """ms of whole networks: one list a network, with `repeats` entries; entry i of all was taken in round i."""
+
+
+class TimedBackend:
+    """Base of the backends that run the workload."""
+
+    name = ""
+
+    def __init__(self, sampling: Sampling | None = None) -> None:
+        self.sampling = sampling or Sampling()
+
+    def identity(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def prepare(self, workload: Workload) -> Runner:
+        """Makes a workload ready to run."""
+        raise NotImplementedError
+
+    def prepare_whole(self, workload: Workload) -> Runner:
+        """The same for a whole network."""
+        return self.prepare(workload)
+
+    def session(self) -> Session:
+        """The sentinel of this backend, and the overhead of a call."""
+        raise NotImplementedError
+
+    def measure(
+        self,
+        workloads: Iterable[Workload],
+        store: Store | None = None,
+        progress: bool = False,
+        rounds: int | None = None,
+        prune: Prune | None = None,
+    ) -> dict[str, Measurement]:
+        """See `Backend.measure`. Memory is bounded by the `batch_bytes` of the sampling."""
+        identity = self.identity()
+        unique = {w.signature: w for w in workloads}
+        done = {k: m for k, m in stored_rows(store, identity, list(unique)).items() if is_finished(k, m, prune)}
+        todo = [w for k, w in unique.items() if k not in done]
+        if not todo:
+            return {k: done[k] for k in unique}
+        sampling = self.sampling if rounds is None else replace(self.sampling, rounds=check_rounds(rounds))
+        session = self.session()
+        session.sampling = sampling
+        session.reference = stored_reference(store, identity)
+
+        def commit(signature: str, measurement: Measurement) -> None:
+            done[signature] = measurement
+            if store is not None:
+                store.put(KIND, identity, signature, asdict(measurement))
+            bar.update(1)
+
+        rows: dict[str, Runner] = {}
+        quick: dict[str, float] = {}
+
+        def flush() -> None:
+            known = session.reference
+            samples = session.time(rows, quick)
+            if known is None and store is not None and session.reference is not None:
+                store.put("sentinel", identity, "reference", session.reference)
+            for signature, taken in samples.items():
+                commit(signature, self._full(taken, sampling))
+            for runner in rows.values():
+                runner.close()
+            rows.clear()
+
+        with progress_bar(len(todo), f"measuring ({self.name})", progress) as bar:
+            try:
+                for workload in todo:
+                    runner = self.prepare(workload)
+                    ms = session.quick(runner)
+                    if prune is not None and prune(workload.signature, ms):
+                        runner.close()
+                        commit(workload.signature, self._row(ms, 0.0, 2, "quick"))
+                        continue
+                    rows[workload.signature], quick[workload.signature] = runner, ms
+                    if len(rows) >= sampling.batch_rows or sum(r.nbytes for r in rows.values()) >= sampling.batch_bytes:
+                        flush()
+                if rows:
+                    flush()
+            finally:
+                for runner in rows.values():
+                    runner.close()
+                session.sentinel.close()
+        return {k: done[k] for k in unique}
+
+    def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
+        """See `Backend.measure_interleaved`. Every round runs the networks in turn, in alternating order."""
+        check_rounds(repeats)
+        runners: list[Runner] = []
+        try:
+            for item in modules:
+                whole = item if isinstance(item, Workload) else Workload.of(item[0], *item[1])
+                runners.append(self.prepare_whole(whole))
+            once = [min(r.time(1) for _ in range(2)) for r in runners]
+            counts = [max(1, round(self.sampling.min_ms / max(ms, 1e-6))) for ms in once]
+            result: list[list[float]] = [[] for _ in runners]
+            for turn in range(repeats):
+                order = range(len(runners)) if turn % 2 == 0 else reversed(range(len(runners)))
+                for i in order:
+                    result[i].append(runners[i].time(counts[i]) / counts[i])
+            return result
+        finally:
+            for runner in runners:
+                runner.close()
+
+    def _full(self, samples: Sequence[float], sampling: Sampling) -> Measurement:
+        ms, spread = summary(samples)
+        return self._row(ms, spread, len(samples), "noisy" if spread > 2 * sampling.max_spread * ms else "full")
+
+    def _row(self, ms: float, spread: float, n: int, quality: Literal["full", "quick", "noisy"]) -> Measurement:
+        return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
+
+
+def check_rounds(rounds: int) -> int:
+    """Raises `OptionError` unless it is a positive number."""
+    if not isinstance(rounds, int) or rounds < 1:
+        raise OptionError(f"the number of rounds must be a positive integer, not {rounds!r}")
+    return rounds
+
+
+def is_finished(signature: str, row: Measurement, prune: Prune | None) -> bool:
+    """A quick row is only good for somebody who would prune it as well."""
+    return row.quality != "quick" or (prune is not None and prune(signature, row.ms))
+
+
+def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Sequence[str]) -> dict[str, Measurement]:
+    """The rows that the store has. Raises `StoreError` if one can not be read."""
+    if store is None:
+        return {}
+    try:
+        return {k: Measurement(**v) for k, v in store.get_many(KIND, identity, signatures).items()}
+    except TypeError as error:
+        raise StoreError(f"a latency in {store.path} is not one ({error}); delete the file") from error
+
+
+def stored_reference(store: Store | None, identity: dict[str, Any]) -> float | None:
+    """The sentinel's time when the store's first rows were made."""
+    value = None if store is None else store.get("sentinel", identity, "reference")
+    return None if value is None else float(value)

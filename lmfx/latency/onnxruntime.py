@@ -1,0 +1,126 @@
+"""ONNX Runtime: the default backend without a GPU.
+
+One thread by default, timed by its CPU time, because other processes on the machine then cost (nearly) nothing; several
+threads and other providers are timed by the wall clock. Sessions are made from bytes in memory, with every graph
+optimisation.
+
+**Layout.** On CPUs with wide vectors ONNX Runtime runs convolutions in a blocked layout (NCHWc). In a network the
+reordering happens once, at the ends of a chain; around an isolated conv it happens twice and may cost as much as the conv. So
+a workload is optimised once by ONNX Runtime, the reorders at its own inputs and outputs are taken out, and the rest is
+timed: what the op costs *inside* a network (`layout="network"`; `"isolated"` keeps them).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lmfx.export.emit import to_onnx_bytes
+from lmfx.latency.base import TimedBackend
+from lmfx.latency.host import cpu_name, host_facts
+from lmfx.latency.rounds import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
+from lmfx.latency.workload import Workload
+from lmfx.passes.errors import DeviceError, MissingExtra, OptionError
+
+__all__ = ["OnnxRuntimeBackend"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+FILL = 0.01
+
+
+class OnnxRuntimeBackend(TimedBackend):
+    """Times workloads in ONNX Runtime. `provider` is "cpu", "cuda" or "tensorrt".
+
+    Raises `MissingExtra` without onnxruntime, `DeviceError` if this build of it does not have the provider.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, threads: int = 1, provider: str = "cpu", layout: str = "isolated", sampling: Sampling | None = None
+    ) -> None:
+        super().__init__(sampling)
+        if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+            raise OptionError(f"threads must be a positive integer, not {threads!r}")
+        if provider not in PROVIDERS:
+            raise OptionError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
+        if layout not in ("network", "isolated"):
+            raise OptionError(f'layout must be "network" or "isolated", not {layout!r}')
+        self.ort = _import()
+        if PROVIDERS[provider] not in self.ort.get_available_providers():
+            raise DeviceError(
+                f"this onnxruntime ({self.ort.__version__}) has no {PROVIDERS[provider]}, only "
+                f"{', '.join(self.ort.get_available_providers())}; pip install onnxruntime-gpu on a machine with a GPU"
+            )
+        if provider != "cpu" and not torch.cuda.is_available():
+            raise DeviceError(f"provider {provider!r} was asked for, and there is no CUDA device here; use provider='cpu'")
+        self.threads, self.provider, self.layout = threads, provider, layout
+
+    def identity(self) -> dict[str, Any]:
+        """Backend, version, provider, device, threads, clock, layout and the facts of the host."""
+        return {
+            "backend": self.name,
+            "version": self.ort.__version__,
+            "provider": self.provider,
+            "device": cpu_name() if self.provider == "cpu" else torch.cuda.get_device_name(),
+            "threads": self.threads,
+            "clock": "cpu" if self._cpu_time else "wall",
+            "layout": self.layout,
+            **host_facts(),
+        }
+
+    def prepare(self, workload: Workload) -> Runner:
+        data = to_onnx_bytes(workload.build(), workload.inputs, fill=FILL)
+        return self._runner(data)
+
+    def session(self) -> Session:
+        from torch import fx, nn
+
+        conv = fx.symbolic_trace(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()))
+        sentinel = self.prepare(Workload.of(conv, ((1, 64, 28, 28), torch.float32)))
+        nothing = self.prepare(Workload.of(fx.symbolic_trace(nn.Sequential(nn.ReLU())), ((1, 1), torch.float32)))
+        sentinel.time(20)
+        nothing.time(100)
+        overhead = min(nothing.time(50) / 50 for _ in range(5))
+        nothing.close()
+        return Session(sentinel, self.sampling, overhead=overhead)
+
+    @property
+    def _cpu_time(self) -> bool:
+        return self.provider == "cpu" and self.threads == 1
+
+    def _options(self) -> Any:
+        options = self.ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = self.ort.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = 3
+        return options
+
+    def _runner(self, data: bytes, options: Any = None) -> Runner:
+        import numpy as np
+
+        providers = [PROVIDERS[self.provider]] + (["CPUExecutionProvider"] if self.provider != "cpu" else [])
+        session = self.ort.InferenceSession(data, options or self._options(), providers=providers)
+        binding = session.io_binding()
+        random = np.random.default_rng(0)
+        for value in session.get_inputs():
+            kind = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}[value.type]
+            binding.bind_cpu_input(value.name, random.random(value.shape, dtype=np.float32).astype(kind))
+        for value in session.get_outputs():
+            binding.bind_output(value.name, "cpu")
+        run = session.run_with_iobinding
+        return CallRunner(lambda: run(binding), cpu_clock if self._cpu_time else wall_clock, len(data))
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra(
+            f"the onnxruntime backend needs the package onnxruntime, which can not be imported ({error}); "
+            'pip install "lmfx[ort]"'
+        ) from error
+    return onnxruntime
