@@ -11,8 +11,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# The benchmarks, cheap ones first; a name that is not there is skipped. docs/benchmarks.md says what each one shows.
-BENCHMARKS := coverage solver exactness trace_time budget accuracy compress_time resume
+# The benchmarks, cheap ones first, then any other script of benchmarks/ (a leading _ marks a helper). What each one shows is
+# in docs/benchmarks.md.
+BENCHMARKS := coverage solver trace_time exactness accuracy budget resume compress_time
+FOUND := $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
 ARGS ?=
 
 help: ## list the targets
@@ -59,9 +61,12 @@ format: install ## let ruff put the code in order
 	$(PY) -m ruff format .
 
 bench: install ## every benchmark, one after the other (see docs/benchmarks.md)
-	@for name in $(BENCHMARKS); do \
-	  if [ -f "benchmarks/$$name.py" ]; then echo "== benchmarks/$$name.py"; $(PY) "benchmarks/$$name.py" $(ARGS); fi; \
-	done
+	@failed=''; \
+	for name in $(filter $(FOUND),$(BENCHMARKS)) $(filter-out $(BENCHMARKS),$(FOUND)); do \
+	  echo "== benchmarks/$$name.py"; \
+	  $(PY) "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
