@@ -86,7 +86,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="0.5", help='0.5, "60%%", "0.5ms" or "2x" (default: %(default)s)')
     parser.add_argument("--out", type=Path, default=Path("out"), help="the folder to write (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of training the original (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of training the original (default: %(default)s)")
     parser.add_argument(
         "--distill-epochs", type=int, default=2, help="epochs of distilling the merged network (default: %(default)s)"
     )

@@ -5,7 +5,7 @@ network is an ordinary ResNet: a stem, six basic blocks in three stages, a linea
 its main path, and two of 1x1 on the skips of the blocks that change size.
 
     data = digits.load(seed=0)
-    model = digits.train(digits.Classifier(), data, epochs=8, seed=0)
+    model = digits.train(digits.Classifier(), data, epochs=6, seed=0)
     digits.accuracy(model, data.test_images, data.test_labels)
 """
 
@@ -100,7 +100,7 @@ def batches(data: Digits, size: int, generator: torch.Generator) -> Iterator[tup
             yield data.train_images[chosen].roll((dy, dx), (2, 3)), data.train_labels[chosen]
 
 
-def train(model: nn.Module, data: Digits, *, epochs: int = 8, seed: int = 0, progress: bool = True) -> nn.Module:
+def train(model: nn.Module, data: Digits, *, epochs: int = 6, seed: int = 0, progress: bool = True) -> nn.Module:
     """Trains `model` in place, in about a minute on two cores, and returns it in eval mode."""
     size, generator = 64, torch.Generator().manual_seed(seed)
     steps = epochs * (len(data.train_labels) // size)
