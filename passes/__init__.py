@@ -1,0 +1,1 @@
+"""Graph and tensor algebra of lmfx: torch, numpy and the standard library, and nothing of the outside world."""

@@ -1,0 +1,139 @@
+"""Every in-place op of a graph becomes its pure form, and later readers of the mutated value read the result.
+
+    before                                   after
+    %a = conv(x)                             %a = conv(x)
+    %b = call_method[mul_](%a, %g)           %b = call_method[mul](%a, %g)
+    %c = relu(%a)      # sees the product    %c = relu(%b)
+
+torch.fx does not track aliases: an in-place call whose result nobody reads has no users and would die in dead-code
+elimination, and a recorded `x += y` is an out-of-place add that other names of `x` never see. Values that are known
+to be the very same tensor (an in-place op's result and its operand) share one alias class here. Where a *view* of a
+mutated tensor is read or written afterwards the graph is refused (`TraceError`), and tracing goes on with
+torch.export, which functionalizes.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+
+from .errors import TraceError
+
+__all__ = ["make_pure"]
+
+_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_VIEWS = frozenset(
+    "view reshape flatten transpose permute squeeze unsqueeze chunk split getitem narrow select expand t unflatten "
+    "contiguous view_as expand_as movedim swapaxes unbind tensor_split detach diagonal unfold alias slice "
+    "split_with_sizes _unsafe_view to type_as real imag".split()
+)
+
+
+def make_pure(graph_module: fx.GraphModule) -> int:
+    """Rewrite in place of the *graph* (which is the caller's own copy) and return how many ops were made pure."""
+    graph = graph_module.graph
+    newest: dict[fx.Node, fx.Node] = {}  # a tensor that was mutated -> the node that now holds its value
+    base: dict[fx.Node, fx.Node] = {}  # a view -> what it looks into
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    inplace = {name for name, m in graph_module.named_modules(remove_duplicate=False) if _flag(m)}
+    for name in inplace:
+        graph_module.get_submodule(name).inplace = False  # type: ignore[assignment]
+    count = 0
+
+    def resolve(node: fx.Node) -> fx.Node:
+        while node in newest:
+            node = newest[node]
+        return node
+
+    for node in list(graph.nodes):
+        node.args = fx.map_arg(node.args, resolve)
+        node.kwargs = fx.map_arg(node.kwargs, resolve)
+        name = _name(node)
+        if name in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
+            base[node] = node.args[0]
+        if name == "setitem":
+            raise TraceError(f"{node.name} writes into a part of a tensor, which fx can not express as a pure op")
+        if not (str(node.target) in inplace if node.op == "call_module" else _purify(node)):
+            continue
+        count += 1
+        target = node.args[0] if node.args else node.kwargs["input"]
+        if not isinstance(target, fx.Node):
+            continue
+        if _aliases_read_later(target, base, order, order[node]):
+            raise TraceError(f"{node.name} mutates {target.name} in place while a view of it is in use")
+        newest[target] = node
+    graph.lint()
+    graph_module.recompile()
+    return count
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        if isinstance(node.target, torch._ops.OpOverload):
+            return str(node.target._schema.name).split("::")[1]
+        return str(getattr(node.target, "__name__", ""))
+    return ""
+
+
+def _flag(module: nn.Module) -> bool:
+    return getattr(module, "inplace", False) is True
+
+
+def _purify(node: fx.Node) -> bool:
+    """Turn a function or method node into its pure form; False if it was pure."""
+    if node.op == "call_method" and _inplace_method(str(node.target)):
+        if str(node.target) == "copy_":
+            raise TraceError(f"{node.name} copies into a tensor in place")
+        node.target = str(node.target)[:-1]
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target in _OPERATORS:
+        node.target = _OPERATORS[node.target]  # type: ignore[index]
+        return True
+    if node.kwargs.get("inplace") is True:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        return True
+    name = _name(node)
+    if _inplace_method(name):
+        if isinstance(node.target, torch._ops.OpOverload):
+            packet = getattr(torch.ops.aten, name[:-1], None)
+            overload = getattr(packet, node.target._overloadname, None)
+        else:
+            overload = getattr(torch, name[:-1], None) or getattr(torch.nn.functional, name[:-1], None)
+        if overload is None:
+            raise TraceError(f"{node.name}: no pure form of the in-place op {name} is known")
+        node.target = overload
+        return True
+    # F.relu(x, True), F.dropout(x, p, training, inplace): the flag is the last positional argument.
+    if name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish", "selu") and len(node.args) > 1:
+        inplace = bool(node.args[1])
+        node.args = node.args[:1]
+        return inplace
+    return False
+
+
+def _inplace_method(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") and not name.startswith("_") and name != "requires_grad_"
+
+
+def _aliases_read_later(target: fx.Node, base: dict[fx.Node, fx.Node], order: dict[fx.Node, int], now: int) -> bool:
+    """Whether a view of `target`, or what `target` is a view of, is read after position `now`."""
+    root = _root(target, base)
+    aliases = {v for v in base if _root(v, base) is root} | {root}
+    return any(order[user] > now for alias in aliases - {target} for user in alias.users)
+
+
+def _root(node: fx.Node, base: dict[fx.Node, fx.Node]) -> fx.Node:
+    while node in base:
+        node = base[node]
+    return node

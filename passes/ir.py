@@ -1,0 +1,206 @@
+"""The words of the compiler, as frozen dataclasses.
+
+A traced graph is reduced to *regions* (series-parallel parts); a region is a `Series` of `Layer`s; a layer is a run of
+affine ops up to and including at most one activation, around at most one core: a convolution, a `Parallel` element (a
+residual block, say), or an op that lmfx does not understand (opaque).
+
+    Region ── Series ── Layer (conv)
+                     ├─ Layer (parallel) ── Parallel(add) ── Series, Series
+                     └─ Layer (opaque)
+
+Cuts are the boundaries between layers; a `Span` is what lies between two cuts of one series, half open
+`(start, stop]` in the paper's counting, `series.layers[start:stop]` in Python's. A `Candidate` is one way to realize a
+span. All references into the graph are *names of fx nodes* (`str`), so these objects survive copies of the graph and
+can be written to JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "Candidate",
+    "ConvConfig",
+    "Join",
+    "Layer",
+    "MergePlan",
+    "Parallel",
+    "Realization",
+    "Refusal",
+    "Region",
+    "Series",
+    "Span",
+]
+
+Realization = Literal["keep", "compose", "fit", "drop"]
+Join = Literal["add", "sub", "cat", "mul"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something can not be merged: a reason for a person, and the names of the fx nodes that are in the way."""
+
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({', '.join(self.nodes)})" if self.nodes else self.reason
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """Everything about a convolution but its values. Tuples have one entry a spatial dimension (1 to 3).
+
+    `padding` is `((before, after), ...)` in zeros, so left/top and right/bottom may differ.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial output size for a spatial input size."""
+        return tuple(
+            (n + lo + hi - d * (k - 1) - 1) // s + 1
+            for n, (lo, hi), d, k, s in zip(
+                size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Branches that leave one value and meet in one join. An empty branch (no layers) is a plain skip."""
+
+    join: Join
+    node: str  # the fx node of the join
+    branches: tuple[Series, ...]  # in operand order
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Affine ops up to and including at most one activation, around at most one core (conv, parallel or opaque op).
+
+    `nodes` are the layer's own fx nodes in order (for a parallel: the join and what follows it, not the branches).
+    `entry` is the node whose value enters, `exit` the node whose value leaves.
+    """
+
+    nodes: tuple[str, ...]
+    entry: str
+    exit: str
+    conv: str | None = None
+    activation: str | None = None
+    parallel: Parallel | None = None
+    opaque: Refusal | None = None  # why the core is not understood
+
+    def all_nodes(self) -> Iterator[str]:
+        """The layer's nodes and those of every branch inside it."""
+        if self.parallel is not None:
+            for branch in self.parallel.branches:
+                for layer in branch.layers:
+                    yield from layer.all_nodes()
+        yield from self.nodes
+
+
+@dataclass(frozen=True)
+class Series:
+    """Consecutive layers. `name` is unique in the graph: `"0"`, and for branch 1 of its layer 3 `"0/3.1"`."""
+
+    name: str
+    entry: str
+    exit: str
+    layers: tuple[Layer, ...]
+
+    def walk(self) -> Iterator[Series]:
+        """This series and all series nested in it, outer before inner."""
+        yield self
+        for layer in self.layers:
+            if layer.parallel is not None:
+                for branch in layer.parallel.branches:
+                    yield from branch.walk()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A maximal series-parallel part of the graph, entered and left through one value each."""
+
+    series: Series
+
+    @property
+    def entry(self) -> str:
+        return self.series.entry
+
+    @property
+    def exit(self) -> str:
+        return self.series.exit
+
+
+@dataclass(frozen=True)
+class Span:
+    """`series.layers[start:stop]`."""
+
+    series: str
+    start: int
+    stop: int
+    entry: str  # fx node whose value enters
+    exit: str  # fx node whose value leaves, after the kept activation
+    output: str  # fx node whose value the merged conv replaces: `exit`, or what enters the kept activation
+    activation: str | None  # the kept activation at the stop, if there is one
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing the solver may choose: a span, and how to realize it.
+
+    keep     the single layer as it is (`conv` is None; for a parallel layer only its join and what follows it)
+    compose  the tensor algebra over the `kept` convs; the others are pruned
+    fit      one conv found in closed form, whatever the span holds
+    drop     the identity
+
+    `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
+    `kept` those that are composed.
+    """
+
+    span: Span
+    realization: Realization
+    conv: ConvConfig | None = None
+    convs: tuple[str, ...] = ()
+    all_convs: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A name that is unique among the candidates of one graph and equal in every run."""
+        parts = [self.span.series, f"{self.span.start}-{self.span.stop}", self.realization]
+        if self.conv is not None:
+            c = self.conv
+            parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
+            if any(d != 1 for d in c.dilation):
+                parts.append("d" + "x".join(map(str, c.dilation)))
+        return ":".join(parts)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """The chosen candidates (those that change something: never `keep`), in the order of the graph.
+
+    `latency` (ms) and `importance` are the solver's prediction for the whole network; `fingerprint` names the traced
+    graph that the plan was made for, and rewriting another graph with it is refused.
+    """
+
+    candidates: tuple[Candidate, ...] = ()
+    fingerprint: str = ""
+    latency: float | None = None
+    importance: float | None = None
+    surrogate: Literal["identity", "affine"] = "identity"
+    notes: dict[str, float] = field(default_factory=dict, compare=False)

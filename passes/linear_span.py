@@ -1,0 +1,150 @@
+"""`LinearSpan`: the trainable form of a merged conv.
+
+It holds the kept convs and norms of a span, pads once at its entry, and runs everything inside without padding; where
+branches meet, each is given the crop of its input that its own padding would have meant. That is exactly the algebra of
+`linear`, so `reparameterize()` is the same function as one conv.
+
+    x ─ pad ─┬─ crop ─ conv1 ─ bn1 ─ conv2 ─ bn2 ─ add ─ ...
+             └─ crop ───────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import linear, ops
+from .ir import ConvConfig
+from .linear import LinearOp
+
+__all__ = ["Branches", "Chain", "Crop", "LinearSpan"]
+
+
+class Chain(nn.Sequential):
+    """Affine modules one after the other, none of which pads. Empty: the identity."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__(*modules)
+
+    def linear_op(self, channels: int, ndim: int) -> LinearOp:
+        """This chain as one op, in float64."""
+        op: LinearOp | None = None
+        for module in self:
+            width = channels if op is None else op.out_channels
+            step = _linear_op(module, width, ndim)
+            op = step if op is None else linear.compose(op, step)
+        if op is None:
+            like = next(self.parameters(), None)
+            return linear.identity(channels, ndim, None if like is None else like.device)
+        return op
+
+
+class Crop(nn.Module):
+    """Drops `before` and `after` pixels of each spatial dimension."""
+
+    def __init__(self, amounts: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.amounts = tuple(amounts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (before, after) in enumerate(self.amounts):
+            dim = i + 2
+            if before or after:
+                x = x.narrow(dim, before, x.shape[dim] - before - after)
+        return x
+
+    def extra_repr(self) -> str:
+        return str(self.amounts)
+
+
+class Branches(nn.Module):
+    """Chains that read crops of one value and meet in a join."""
+
+    def __init__(self, join: str, chains: Sequence[Chain], crops: Sequence[Crop], signs: Sequence[float]) -> None:
+        super().__init__()
+        self.join = join
+        self.signs = tuple(signs)
+        self.chains = nn.ModuleList(chains)
+        self.crops = nn.ModuleList(crops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [chain(crop(x)) for chain, crop in zip(self.chains, self.crops, strict=True)]
+        if self.join == "cat":
+            return torch.cat(values, 1)
+        total = values[0] if self.signs[0] > 0 else -values[0]
+        for value, sign in zip(values[1:], self.signs[1:], strict=True):
+            total = total + value if sign > 0 else total - value
+        return total
+
+    def linear_op(self, channels: int, ndim: int) -> LinearOp:
+        """The join as one op, in float64. Each branch's padding is what its crop stands for."""
+        found = []
+        starts = [max(before) for before in zip(*([b for b, _ in c.amounts] for c in self._crops()), strict=True)]
+        ends = [max(after) for after in zip(*([a for _, a in c.amounts] for c in self._crops()), strict=True)]
+        for chain, crop in zip(self.chains, self._crops(), strict=True):
+            assert isinstance(chain, Chain)
+            op = chain.linear_op(channels, ndim)
+            pads = tuple(
+                (s - b, e - a) for (b, a), s, e in zip(crop.amounts, starts, ends, strict=True)
+            )
+            found.append(LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups))
+        # Only the alignment matters here: the span pads once, at its entry.
+        whole = linear.cat(found) if self.join == "cat" else linear.add(found, self.signs)
+        none = ((0, 0),) * ndim
+        return LinearOp(whole.weight, whole.bias, whole.stride, none, whole.dilation, whole.groups)
+
+    def _crops(self) -> list[Crop]:
+        return [c for c in self.crops if isinstance(c, Crop)]
+
+    def extra_repr(self) -> str:
+        return f"{self.join}, signs={self.signs}"
+
+
+def _linear_op(module: nn.Module, channels: int, ndim: int) -> LinearOp:
+    if isinstance(module, (Chain, Branches)):
+        return module.linear_op(channels, ndim)
+    if isinstance(module, ops.CONVS):
+        return linear.from_conv(module)
+    if isinstance(module, ops.BATCH_NORMS):
+        return linear.from_batch_norm(module, ndim)
+    if isinstance(module, ops.AVG_POOLS):
+        return linear.from_avg_pool(module, channels)
+    if isinstance(module, ops.ChannelAffine):
+        return linear.diagonal(module.scale.double().expand(channels), module.bias.double().expand(channels), ndim)
+    raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
+
+
+class LinearSpan(nn.Module):
+    """A span whose activations are gone: affine, trainable, and equal to one conv.
+
+    `config` is the merged conv's configuration, `padding` its zeros before and after in each spatial dimension.
+    """
+
+    def __init__(self, body: Chain, padding: Sequence[tuple[int, int]], config: ConvConfig) -> None:
+        super().__init__()
+        self.body = body
+        self.padding = tuple(padding)
+        self.config = config
+        self._flat = [p for pair in reversed(self.padding) for p in pair]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(F.pad(x, self._flat) if any(self._flat) else x)  # type: ignore[no-any-return]
+
+    def linear_op(self) -> LinearOp:
+        """The span as one op in float64, padding included."""
+        op = self.body.linear_op(self.config.in_channels, len(self.padding))
+        return LinearOp(op.weight, op.bias, op.stride, self.padding, op.dilation, op.groups)
+
+    def reparameterize(self) -> nn.Module:
+        """The single conv that computes what this span computes (behind a pad where left and right differ)."""
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        with torch.no_grad():
+            op = self.linear_op()
+        return linear.to_conv(op, None if like is None else like.dtype, None if like is None else like.device)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{c.in_channels}, {c.out_channels}, kernel_size={c.kernel_size}, stride={c.stride}, padding={self.padding}"

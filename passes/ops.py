@@ -1,0 +1,232 @@
+"""What lmfx knows of single operations: which modules are convs, affine, activations, pools, and how functions map to them.
+
+    conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
+    affine       diagonal or shape-preserving     BatchNorm (running statistics), ChannelAffine, zero pads, average pools
+    activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it
+    join         several maps in, one out         add, sub, cat, mul
+
+Everything else is opaque: it may be kept, or replaced whole by a fitted conv, but not composed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "AFFINE",
+    "AVG_POOLS",
+    "BATCH_NORMS",
+    "CONVS",
+    "IDENTITIES",
+    "IDEMPOTENT",
+    "JOINS",
+    "MAX_POOLS",
+    "PADS",
+    "ChannelAffine",
+    "conv_class",
+    "has_hooks",
+    "is_plain",
+]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ChannelAffine(nn.Module):
+    """y = scale * x + bias with one pair a channel; `scale` and `bias` have shape (channels,) or (1,) for all alike."""
+
+    def __init__(self, scale: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        tail = (1,) * (x.dim() - 2)
+        return x * self.scale.view(-1, *tail) + self.bias.view(-1, *tail)
+
+    def extra_repr(self) -> str:
+        return str(self.scale.numel())
+
+
+CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AVG_POOLS: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+MAX_POOLS: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+PADS: tuple[type[nn.Module], ...] = (
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+)
+AFFINE: tuple[type[nn.Module], ...] = (*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine)
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.SiLU,
+    nn.GELU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Sigmoid,
+    nn.LogSigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Mish,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Threshold,
+)
+IDEMPOTENT: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+IDENTITIES: tuple[type[nn.Module], ...] = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+# Classes that are the identity in eval mode, wherever they are defined (timm, torchvision and copies of them).
+IDENTITY_NAMES = frozenset({"DropPath", "StochasticDepth", "DropBlock2d", "DropBlock3d"})
+IDENTITY_FUNCTIONS = frozenset(
+    {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
+    | {"stochastic_depth", "drop_path", "drop_block2d", "drop_block3d"}
+)
+JOINS: dict[str, str] = {"add": "add", "sub": "sub", "cat": "cat", "concat": "cat", "concatenate": "cat", "mul": "mul"}
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` computes exactly what `kind` computes: `kind` itself or a subclass with nothing overridden."""
+    if not isinstance(module, kind) or has_hooks(module):
+        return False
+    own = type(module)
+    methods = ("forward", "_conv_forward", "_check_input_dim")
+    return own is kind or all(getattr(own, name, None) is getattr(kind, name, None) for name in methods)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module runs hooks around its forward, which a rewritten graph would lose."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def plain_in(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether `module` is plainly one of `kinds`."""
+    return any(is_plain(module, kind) for kind in kinds)
+
+
+def conv_class(ndim: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
+    """The torch conv module for 1 to 3 spatial dimensions."""
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+
+
+def affine_refusal(module: nn.Module) -> str | None:
+    """None if the module is affine with the constants it has, else the reason why it is not."""
+    if has_hooks(module):
+        return "the module has forward hooks"
+    if plain_in(module, CONVS):
+        mode = getattr(module, "padding_mode", "zeros")
+        return None if mode == "zeros" else f"the conv pads with padding_mode={mode!r}"
+    if plain_in(module, BATCH_NORMS):
+        return None if getattr(module, "running_mean", None) is not None else "the norm keeps no running statistics"
+    if plain_in(module, AVG_POOLS):
+        pool: Any = module
+        padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
+        if pool.ceil_mode:
+            return "the average pool rounds its output size up"
+        if any(padding) and not pool.count_include_pad:
+            return "the average pool does not count its padding"
+        return "the average pool overrides its divisor" if getattr(pool, "divisor_override", None) else None
+    if plain_in(module, PADS):
+        pad: Any = module
+        if min(pad.padding) < 0:
+            return "the pad crops"
+        return None if pad.value == 0 else f"the pad fills with {pad.value}"
+    if isinstance(module, ChannelAffine):
+        return None
+    return f"{type(module).__name__} is not affine"
+
+
+# Functions that are one module once their arguments are constants: name -> (module class, parameter names in order).
+Maker = Callable[..., nn.Module]
+
+
+def _relu6_or_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
+    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
+
+
+def _clamp(min: float | None = None, max: float | None = None) -> nn.Module | None:  # noqa: A002 (torch's names)
+    if isinstance(min, (int, float)) and max is None and min == 0:
+        return nn.ReLU()
+    if isinstance(min, (int, float)) and isinstance(max, (int, float)) and min < max:
+        return _relu6_or_hardtanh(float(min), float(max))
+    return None
+
+
+def _pad(pad: Any, mode: str = "constant", value: float | None = 0.0) -> nn.Module | None:
+    if mode != "constant" or not all(isinstance(p, int) for p in pad) or len(pad) not in (2, 4, 6):
+        return None
+    cls = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(pad) // 2 - 1]
+    return cls(tuple(pad), float(value or 0.0))
+
+
+def _pool(cls: type[nn.Module]) -> Maker:
+    def make(kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
+        return cls(kernel_size, stride or None, *args, **kwargs)
+
+    return make
+
+
+_AVG = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_MAX = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+FUNCTIONS: dict[str, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = {
+    "relu": (nn.ReLU, ()),
+    "relu6": (nn.ReLU6, ()),
+    "hardtanh": (_relu6_or_hardtanh, ("min_val", "max_val")),
+    "clamp": (_clamp, ("min", "max")),
+    "clip": (_clamp, ("min", "max")),
+    "clamp_min": (_clamp, ("min",)),
+    "silu": (nn.SiLU, ()),
+    "gelu": (nn.GELU, ("approximate",)),
+    "elu": (nn.ELU, ("alpha",)),
+    "selu": (nn.SELU, ()),
+    "celu": (nn.CELU, ("alpha",)),
+    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
+    "sigmoid": (nn.Sigmoid, ()),
+    "logsigmoid": (nn.LogSigmoid, ()),
+    "tanh": (nn.Tanh, ()),
+    "hardswish": (nn.Hardswish, ()),
+    "hardsigmoid": (nn.Hardsigmoid, ()),
+    "mish": (nn.Mish, ()),
+    "softplus": (nn.Softplus, ("beta", "threshold")),
+    "softsign": (nn.Softsign, ()),
+    "threshold": (nn.Threshold, ("threshold", "value")),
+    "pad": (_pad, ("pad", "mode", "value")),
+    "constant_pad_nd": (lambda pad, value=0.0: _pad(pad, "constant", value), ("pad", "value")),
+    "avg_pool1d": (_pool(nn.AvgPool1d), _AVG[:-1]),
+    "avg_pool2d": (_pool(nn.AvgPool2d), _AVG),
+    "avg_pool3d": (_pool(nn.AvgPool3d), _AVG),
+    "max_pool1d": (_pool(nn.MaxPool1d), _MAX),
+    "max_pool2d": (_pool(nn.MaxPool2d), _MAX),
+    "max_pool3d": (_pool(nn.MaxPool3d), _MAX),
+    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d, ("output_size",)),
+    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ("output_size",)),
+    "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d, ("output_size",)),
+    "adaptive_max_pool2d": (nn.AdaptiveMaxPool2d, ("output_size",)),
+    "flatten": (lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim), ("start_dim", "end_dim")),
+}
+# torch.nn.functional wraps these in dispatchers whose __name__ says nothing.
+FUNCTION_NAMES: dict[Any, str] = {
+    getattr(torch.nn.functional, name): name
+    for name in ("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d")
+}

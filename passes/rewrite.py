@@ -1,0 +1,250 @@
+"""MergePlan -> trainable GraphModule -> merged GraphModule.
+
+    before     x ─ conv1 ─ bn1 ─ relu ─ conv2 ─ bn2 ─┐                    trainable  x ─ LinearSpan ─ relu
+               └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
+
+`rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
+nothing. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and
+parameters go, and both results are ordinary GraphModules.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import fx, nn
+
+from . import linear, ops
+from .canonical import set_submodule
+from .errors import PlanError
+from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
+from .layers import Network
+from .linear_span import Branches, Chain, Crop, LinearSpan
+from .spans import is_dropped
+from .trace import fingerprint
+from .verify import check_graph
+
+__all__ = ["build_span", "merge", "rewrite", "span_names"]
+
+
+def rewrite(
+    graph: fx.GraphModule, plan: MergePlan, surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> fx.GraphModule:
+    """The trainable form of `graph` under `plan`; `graph` is not changed.
+
+    `surrogates` maps activation nodes to (scale, bias) of shape (channels,) that linearize them; without it every
+    linearized activation is the identity. Fitted convs start from the composed kernel where there is one (cut to
+    their window), else from torch's own initialisation, until a fit sets them.
+
+    Raises `PlanError` if the plan was made for another graph.
+    """
+    if plan.fingerprint and plan.fingerprint != fingerprint(graph):
+        raise PlanError(
+            f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
+            "trace the same model with an example of the same rank, or solve again"
+        )
+    network = Network(graph)
+    gm = copy.deepcopy(graph)
+    nodes = {n.name: n for n in gm.graph.nodes}
+    placed: dict[str, str] = {}
+    for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
+        _check(network, candidate)
+        if candidate.realization == "keep":
+            continue
+        entry, output = nodes[candidate.span.entry], nodes[candidate.span.output]
+        if candidate.realization == "drop":
+            output.replace_all_uses_with(entry)
+            continue
+        module = build_span(network, candidate, surrogates)
+        like = next(graph.parameters(), None)
+        set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
+        with gm.graph.inserting_after(output):
+            new = gm.graph.create_node("call_module", name, (entry,), {}, name=name.replace(".", "_"))
+        new.meta = {**output.meta, "path": name}
+        output.replace_all_uses_with(new)
+        placed[name] = candidate.key
+    _clean(gm)
+    gm.meta["lmfx_spans"] = placed
+    check_graph(gm)
+    return gm
+
+
+def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
+    """The module name that each candidate's merged conv gets, `layer1.0.merged` beside the span's first conv."""
+    taken = {name for name, _ in graph.named_modules(remove_duplicate=False)}
+    names = []
+    for candidate in plan.candidates:
+        parent = candidate.convs[0].rpartition(".")[0] if candidate.convs else ""
+        base = f"{parent}.merged" if parent else "merged"
+        name, i = base, 0
+        while name in taken:
+            i += 1
+            name = f"{base}_{i}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def merge(module: fx.GraphModule) -> fx.GraphModule:
+    """The deploy form: a copy in which every `LinearSpan` is one conv (behind a pad node if its padding is uneven)."""
+    gm = copy.deepcopy(module)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_module":
+            continue
+        span = gm.get_submodule(str(node.target))
+        if not isinstance(span, LinearSpan):
+            continue
+        conv = span.reparameterize().train(module.training)
+        if isinstance(conv, nn.Sequential):
+            pad_name = f"{node.target}_pad"
+            set_submodule(gm, pad_name, conv[0])
+            with gm.graph.inserting_before(node):
+                pad = gm.graph.create_node("call_module", pad_name, node.args, {}, name=pad_name.replace(".", "_"))
+            pad.meta = {**node.meta, "shape": None, "path": pad_name}
+            node.args, conv = (pad,), conv[1]
+        set_submodule(gm, str(node.target), conv)
+    _clean(gm)
+    check_graph(gm)
+    return gm
+
+
+def _check(network: Network, candidate: Candidate) -> None:
+    span = candidate.span
+    series = network.series.get(span.series)
+    fits = series is not None and 0 <= span.start < span.stop <= len(series.layers)
+    if not fits or series.layers[span.start].entry != span.entry or series.layers[span.stop - 1].exit != span.exit:
+        raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
+
+
+def _clean(gm: fx.GraphModule) -> None:
+    """Remove what is dead, and activations that repeat the one right before them."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    for node in list(gm.graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        here, before = gm.get_submodule(str(node.target)), gm.get_submodule(str(source.target))
+        if type(here) is type(before) and type(here) in ops.IDEMPOTENT and here.extra_repr() == before.extra_repr():
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+
+
+# --- candidates as modules --------------------------------------------------------------------------------------------
+
+
+def build_span(
+    network: Network, candidate: Candidate, surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> nn.Module:
+    """The trainable module of a composed or fitted candidate, with copies of the network's weights."""
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    assert candidate.conv is not None
+    if candidate.realization == "compose":
+        wanted = set(candidate.kept)
+        kept = frozenset(n for n in network.convs(layers)[1] if network.path(n) in wanted)
+        return _Builder(network, kept, surrogates or {}).span(layers, candidate.conv)
+    return fitted_conv(network, candidate.conv)
+
+
+def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
+    """A conv of this configuration in the network's dtype, initialised as torch does it."""
+    like = next(p for p in network.gm.parameters() if p.is_floating_point())
+    symmetric = all(lo == hi for lo, hi in config.padding)
+    conv = ops.conv_class(len(config.kernel_size))(
+        config.in_channels,
+        config.out_channels,
+        config.kernel_size,
+        config.stride,
+        tuple(lo for lo, _ in config.padding) if symmetric else 0,
+        config.dilation,
+        config.groups,
+        dtype=like.dtype,
+        device=like.device,
+    )
+    if symmetric:
+        return conv
+    op = linear.from_conv(conv)
+    return LinearSpan(
+        Chain([conv]),
+        config.padding,
+        linear.LinearOp(op.weight, op.bias, op.stride, config.padding, op.dilation, op.groups).config,
+    )
+
+
+class _Builder:
+    def __init__(
+        self, network: Network, kept: frozenset[str], surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self.network = network
+        self.kept = kept
+        self.surrogates = surrogates
+
+    def span(self, layers: tuple[Layer, ...], config: ConvConfig) -> LinearSpan:
+        chain, seen = self.chain(layers, linearize_last=False)
+        return LinearSpan(chain, seen.padding, seen)
+
+    def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
+        modules: list[nn.Module] = []
+        shape = self.network.shape(layers[0].entry)
+        config = _unit(shape[1], len(shape) - 2)
+        for i, layer in enumerate(layers):
+            if layer.conv is not None and layer.conv not in self.kept:
+                continue  # pruned with its norms and its activation: the identity
+            if layer.parallel is not None:
+                branches, joined = self.branches(layer.parallel)
+                config = linear.compose_config(config, joined)
+                if branches is not None:
+                    modules.append(branches)
+            for name in self.network.affine_nodes(layer):
+                module = self.network.module(name)
+                step = self.network_config(module, config)
+                config = linear.compose_config(config, step)
+                if not isinstance(module, ops.PADS):
+                    modules.append(without_padding(module))
+            last = i == len(layers) - 1 and not linearize_last
+            if layer.activation in self.surrogates and not last:
+                modules.append(ops.ChannelAffine(*self.surrogates[str(layer.activation)]))
+        return Chain(modules), config
+
+    def network_config(self, module: nn.Module, config: ConvConfig) -> ConvConfig:
+        from .layers import module_config
+
+        return module_config(module, config.out_channels, len(config.kernel_size))
+
+    def branches(self, parallel: Parallel) -> tuple[nn.Module | None, ConvConfig]:
+        chains, configs, signs = [], [], []
+        for i, branch in enumerate(parallel.branches):
+            if is_dropped(self.network, parallel, self.kept, i):
+                continue
+            if branch.layers:
+                chain, config = self.chain(branch.layers, linearize_last=True)
+            else:
+                shape = self.network.shape(branch.entry)
+                chain, config = Chain([]), _unit(shape[1], len(shape) - 2)
+            chains.append(chain)
+            configs.append(config)
+            signs.append(-1.0 if parallel.join == "sub" and i > 0 else 1.0)
+        if len(chains) == 1 and parallel.join != "cat":
+            return (chains[0] if len(chains[0]) else None), configs[0]
+        crops = [Crop(c) for c in linear.branch_crops(configs)]
+        whole = linear.cat_configs(configs) if parallel.join == "cat" else linear.add_configs(configs)
+        return Branches(parallel.join, chains, crops, signs), whole
+
+
+def _unit(channels: int, ndim: int) -> ConvConfig:
+    ones = (1,) * ndim
+    return ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
+
+
+def without_padding(module: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the original and does not pad."""
+    clone = copy.deepcopy(module)
+    if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        clone.padding = (0,) * len(clone.kernel_size)
+        clone._reversed_padding_repeated_twice = [0, 0] * len(clone.kernel_size)
+    elif isinstance(clone, ops.AVG_POOLS):
+        clone.padding = 0  # type: ignore[assignment]
+    return clone

@@ -1,0 +1,409 @@
+"""Regions -> candidates and refusals: for every series and every span, what it could become, or why it can not.
+
+compose   States (configuration, kept convs) are carried from cut to cut. A conv layer offers itself or, if its conv is
+          reducible, the identity; a parallel element offers the sums of its branches' states; of the states that share
+          a configuration the one with the largest sum of L1 norms survives, so one pass gives, for each merged kernel
+          size and group structure, the best kept set that holds every irreducible conv.
+fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
+          that follows the span's own size rule.
+drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
+
+A branch of a sum whose convs are all pruned is the identity; where another branch is the identity already (a skip) it
+is dropped, so that a residual block becomes its skip and not `2x`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+
+from . import linear
+from .errors import OptionError
+from .ir import Candidate, ConvConfig, Layer, Parallel, Realization, Refusal, Series, Span
+from .layers import Network, is_identity_config
+
+__all__ = ["SpanOptions", "SpanSet", "enumerate_spans", "is_dropped"]
+
+MAX_FIT_KERNEL = 7
+
+
+@dataclass(frozen=True)
+class SpanOptions:
+    """What may be enumerated."""
+
+    realize: tuple[Realization, ...] = ("compose", "fit")
+    max_kernel_size: int | None = 7  # None: unbounded for compose, 7 for fit
+    max_fit_convs: int | None = 8  # a fit may replace at most this many convs of the main path
+    include: tuple[str, ...] = ()  # module name globs; empty means everything
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = set(self.realize) - {"compose", "fit", "drop", "keep"}
+        if unknown:
+            raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of 'compose', 'fit', 'drop'")
+        if self.max_kernel_size is not None and (
+            not isinstance(self.max_kernel_size, int) or isinstance(self.max_kernel_size, bool) or self.max_kernel_size < 1
+        ):
+            raise OptionError(f"max_kernel_size={self.max_kernel_size!r}: use a whole number from 1, or None")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise OptionError(f"{name}={getattr(self, name)!r}: pass a tuple of globs, like ({name!r},)")
+
+
+@dataclass(frozen=True)
+class SpanSet:
+    """All that was found in one graph."""
+
+    network: Network
+    options: SpanOptions
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[Refusal, ...] = ()
+    by_key: dict[str, Candidate] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_key", {c.key: c for c in self.candidates})
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.candidates)
+
+
+@dataclass(frozen=True)
+class _State:
+    config: ConvConfig
+    score: float
+    kept: tuple[str, ...]
+    pruned: bool  # nothing but the identity is left, where there were convs
+
+
+def enumerate_spans(network: Network, options: SpanOptions | None = None) -> SpanSet:
+    """Candidates and refusals of every series, in the order of the graph; deterministic."""
+    finder = _Finder(network, options or SpanOptions())
+    finder.check_globs()
+    for region in network.regions:
+        for series in region.series.walk():
+            finder.series(series)
+    finder.refuse_boundaries()
+    return SpanSet(network, finder.options, tuple(finder.candidates), tuple(dict.fromkeys(finder.refusals)))
+
+
+def is_dropped(network: Network, parallel: Parallel, kept: frozenset[str], index: int) -> bool:
+    """Whether branch `index` vanishes when only the `kept` conv nodes stay: all pruned, beside another identity."""
+    if parallel.join != "add":
+        return False
+    pruned = [_is_pruned(network, b, kept) for b in parallel.branches]
+    empty = [not b.layers for b in parallel.branches]
+    if not pruned[index]:
+        return False
+    return any(empty) or any(pruned[:index])
+
+
+def _is_pruned(network: Network, branch: Series, kept: frozenset[str]) -> bool:
+    _, convs = network.convs(branch.layers)
+    return bool(convs) and not kept.intersection(convs) and all(_vanishes(network, lay, kept) for lay in branch.layers)
+
+
+def _vanishes(network: Network, layer: Layer, kept: frozenset[str]) -> bool:
+    """Whether a layer none of whose convs is kept is the identity (a pool or a norm without a conv stays)."""
+    if layer.parallel is None:
+        return layer.conv is not None or not network.affine_nodes(layer)
+    if network.affine_nodes(layer):
+        return False
+    left = [i for i in range(len(layer.parallel.branches)) if not is_dropped(network, layer.parallel, kept, i)]
+    branches = [layer.parallel.branches[i] for i in left]
+    return len(branches) == 1 and all(_vanishes(network, lay, kept) for lay in branches[0].layers)
+
+
+class _Finder:
+    def __init__(self, network: Network, options: SpanOptions) -> None:
+        self.network = network
+        self.options = options
+        self.candidates: list[Candidate] = []
+        self.refusals: list[Refusal] = []
+        self._layer_states: dict[int, list[_State] | Refusal] = {}
+
+    # --- the loop over spans -----------------------------------------------------------------------------------------
+
+    def series(self, series: Series) -> None:
+        droppable: set[tuple[int, int]] = set()
+        for start in range(len(series.layers)):
+            states: list[_State] | Refusal | None = None
+            for stop in range(start + 1, len(series.layers) + 1):
+                layer = series.layers[stop - 1]
+                states = self.extend(states, layer)
+                if stop == start + 1:
+                    self.keep(series, start, layer)
+                self.span(series, start, stop, states, droppable)
+
+    def span(
+        self, series: Series, start: int, stop: int, states: list[_State] | Refusal, droppable: set[tuple[int, int]]
+    ) -> None:
+        layers = series.layers[start:stop]
+        span = self.make_span(series, start, stop)
+        main, every = self.network.convs(layers)
+        refusal = self.refused(span, layers, every)
+        if refusal is not None:
+            self.refusals.append(refusal)
+            return
+        if isinstance(states, Refusal):
+            self.refusals.append(states)
+        elif "compose" in self.options.realize:
+            self.compose(span, layers, states, main, every)
+        if not main:
+            return
+        if {"fit", "drop", "compose"} & set(self.options.realize):
+            self.drop(span, layers, main, every, droppable)
+        if "fit" in self.options.realize:
+            self.fit(span, series, layers, main, every)
+
+    def make_span(self, series: Series, start: int, stop: int) -> Span:
+        last = series.layers[stop - 1]
+        before = [n for n in last.nodes if n != last.activation]
+        output = before[-1] if before else last.entry
+        return Span(series.name, start, stop, series.layers[start].entry, last.exit, output, last.activation)
+
+    def refused(self, span: Span, layers: tuple[Layer, ...], convs: tuple[str, ...]) -> Refusal | None:
+        if span.output == span.entry:
+            return Refusal("nothing to merge: only an activation", tuple(n for lay in layers for n in lay.nodes))
+        paths = [self.network.path(n) for lay in layers for n in lay.all_nodes()]
+        for path in paths:
+            if any(fnmatch.fnmatchcase(path, g) for g in self.options.exclude):
+                return Refusal(f"excluded: {path} matches exclude={self.options.exclude!r}", (span.entry, span.exit))
+        for conv in convs:
+            path = self.network.path(conv)
+            if self.options.include and not any(fnmatch.fnmatchcase(path, g) for g in self.options.include):
+                return Refusal(f"not included: {path} matches nothing of include={self.options.include!r}", (conv,))
+        return None
+
+    def check_globs(self) -> None:
+        names = [name for name, _ in self.network.gm.named_modules()]
+        for option in ("include", "exclude"):
+            for glob in getattr(self.options, option):
+                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                    known = ", ".join(n for n in names if n)[:200]
+                    raise OptionError(f"{option}={glob!r} matches no module; the modules are {known} ...")
+
+    def refuse_boundaries(self) -> None:
+        """Say why regions end where they end."""
+        for region in self.network.regions:
+            for name in (region.entry, region.exit):
+                readers = self.network.nodes[name].users
+                if len(readers) > 1:
+                    names = (name, *(u.name for u in readers))
+                    self.refusals.append(
+                        Refusal(f"the value of {name} is read by {len(readers)} ops that do not rejoin", names)
+                    )
+
+    # --- keep, compose, drop, fit ------------------------------------------------------------------------------------
+
+    def keep(self, series: Series, start: int, layer: Layer) -> None:
+        main, every = self.network.convs((layer,)) if layer.parallel is None else ((), ())
+        config = self.network.config(layer) if layer.conv is not None else None
+        conv = config if isinstance(config, ConvConfig) else None
+        self.candidates.append(
+            Candidate(self.make_span(series, start, start + 1), "keep", conv, *self.paths(main, every, every))
+        )
+
+    def paths(self, *groups: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(self.network.path(n) for n in names) for names in groups)
+
+    def compose(
+        self, span: Span, layers: tuple[Layer, ...], states: list[_State], main: tuple[str, ...], every: tuple[str, ...]
+    ) -> None:
+        if len(layers) == 1 and not self.folds_something(layers[0]):
+            return
+        best: dict[tuple[object, ...], _State] = {}
+        for state in states:
+            if not state.kept and is_identity_config(state.config):
+                continue  # that is `drop`
+            key = (state.config.kernel_size, state.config.dilation, state.config.groups)
+            if key not in best or state.score > best[key].score:
+                best[key] = state
+        order = {name: i for i, name in enumerate(every)}
+        for state in sorted(best.values(), key=lambda s: (s.config.kernel_size, s.config.groups)):
+            kept = sorted(state.kept, key=order.__getitem__)
+            if every and not kept:
+                continue
+            self.candidates.append(Candidate(span, "compose", state.config, *self.paths(main, every, kept)))
+
+    def folds_something(self, layer: Layer) -> bool:
+        """Whether composing this one layer gives another graph than keeping it: a pool or a pad, or a parallel."""
+        if layer.parallel is not None:
+            return True
+        if layer.conv is None:
+            return False
+        config = self.network.config(layer)
+        own = self.network.nodes[layer.conv]
+        conv_only = [n for n in self.network.affine_nodes(layer) if n != own.name]
+        return isinstance(config, ConvConfig) and any(self.changes_window(n) for n in conv_only)
+
+    def changes_window(self, name: str) -> bool:
+        return not self.network.module(name)._get_name().startswith(("BatchNorm", "ChannelAffine"))
+
+    def drop(
+        self,
+        span: Span,
+        layers: tuple[Layer, ...],
+        main: tuple[str, ...],
+        every: tuple[str, ...],
+        droppable: set[tuple[int, int]],
+    ) -> None:
+        net = self.network
+        geometry = net.series_geometry(net.series[span.series], layers)
+        if net.shape(span.entry) != net.shape(span.output) or geometry is None or set(geometry.stride) != {1}:
+            return
+        splits = any((span.start, m) in droppable and (m, span.stop) in droppable for m in range(span.start, span.stop))
+        droppable.add((span.start, span.stop))
+        if not splits:
+            self.candidates.append(Candidate(span, "drop", None, *self.paths(main, every, ())))
+
+    def fit(
+        self, span: Span, series: Series, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]
+    ) -> None:
+        limit = self.options.max_fit_convs
+        if limit is not None and len(main) > limit:
+            return
+        geometry = self.network.series_geometry(series, layers)
+        before, after = self.network.shape(span.entry), self.network.shape(span.output)
+        if geometry is None or geometry.output_size(before[2:]) != after[2:]:
+            blockers = [lay for lay in layers if self.network.geometry(lay) is None] or layers
+            self.refusals.append(
+                Refusal("the output size follows no conv's rule, so nothing can be fitted", blockers[0].nodes)
+            )
+            return
+        as_it_is = self.network.config(layers[0]) if len(layers) == 1 and layers[0].conv else None
+        for size in range(1, min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) + 1, 2):
+            config = _centred(geometry, size, before[1], after[1])
+            if config is None or config.output_size(before[2:]) != after[2:]:
+                continue
+            for groups in (1, before[1]) if before[1] == after[1] and before[1] > 1 else (1,):
+                chosen = ConvConfig(*_fields(config), groups)
+                if chosen != as_it_is:
+                    self.candidates.append(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
+
+    # --- states ------------------------------------------------------------------------------------------------------
+
+    def extend(self, states: list[_State] | Refusal | None, layer: Layer) -> list[_State] | Refusal:
+        """The states of a span with one more layer."""
+        if isinstance(states, Refusal):
+            return states
+        more = self.layer_states(layer)
+        if isinstance(more, Refusal) or states is None:
+            return more
+        found = [
+            _State(linear.compose_config(a.config, b.config), a.score + b.score, a.kept + b.kept, a.pruned and b.pruned)
+            for a, b in product(states, more)
+        ]
+        return self.bounded(found, layer.nodes)
+
+    def bounded(self, states: list[_State], nodes: tuple[str, ...]) -> list[_State] | Refusal:
+        limit = self.options.max_kernel_size
+        best: dict[tuple[ConvConfig, bool], _State] = {}
+        for state in states:
+            if limit is not None and max(state.config.kernel_size) > limit:
+                continue
+            key = (state.config, state.pruned)
+            if key not in best or state.score > best[key].score:
+                best[key] = state
+        if not best:
+            smallest = min(max(s.config.kernel_size) for s in states)
+            return Refusal(f"the merged kernel would be {smallest} or more, over max_kernel_size={limit}", nodes)
+        return list(best.values())
+
+    def layer_states(self, layer: Layer) -> list[_State] | Refusal:
+        if id(layer) not in self._layer_states:
+            self._layer_states[id(layer)] = self._states_of(layer)
+        return self._layer_states[id(layer)]
+
+    def _states_of(self, layer: Layer) -> list[_State] | Refusal:
+        config = self.network.config(layer)
+        if isinstance(config, Refusal):
+            return config
+        if layer.parallel is not None:
+            joined = self.joined(layer.parallel)
+            if isinstance(joined, Refusal):
+                return joined
+            found = [
+                _State(linear.compose_config(s.config, config), s.score, s.kept, s.pruned and not self.network.affine_nodes(layer))
+                for s in joined
+            ]
+            return self.bounded(found, layer.nodes)
+        if layer.conv is None:
+            return [_State(config, 0.0, (), not self.network.affine_nodes(layer))]
+        states = [_State(config, self.network.l1(layer.conv), (layer.conv,), False)]
+        if self.network.reducible(layer):
+            channels, ndim = config.in_channels, len(config.kernel_size)
+            ones = (1,) * ndim
+            nothing = ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
+            states.append(_State(nothing, 0.0, (), True))
+        return self.bounded(states, layer.nodes)
+
+    def joined(self, parallel: Parallel) -> list[_State] | Refusal:
+        if parallel.join == "mul":
+            return Refusal("the product of two maps is not affine; only a fit can replace it", (parallel.node,))
+        if parallel.join == "cat" and self.network.nodes[parallel.node].args[1] != 1:
+            return Refusal("the concatenation is not along the channels", (parallel.node,))
+        shape = self.network.shape(parallel.node)
+        branches: list[list[_State]] = []
+        for branch in parallel.branches:
+            if self.network.shape(branch.exit)[2:] != shape[2:] or len(shape) < 3:
+                return Refusal("an operand of the join broadcasts over the map", (parallel.node,))
+            states = self.branch_states(branch)
+            if isinstance(states, Refusal):
+                return states
+            branches.append(states)
+        found = []
+        try:
+            for combination in product(*branches):
+                found.append(self.join_states(parallel, combination))
+        except OptionError as error:
+            return Refusal(str(error), (parallel.node,))
+        return self.bounded(found, (parallel.node,))
+
+    def branch_states(self, branch: Series) -> list[_State] | Refusal:
+        if not branch.layers:
+            shape = self.network.shape(branch.entry)
+            ones = (1,) * (len(shape) - 2)
+            return [_State(ConvConfig(shape[1], shape[1], ones, ones, ((0, 0),) * len(ones), ones, shape[1]), 0.0, (), False)]
+        states: list[_State] | Refusal | None = None
+        for layer in branch.layers:
+            states = self.extend(states, layer)
+        assert states is not None
+        return states
+
+    def join_states(self, parallel: Parallel, combination: tuple[_State, ...]) -> _State:
+        score = sum(s.score for s in combination)
+        kept = tuple(c for s in combination for c in s.kept)
+        if parallel.join == "add":
+            left = [
+                s for i, s in enumerate(combination) if not is_dropped(self.network, parallel, frozenset(kept), i)
+            ]
+            config = linear.add_configs([s.config for s in left])
+            convs = any(b.layers for b in parallel.branches)
+            return _State(config, score, kept, convs and len(left) == 1 and not kept and is_identity_config(config))
+        join = linear.cat_configs if parallel.join == "cat" else linear.add_configs
+        return _State(join([s.config for s in combination]), score, kept, False)
+
+
+def _fields(config: ConvConfig) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+    c = config
+    return c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation
+
+
+def _centred(geometry: ConvConfig, size: int, in_channels: int, out_channels: int) -> ConvConfig | None:
+    """A dense kernel of `size` on the centre of the geometry's window, with its size rule; None if it would crop."""
+    pads = []
+    for (lo, hi), k, d in zip(geometry.padding, geometry.kernel_size, geometry.dilation, strict=True):
+        extent = d * (k - 1)
+        before = lo - (extent - (size - 1) + 1) // 2 if extent >= size - 1 else lo + (size - 1 - extent) // 2
+        after = (lo + hi - extent) + (size - 1) - before
+        if before < 0 or after < 0:
+            return None
+        pads.append((before, after))
+    ones = (1,) * len(pads)
+    kernel = (size,) * len(pads)
+    return ConvConfig(in_channels, out_channels, kernel, geometry.stride, tuple(pads), ones, 1)

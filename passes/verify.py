@@ -1,0 +1,59 @@
+"""Postconditions that every pass checks on its result, and numerical comparison of two networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import VerifyError
+
+__all__ = ["check_equivalent", "check_graph", "relative_error"]
+
+
+def check_graph(gm: fx.GraphModule) -> None:
+    """Lint, and: every module that is called exists, nothing is dead. Raises `VerifyError`."""
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AttributeError) as error:
+        raise VerifyError(f"the rewritten graph does not lint: {error}") from error
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    for name in called:
+        try:
+            gm.get_submodule(name)
+        except AttributeError as error:
+            raise VerifyError(f"the rewritten graph calls {name}, which is not there") from error
+    dead = [n.name for n in gm.graph.nodes if not n.users and n.op not in ("output", "placeholder")]
+    if dead:
+        raise VerifyError(f"the rewritten graph computes values that nobody reads: {', '.join(dead)}")
+    read = called | {str(n.target).rpartition(".")[0] for n in gm.graph.nodes if n.op == "get_attr"}
+    for name, module in gm.named_modules(remove_duplicate=False):
+        own = next(module.parameters(recurse=False), None)
+        if own is not None and not any(name == r or name.startswith(r + ".") for r in read) and "" not in read:
+            raise VerifyError(f"module {name} has parameters that nothing reads")
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """||expected - actual|| / ||expected|| in float64 over all tensors of two outputs of one structure.
+
+    Raises `VerifyError` if their number or shapes differ.
+    """
+    left = [v for v in pytree.tree_leaves(expected) if isinstance(v, Tensor)]
+    right = [v for v in pytree.tree_leaves(actual) if isinstance(v, Tensor)]
+    if [tuple(v.shape) for v in left] != [tuple(v.shape) for v in right]:
+        raise VerifyError(f"output shapes {[tuple(v.shape) for v in left]} became {[tuple(v.shape) for v in right]}")
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True))
+    scale = sum(float(a.double().square().sum()) for a in left)
+    return (error / scale) ** 0.5 if scale else error**0.5
+
+
+def check_equivalent(expected: nn.Module, actual: nn.Module, inputs: tuple[Any, ...], tolerance: float) -> float:
+    """Run both on clones of `inputs` and return their relative error; `VerifyError` if it is over `tolerance`."""
+    with torch.no_grad():
+        outputs = [m(*(v.clone() if isinstance(v, Tensor) else v for v in inputs)) for m in (expected, actual)]
+    error = relative_error(*outputs)
+    if not error <= tolerance:
+        raise VerifyError(f"the networks differ by a relative error of {error:.2e}, over {tolerance:.0e}")
+    return error
