@@ -1,0 +1,147 @@
+"""The fit of `fit` by conjugate gradients, for kernels whose sums would not fit in memory.
+
+The centred normal equations ``(G + lambda I) D = R`` are seen only through a convolution and its weight gradient:
+
+    G W = X'(X W) - n x (W x)'        X'U = the weight gradient of the convolution at output gradient U
+
+so nothing of the size of G is ever made. Every output channel is a system of its own with the same matrix; all are
+iterated side by side, each with its own steps, preconditioned by the diagonal. Groups and dilations come for free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from .errors import InputError, OptionError
+from .gram import Fit
+from .ir import ConvConfig
+
+__all__ = ["fit_cg"]
+
+
+def fit_cg(
+    x_batches: Sequence[Tensor],
+    y_batches: Sequence[Tensor],
+    config: ConvConfig,
+    prior: tuple[Tensor, Tensor] | None = None,
+    damping: float = 1e-2,
+    iterations: int = 50,
+    tolerance: float = 1e-6,
+) -> Fit:
+    """`solve` by conjugate gradients on all output pixels, for kernels whose sums would not fit; any groups.
+
+    Convolves in the dtype of `x_batches`, keeps its state in float64. All output channels are solved side by side, each
+    with its own steps. Stops after `iterations`, or when no channel's gradient is above `tolerance` of its first.
+    """
+    if not len(x_batches) or len(x_batches) != len(y_batches):
+        raise InputError(
+            f"{len(x_batches)} input batches and {len(y_batches)} output batches; give as many, at least 1"
+        )
+    for x, y in zip(x_batches, y_batches, strict=True):
+        expected = (len(x), config.out_channels, *config.output_size(tuple(x.shape[2:])))
+        if x.shape[1] != config.in_channels or tuple(y.shape) != expected:
+            raise InputError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit {config}; y should be {expected}")
+        if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
+            raise InputError("calibration features have NaN or infinite values; check the model and its input")
+    if not 0 <= damping < float("inf"):
+        raise OptionError(f"damping {damping!r}; give a number of at least 0")
+    with torch.no_grad():
+        return _ConjugateGradients(x_batches, y_batches, config).solve(prior, damping, iterations, tolerance)
+
+
+class _ConjugateGradients:
+    """The centred normal equations, seen only through a convolution and its weight gradient."""
+
+    def __init__(self, xs: Sequence[Tensor], ys: Sequence[Tensor], config: ConvConfig) -> None:
+        self.xs, self.ys, self.config = xs, ys, config
+        self.shape = (config.out_channels, config.in_channels // config.groups, *config.kernel_size)
+        self.n = sum(len(y) * prod(y.shape[2:]) for y in ys)
+        one = torch.ones((), dtype=xs[0].dtype, device=xs[0].device)
+        # sums of features and of their squares: the weight gradient of an output of ones
+        self.total = self._sum(lambda x, y: self._gradient(x, one.expand_as(y)))
+        squares = self._sum(lambda x, y: self._gradient(x.square(), one.expand_as(y)))
+        self.variances = squares - self.total.square() / self.n
+        self.y_mean = self._sum(lambda x, y: y.double().transpose(0, 1).flatten(1).sum(1)) / self.n
+
+    def _sum(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        terms = (term(self._pad(x), y).double() for x, y in zip(self.xs, self.ys, strict=True))
+        return sum(terms, start=torch.zeros((), dtype=torch.float64, device=self.xs[0].device))
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, [p for pair in reversed(self.config.padding) for p in pair])
+
+    def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
+        c, ndim = self.config, len(self.config.stride)
+        run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[ndim]
+        return run(x, weight.to(x.dtype), None, c.stride, 0, c.dilation, c.groups)
+
+    def _gradient(self, x: Tensor, output: Tensor) -> Tensor:
+        c, ndim = self.config, len(self.config.stride)
+        of_weight = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}[ndim]
+        return of_weight(x, self.shape, output.contiguous(), c.stride, 0, c.dilation, c.groups)
+
+    def _column(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (len(self.shape) - 1))
+
+    def right(self, weight: Tensor) -> Tensor:
+        """X'(Y - X W), centred."""
+        out = self._column(self.y_mean - self.means(weight))
+        part = self._sum(lambda x, y: self._gradient(x, y - self._conv(x, weight)))
+        return part - out * self.total
+
+    def means(self, weight: Tensor) -> Tensor:
+        return (weight * self.total).flatten(1).sum(1) / self.n
+
+    def times(self, weight: Tensor) -> Tensor:
+        """G W."""
+        part = self._sum(lambda x, y: self._gradient(x, self._conv(x, weight)))
+        return part - self._column(self.means(weight)) * self.total
+
+    def solve(self, prior: tuple[Tensor, Tensor] | None, damping: float, iterations: int, tolerance: float) -> Fit:
+        """Jacobi-preconditioned conjugate gradients from the prior."""
+        weight = torch.zeros(self.shape, dtype=torch.float64, device=self.xs[0].device)
+        if prior is not None:
+            if tuple(prior[0].shape) != self.shape:
+                raise OptionError(f"prior weight {tuple(prior[0].shape)}, expected {self.shape}")
+            weight = prior[0].detach().double()
+        scale = self._column(self.variances.flatten(1).mean(1))
+        lam = damping * scale
+        inverse = 1.0 / (self.variances + lam).clamp_min(1e-12 * float(scale.mean()) or 1.0)
+        delta, residual = torch.zeros_like(weight), self.right(weight)
+        direction = inverse * residual
+        power = self._dot(residual, direction)
+        goal = tolerance**2 * power
+        for _ in range(iterations):
+            active = power > goal
+            if not bool(active.any()):
+                break
+            image = self.times(direction) + lam * direction
+            step = torch.where(active, power / self._dot(direction, image).clamp_min(1e-300), 0.0)
+            delta += step * direction
+            residual -= step * image
+            scaled = inverse * residual
+            power, before = self._dot(residual, scaled), power
+            direction = scaled + torch.where(active, power / before.clamp_min(1e-300), 0.0) * direction
+        weight = weight + delta
+        bias = self.y_mean - self.means(weight)
+        errors = self._sum(
+            lambda x, y: (
+                (y - self._conv(x, weight))
+                .double()
+                .sub(self._column(bias)[None, :, 0])
+                .square()
+                .transpose(0, 1)
+                .flatten(1)
+                .sum(1)
+            )
+        )
+        return Fit(weight, bias, errors / self.n, damping, tuple(lo for lo, _ in self.config.padding))
+
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        return self._column((a * b).flatten(1).sum(1))

@@ -1,0 +1,392 @@
+"""The sums over calibration features from which convolutions are fitted (`fit` has the algebra).
+
+A patch ``x_o`` is a row: taps, then channels within a tap, then a constant 1 that stands for the bias. `Gram` adds up
+``X'X``, ``X'Y`` and ``|Y|^2`` in float64 at the largest kernel, from sampled output pixels only, and gives the centred
+sums of any kernel inside of it:
+
+    tap t of the largest kernel, padding P before, reads pixel   s o - P + t
+    tap j of a smaller one, padding p, dilation d, reads         s o - p + d j         so   t = P - p + d j
+
+A depthwise kernel needs the diagonal blocks only. Every fourth image is summed apart, to judge a fit on images that it
+has not seen; whole images, because the pixels of one image are much alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError, OptionError
+from .ir import ConvConfig
+
+__all__ = ["Fit", "Gram", "Part", "sample_positions"]
+
+MAX_UNKNOWNS = 6500  # an input channel and tap each; a sum of this size takes 0.34 GB
+CACHE_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 27
+BLOCK = 1024
+HOLD_OUT_EVERY = 4  # images
+Part = Literal["rest", "held", "total"]
+PARTS: dict[Part, bool] = {"rest": False, "held": True}  # whether the images of a part are held out
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """A fitted convolution.
+
+    `weight` is (out, in / groups, kernel...), `bias` (out,), both float64; `before` is the padding before in each
+    dimension. `residual` (out,) is the mean squared error on the data that it was fitted to; `heldout` (out,) that of
+    a fit with the same damping to the other images on the held-out ones, None if it was not asked for. `damping` is
+    the relative one that was used.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    residual: Tensor
+    damping: float
+    before: tuple[int, ...]
+    heldout: Tensor | None = None
+
+
+def sample_positions(
+    output_size: Sequence[int], batch: int, count: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """`count` different output pixels (all, if there are fewer) of each image, as flat indices (batch, count)."""
+    pixels = prod(output_size)
+    if pixels < 1 or batch < 1 or count < 1:
+        raise OptionError(f"no pixels to sample: output size {tuple(output_size)}, batch {batch}, count {count}")
+    if count >= pixels:
+        return torch.arange(pixels).expand(batch, -1)
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(batch, pixels, generator=generator, device=device).topk(count).indices
+
+
+@dataclass
+class _Sums:
+    """Weighted sums over samples: xx (1, D, D), xy (1, D, out), or depthwise (C, T + 1, T + 1) and (C, T + 1, 1).
+
+    Of a large `xx` only the blocks on and above the diagonal are summed.
+    """
+
+    xx: Tensor
+    xy: dict[str, Tensor]
+    yy: dict[str, Tensor]
+    n: float = 0.0
+    images: int = 0
+
+    @classmethod
+    def zeros(cls, blocks: int, rows: int, targets: Mapping[str, int], device: torch.device) -> _Sums:
+        def zero(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        xy = {name: zero(blocks, rows, out // blocks) for name, out in targets.items()}
+        return cls(zero(blocks, rows, rows), xy, {name: zero(out) for name, out in targets.items()})
+
+    def add(self, rows: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """Add weighted rows (blocks, n, D) and targets (n, out)."""
+        left = rows.transpose(1, 2)
+        width = rows.shape[2]
+        for i in range(0, width, BLOCK):
+            self.xx[:, i : i + BLOCK, i:].baddbmm_(left[:, i : i + BLOCK], rows[:, :, i:])
+        for name, y in targets.items():
+            blocks = y.reshape(len(y), rows.shape[0], -1).transpose(0, 1)
+            self.xy[name].baddbmm_(left, blocks)
+            self.yy[name] += y.square().sum(0)
+
+    def plus(self, other: _Sums) -> _Sums:
+        xy = {name: value + other.xy[name] for name, value in self.xy.items()}
+        yy = {name: value + other.yy[name] for name, value in self.yy.items()}
+        return _Sums(self.xx + other.xx, xy, yy, self.n + other.n, self.images + other.images)
+
+
+class Gram:
+    """Sums over sampled output pixels of one input, from which convolutions to many targets are fitted.
+
+    `kernel_size`, `stride` and `padding` ((before, after) in each dimension) are those of the largest kernel;
+    `targets` maps names to output channels. With `depthwise`, only what depthwise kernels need is kept, which is far
+    less. `holdout=False` saves the second sum, and with it half of the memory.
+
+    Raises OptionError if there would be more than `limit` unknowns an output channel: use `fit_cg` there.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        targets: Mapping[str, int],
+        *,
+        depthwise: bool = False,
+        holdout: bool = True,
+        limit: int = MAX_UNKNOWNS,
+    ) -> None:
+        self.in_channels, self.kernel_size, self.stride = in_channels, tuple(kernel_size), tuple(stride)
+        self.padding = tuple((lo, hi) for lo, hi in padding)
+        self.targets, self.depthwise = dict(targets), depthwise
+        if not len(self.kernel_size) == len(self.stride) == len(self.padding) or not 1 <= len(self.stride) <= 3:
+            raise OptionError(
+                f"kernel {self.kernel_size}, stride {self.stride} and padding {self.padding} need one entry a "
+                "dimension, of which there are 1 to 3"
+            )
+        if min(*self.kernel_size, *self.stride, in_channels) < 1 or min(p for pair in self.padding for p in pair) < 0:
+            raise OptionError(
+                f"{in_channels} channels, kernel {self.kernel_size}, stride {self.stride} and padding {self.padding} "
+                "make no convolution; sizes are at least 1, padding at least 0"
+            )
+        if depthwise and any(out != in_channels for out in self.targets.values()):
+            raise OptionError(f"a depthwise fit keeps the {in_channels} channels, the targets have {self.targets}")
+        self.taps = list(product(*map(range, self.kernel_size)))
+        rows = len(self.taps) * (1 if depthwise else in_channels) + 1
+        if rows - 1 > limit:
+            raise OptionError(f"{rows - 1} unknowns an output channel are more than {limit}; use fit_cg")
+        self._shape = (in_channels if depthwise else 1, rows)
+        self._holdout = holdout
+        self._images = 0
+        self._sums: dict[Part, _Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
+        self._systems: OrderedDict[object, System] = OrderedDict()
+
+    @property
+    def samples(self) -> float:
+        """The number of output pixels seen (the sum of their weights)."""
+        return sum(sums.n for part, sums in self._sums.items() if part != "total")
+
+    @torch.no_grad()
+    def update(
+        self,
+        x: Tensor,
+        targets: Mapping[str, Tensor],
+        positions: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Add images: `x` (batch, in, size...), targets (batch, out, output size...).
+
+        `positions` (batch, count) are flat output pixels, default all; `weights` (batch, count) their weights, default
+        1. InputError if shapes do not fit or values are not finite.
+        """
+        out_size = self._check(x, targets)
+        pixels = prod(out_size)
+        if positions is None:
+            positions = torch.arange(pixels).expand(len(x), -1)
+        positions = positions.to(x.device)
+        if positions.ndim != 2 or len(positions) != len(x) or positions.min() < 0 or positions.max() >= pixels:
+            raise InputError(
+                f"positions {tuple(positions.shape)} for a batch of {len(x)} and {pixels} output pixels; they are flat "
+                "indices (batch, count), see sample_positions"
+            )
+        if weights is not None and (weights.shape != positions.shape or bool((weights < 0).any())):
+            raise InputError(f"weights {tuple(weights.shape)} need the shape of positions and no negative entry")
+        self._systems.clear()
+        self._sums.pop("total", None)
+        images = torch.arange(len(x), device=x.device)
+        held = (images + self._images) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 if self._holdout else images < 0
+        for part, mask in PARTS.items():
+            chosen = images[held == mask]
+            if len(chosen):
+                if part not in self._sums:
+                    self._sums[part] = _Sums.zeros(*self._shape, self.targets, x.device)
+                ys = {name: targets[name][chosen] for name in self.targets}
+                w = None if weights is None else weights.to(x.device)[chosen]
+                self._accumulate(self._sums[part], x[chosen], ys, out_size, positions[chosen], w)
+        self._images += len(x)
+
+    def _check(self, x: Tensor, targets: Mapping[str, Tensor]) -> tuple[int, ...]:
+        ndim = len(self.stride)
+        if x.ndim != ndim + 2 or x.shape[1] != self.in_channels or not len(x):
+            raise InputError(f"x is {tuple(x.shape)}, expected (batch, {self.in_channels}) and {ndim} sizes")
+        config = ConvConfig(
+            self.in_channels, 1, self.kernel_size, self.stride, self.padding, (1,) * ndim
+        )  # fmt: skip
+        size = config.output_size(tuple(x.shape[2:]))
+        for name, channels in self.targets.items():
+            if name not in targets:
+                raise InputError(f"no value for target {name!r}; seen: {sorted(targets)}")
+            seen, expected = tuple(targets[name].shape), (len(x), channels, *size)
+            if seen != expected:
+                raise InputError(
+                    f"target {name!r} is {seen}, expected {expected} for x {tuple(x.shape)}, kernel "
+                    f"{self.kernel_size}, stride {self.stride}, padding {self.padding}"
+                )
+        return size
+
+    def _accumulate(
+        self,
+        sums: _Sums,
+        x: Tensor,
+        ys: Mapping[str, Tensor],
+        out_size: tuple[int, ...],
+        positions: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        padded = F.pad(x, [p for pair in reversed(self.padding) for p in pair])
+        size = padded.shape[2:]
+        pixels = padded.flatten(2).transpose(1, 2).contiguous()  # (batch, pixel, channel): a tap is one short copy
+        # flat offsets of the taps from the window's first pixel, and the first pixel of every sampled window
+        strides = [prod(size[i + 1 :]) for i in range(len(size))]
+        taps = torch.tensor([sum(a * b for a, b in zip(t, strides, strict=True)) for t in self.taps], device=x.device)
+        corner, rest = torch.zeros_like(positions), positions
+        for size_out, stride, step in reversed(list(zip(out_size, self.stride, strides, strict=True))):
+            corner += rest % size_out * stride * step
+            rest = rest // size_out
+        image = torch.arange(len(x), device=x.device)[:, None].expand_as(positions).flatten()
+        corner, where = corner.flatten(), positions.flatten()
+        flat_ys = {name: y.flatten(2) for name, y in ys.items()}
+        root = None if weights is None else weights.flatten().double().sqrt()
+        blocks, rows = self._shape
+        chunk = max(256, CHUNK_BYTES // (8 * blocks * rows))
+        for i in range(0, len(where), chunk):
+            part = slice(i, i + chunk)
+            patches = pixels[image[part, None], corner[part, None] + taps].double()  # (n, taps, channels)
+            if self.depthwise:
+                features = F.pad(patches.permute(2, 0, 1), (0, 1), value=1.0)
+            else:
+                features = F.pad(patches.flatten(1), (0, 1), value=1.0)[None]
+            values = {name: y[image[part], :, where[part]].double() for name, y in flat_ys.items()}
+            if not all(bool(t.isfinite().all()) for t in (features, *values.values())):
+                raise InputError("calibration features have NaN or infinite values; check the model and its input")
+            n = float(features.shape[1])
+            if root is not None:
+                features = features * root[part, None]
+                values = {name: y * root[part, None] for name, y in values.items()}
+                n = float(root[part].square().sum())
+            sums.add(features, values)
+            sums.n += n
+
+    def _part(self, part: Part) -> _Sums:
+        """The sums of one part of the images; `total` is their sum and stays until the next update."""
+        if not self.samples:
+            raise OptionError("nothing to fit: call update with calibration features (of positive weight) first")
+        if part == "total" and part not in self._sums:
+            held = self._sums.get("held")
+            self._sums[part] = self._sums["rest"].plus(held) if held else self._sums["rest"]
+        return self._sums[part]
+
+    def can_hold_out(self) -> bool:
+        """Whether there are held-out images and others."""
+        return all(part in self._sums and self._sums[part].n > 0 for part in PARTS)
+
+    def padding_of(self, kernel_size: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The (before, after) padding with which a smaller kernel, centred in the largest, has the same output size."""
+        pads = []
+        for big, k, (lo, hi) in zip(self.kernel_size, kernel_size, self.padding, strict=True):
+            before = max(lo - (big - k) // 2, 0)
+            after = lo + hi - (big - k) - before
+            if after < 0:
+                raise OptionError(f"kernel {tuple(kernel_size)} would need padding {(before, after)}: it crops")
+            pads.append((before, after))
+        return tuple(pads)
+
+    def sub(
+        self, kernel_size: Sequence[int], before: Sequence[int] | None = None, dilation: Sequence[int] | None = None
+    ) -> tuple[int, ...]:
+        """Which taps of the largest kernel a smaller one with this padding before (default: `padding_of`) has."""
+        if len(kernel_size) != len(self.kernel_size):
+            raise OptionError(f"kernel {tuple(kernel_size)} for sums over kernel {self.kernel_size}: other dimensions")
+        if before is None:
+            before = [lo for lo, _ in self.padding_of(kernel_size)]
+        steps = [1] * len(kernel_size) if dilation is None else dilation
+        axes = []
+        for k, p, d, big, (lo, _) in zip(kernel_size, before, steps, self.kernel_size, self.padding, strict=True):
+            axis = [lo - p + d * t for t in range(k)]
+            if min(axis) < 0 or max(axis) >= big:
+                raise OptionError(
+                    f"kernel {tuple(kernel_size)}, padding before {tuple(before)}, dilation {tuple(steps)} reaches "
+                    f"outside of kernel {self.kernel_size}, padding {self.padding}"
+                )
+            axes.append(axis)
+        index = {tap: i for i, tap in enumerate(self.taps)}
+        return tuple(index[tap] for tap in product(*axes))
+
+    def system(self, part: Part, taps: tuple[int, ...], depthwise: bool) -> System:
+        """The centred sums of some taps, kept with their factorisations while there is room."""
+        key = (part, taps, depthwise)
+        if key not in self._systems:
+            self._systems[key] = System.of(self._part(part), self.in_channels, taps, depthwise, self.depthwise)
+        self._systems.move_to_end(key)
+        while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:
+            self._systems.popitem(last=False)
+        return self._systems[key]
+
+
+@dataclass
+class System:
+    """Centred sums for one kernel, in independent blocks (1 if dense, the channels if depthwise) of m rows each."""
+
+    sums: _Sums
+    rows: Tensor  # (blocks, m) rows of a dense sum, or (m,) of each block of a depthwise one
+    from_dense: bool
+    matrix: Tensor  # (blocks, m, m)
+    mean: Tensor  # (blocks, m)
+    scale: Tensor  # (blocks, 1, 1) mean of the diagonal, never 0
+    factors: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sums: _Sums, channels: int, taps: tuple[int, ...], depthwise: bool, stored_depthwise: bool) -> System:
+        xx = sums.xx
+        t = torch.tensor(taps, device=xx.device)
+        if stored_depthwise:
+            rows = t
+            matrix, total = xx[:, t[:, None], t], xx[:, t, -1]
+        else:
+            every = torch.arange(channels, device=xx.device)
+            rows = every[:, None] + t * channels if depthwise else (t[:, None] * channels + every).reshape(1, -1)
+            whole = rows.shape == (1, xx.shape[1] - 1)
+            matrix = xx[:, :-1, :-1].clone() if whole else xx[0][rows[:, :, None], rows[:, None, :]]
+            total = xx[0, :, -1][rows]
+        # only blocks on and above the diagonal were summed, and a selection keeps their order
+        matrix = matrix.triu() + matrix.triu(1).transpose(1, 2)
+        matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
+        scale = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        whole_scale = float(scale.mean())
+        floor = whole_scale * 1e-9 if whole_scale > 0 else 1.0  # a dead channel must not make a singular block
+        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor))
+
+    def bytes(self) -> int:
+        return 8 * self.matrix.numel() * (1 + len(self.factors))
+
+    def target(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Centred X'Y (blocks, m, out / blocks) and Y'Y (out,), and the mean (blocks, 1, out / blocks) of a target."""
+        xy = self.sums.xy[name]
+        mean = xy[:, -1:] / self.sums.n
+        if self.from_dense and len(self.rows) > 1:  # depthwise out of a dense sum
+            every = torch.arange(len(self.rows), device=xy.device)[:, None]
+            xy, mean = xy[0][self.rows, every][:, :, None], mean[0].T[:, :, None]
+        else:
+            xy = xy[:, self.rows.flatten()]
+        centred = xy - self.sums.n * self.mean[:, :, None] * mean
+        return centred, self.sums.yy[name] - self.sums.n * mean.flatten().square(), mean
+
+    def solve(self, damping: float, right: Tensor) -> tuple[Tensor, Tensor]:
+        """(matrix + lambda I)^-1 right, and lambda; more damping than asked for if the matrix is singular without."""
+        if damping not in self.factors:
+            self.factors[damping] = self._factor(damping)
+        factor, lam = self.factors[damping]
+        return torch.cholesky_solve(right, factor), lam
+
+    def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
+        more = 0.0
+        while True:
+            lam = (damping + more) * self.scale
+            damped = self.matrix.clone()
+            damped.diagonal(dim1=1, dim2=2).add_(lam[:, :, 0])
+            factor, info = torch.linalg.cholesky_ex(damped)
+            pivots = factor.diagonal(dim1=1, dim2=2)
+            small = pivots.amin(1) ** 2 <= 2e-16 * pivots.shape[1] * pivots.amax(1) ** 2
+            if not bool((info != 0).any() | small.any()):
+                return factor, lam
+            more = max(1e-12, 100 * more)
+
+    def error(self, name: str, weight: Tensor, bias: Tensor) -> Tensor:
+        """Mean squared error (out,) of a packed weight (blocks, m, out / blocks) and its bias (out,)."""
+        xy, yy, mean = self.target(name)
+        squares = (weight * (self.matrix @ weight - 2 * xy)).sum(1).flatten() + yy
+        shift = (mean - self.mean[:, None] @ weight).flatten() - bias
+        return (squares / self.sums.n + shift.square()).clamp_min(0.0)
