@@ -12,8 +12,9 @@ training flags say. What is not understood raises `UnsupportedOp`, and `to_onnx_
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,18 @@ from lmfx.passes.errors import ExportError, MissingExtra
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["InputSpec", "UnsupportedOp", "emit", "fallback_bytes", "input_specs", "to_onnx_bytes"]
+__all__ = [
+    "InputSpec",
+    "UnsupportedOp",
+    "emit",
+    "eval_mode",
+    "fake_shapes",
+    "fallback_bytes",
+    "input_specs",
+    "off_meta",
+    "require_onnx",
+    "to_onnx_bytes",
+]
 
 InputSpec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one graph input."""
@@ -42,7 +54,7 @@ def emit(gm: fx.GraphModule, inputs: Sequence[Any], *, fill: float | None = None
     """The ONNX model of a canonical graph, with inputs `input_0...` and outputs `output_0...`.
 
     `inputs` are tensors or `(shape, dtype)` pairs. Parameters on the meta device get the constant `fill` (for timing,
-    where values do not matter); without a `fill` they are refused. Raises `UnsupportedOp`, or `MissingExtra` without onnx.
+    where values do not matter); without a `fill` they are refused. Raises `UnsupportedOp`, `MissingExtra` without onnx.
     """
     from lmfx.export.rules import Emitter
 
@@ -68,16 +80,14 @@ def to_onnx_bytes(module: nn.Module, inputs: Sequence[Any], *, fill: float | Non
 
 
 def fallback_bytes(module: nn.Module, inputs: Sequence[Any]) -> bytes:
-    """The same by `torch.onnx.export(dynamo=True)`: slow, and needs onnxscript. Parameters on the meta device become 0.01."""
+    """The same by `torch.onnx.export(dynamo=True)`: slow, and needs onnxscript. Meta parameters become 0.01."""
     from lmfx.export.onnx import quiet_export
 
     specs = input_specs(inputs)
-    module = _off_meta(module)
+    module = off_meta(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     example = tuple(torch.rand(shape, dtype=dtype, device=device) for shape, dtype in specs)
-    buffer = io.BytesIO()
-    quiet_export(module, example).save(buffer)
-    return buffer.getvalue()
+    return bytes(quiet_export(module, example).model_proto.SerializeToString())
 
 
 def input_specs(inputs: Sequence[Any]) -> tuple[InputSpec, ...]:
@@ -86,6 +96,48 @@ def input_specs(inputs: Sequence[Any]) -> tuple[InputSpec, ...]:
         (tuple(i.shape), i.dtype) if isinstance(i, torch.Tensor) else (tuple(int(n) for n in i[0]), i[1])
         for i in inputs
     )
+
+
+def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every tensor in a graph in eval mode, without computing anything."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                shapes[n] = tuple(value.shape)
+            return value
+
+    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    with eval_mode(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        Shapes(gm).run(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in input_specs(inputs)))
+    return shapes
+
+
+@contextlib.contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    """`net` in eval mode, and every module back in its own mode at the end."""
+    modes = {module: module.training for module in net.modules()}
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def off_meta(module: nn.Module, fill: float = 0.01) -> nn.Module:
+    """A copy of the module whose meta parameters have the constant value `fill`; the module itself if it has none."""
+    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return module
+    module = copy.deepcopy(module).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.fill_(fill if tensor.is_floating_point() else 0)
+    return module
 
 
 def require_onnx() -> Any:
@@ -97,17 +149,3 @@ def require_onnx() -> Any:
             f'writing ONNX needs the package onnx, which can not be imported ({error}); pip install "lmfx[onnx]"'
         ) from error
     return onnx
-
-
-def _off_meta(module: nn.Module) -> nn.Module:
-    if not any(p.is_meta for p in module.parameters()) and not any(b.is_meta for b in module.buffers()):
-        return module
-    import copy
-
-    module = copy.deepcopy(module).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.fill_(0.01 if tensor.is_floating_point() else 0)
-    return module
-
-

@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmfx.export.emit import PROTO_LIMIT, require_onnx
+from lmfx.export.emit import PROTO_LIMIT, eval_mode, require_onnx
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 
 __all__ = ["export_onnx", "quiet_export"]
@@ -39,8 +39,8 @@ def export_onnx(
     """Writes `net` in eval mode as one self-contained ONNX file and returns its path.
 
     `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's,
-    with a free first dimension if `dynamic_batch`. With `check`, every output of ONNX Runtime may differ from torch's by
-    `tolerance`, relative to the largest entry of that output. The training mode of `net` is restored.
+    with a free first dimension if `dynamic_batch`. With `check`, every output of ONNX Runtime may differ from torch's
+    by `tolerance`, relative to the largest entry of that output. The training mode of `net` is restored.
 
     Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
     """
@@ -51,7 +51,7 @@ def export_onnx(
     if target.is_dir():
         raise ExportError(f"can not write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
-    with _eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
+    with eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
         program = quiet_export(net, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
         model = program.model_proto
         if model.ByteSize() > PROTO_LIMIT:
@@ -78,7 +78,7 @@ def quiet_export(
     opset: int | None = None,
     dynamic_batch: bool = False,
 ) -> torch.onnx.ONNXProgram:
-    """`torch.onnx.export(dynamo=True)` in eval mode without its prints and warnings. Raises `ExportError`, `MissingExtra`."""
+    """`torch.onnx.export(dynamo=True)` in eval mode, without prints. Raises `ExportError`, `MissingExtra`."""
     try:
         import onnxscript  # noqa: F401  (torch.onnx.export needs it)
     except ImportError as error:
@@ -88,14 +88,14 @@ def quiet_export(
     dynamic = None
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1)
-        axes = [{0: batch} if isinstance(a, torch.Tensor) and a.dim() else None for a in (*args, *(kwargs or {}).values())]
-        dynamic = tuple(axes)
+        given = (*args, *(kwargs or {}).values())
+        dynamic = tuple({0: batch} if isinstance(a, torch.Tensor) and a.dim() else None for a in given)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)
         with (
-            _eval_mode(net),
+            eval_mode(net),
             torch.no_grad(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
@@ -132,18 +132,6 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)) and example:
         return tuple(example), {}
     raise InputError(f"example_input must be a tensor, a tuple or a dict of tensors, not {type(example).__name__}")
-
-
-@contextlib.contextmanager
-def _eval_mode(net: nn.Module) -> Iterator[None]:
-    """`net` in eval mode, and every module back in its own mode at the end."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        net.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, tolerance: float) -> None:

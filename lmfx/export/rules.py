@@ -11,11 +11,10 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import IR_VERSION, OPSET, InputSpec, UnsupportedOp, require_onnx
+from lmfx.export.emit import IR_VERSION, OPSET, InputSpec, UnsupportedOp, fake_shapes, require_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -46,10 +45,10 @@ class Emitter:
 
     def tensor(self, tensor: torch.Tensor) -> str:
         """Adds an initializer. A meta tensor is filled with `fill`."""
-        if tensor.is_meta and self.fill is None:
-            raise UnsupportedOp("a parameter is on the meta device and has no values; give `fill` or load the weights")
         kind = _onnx_type(self.onnx, tensor.dtype)
         if tensor.is_meta:
+            if self.fill is None:
+                raise UnsupportedOp("a parameter is on the meta device and has no values; give `fill`, or load weights")
             tensor = torch.full(tensor.shape, self.fill, dtype=tensor.dtype)
         tensor = tensor.detach().cpu().contiguous()
         raw = tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).numpy().tobytes()
@@ -66,7 +65,7 @@ class Emitter:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a node's value."""
         if self._shapes is None:
-            self._shapes = _fake_shapes(self.gm, self.specs)
+            self._shapes = fake_shapes(self.gm, self.specs)
         return self._shapes[node]
 
     # the walk
@@ -139,27 +138,6 @@ def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
     if dtype not in kinds:
         raise UnsupportedOp(f"the emitter has no ONNX type for {dtype}")
     return int(kinds[dtype])
-
-
-def _fake_shapes(gm: fx.GraphModule, specs: tuple[InputSpec, ...]) -> dict[fx.Node, tuple[int, ...]]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor):
-                shapes[n] = tuple(value.shape)
-            return value
-
-    tensors = [t for t in (*gm.parameters(), *gm.buffers())]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    training = gm.training
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        Shapes(gm.eval()).run(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs))
-    gm.train(training)
-    return shapes
 
 
 # convolution and padding
@@ -308,12 +286,15 @@ def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
-        wanted = (m.output_size,) * n if isinstance(m.output_size, (int, type(None))) else tuple(m.output_size)
-        if all(w == 1 for w in wanted) and not getattr(m, "return_indices", False):
+        output = m.output_size
+        asked = (output,) * n if isinstance(output, (int, type(None))) else tuple(output)
+        if all(w == 1 for w in asked) and not getattr(m, "return_indices", False):
             return e.node("GlobalAveragePool" if average else "GlobalMaxPool", e.value(source))
         sizes = e.shape(source)[-n:]
-        wanted = tuple(s if w is None else w for s, w in zip(sizes, wanted, strict=True))
-        if getattr(m, "return_indices", False) or any(s % w for s, w in zip(sizes, wanted, strict=True)):
+        wanted = tuple(s if w is None else w for s, w in zip(sizes, asked, strict=True))
+        if getattr(m, "return_indices", False):
+            raise UnsupportedOp(f"{node.name} returns indices")
+        if any(s % w for s, w in zip(sizes, wanted, strict=True)):
             raise UnsupportedOp(f"{node.name}: an adaptive pool from {sizes} to {wanted} has windows of unequal size")
         kernel = [s // w for s, w in zip(sizes, wanted, strict=True)]
         return e.node("AveragePool" if average else "MaxPool", e.value(source), kernel_shape=kernel, strides=kernel)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from lmfx.export.atomic import atomic_write
 from lmfx.passes.errors import ExportError, MissingExtra, OptionError
 
 __all__ = ["build_engine", "import_tensorrt", "serialize_engine"]
@@ -22,7 +22,9 @@ def import_tensorrt() -> Any:
             return importlib.import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
             reasons.append(f"{name}: {error}")
-    raise MissingExtra(f'neither tensorrt nor tensorrt_rtx can be imported ({"; ".join(reasons)}); pip install "lmfx[trt]"')
+    raise MissingExtra(
+        f'neither tensorrt nor tensorrt_rtx can be imported ({"; ".join(reasons)}); pip install "lmfx[trt]"'
+    )
 
 
 def build_engine(
@@ -33,8 +35,8 @@ def build_engine(
 ) -> Path:
     """Builds a serialized TensorRT engine from an ONNX file and returns its path; a failed build leaves no file.
 
-    `target` is a compute capability such as "sm89": with tensorrt_rtx an engine can be built for a GPU that is not here.
-    None builds for the GPU of this machine. Raises `MissingExtra`, `OptionError`, `ExportError`.
+    `target` is a compute capability such as "sm89": with tensorrt_rtx an engine can be built for a GPU that is not
+    here. None builds for the GPU of this machine. Raises `MissingExtra`, `OptionError`, `ExportError`.
     """
     source, out = Path(onnx_path), Path(engine_path)
     if target is not None and not re.fullmatch(r"sm\d{2,3}", target):
@@ -44,15 +46,7 @@ def build_engine(
     if not out.parent.is_dir():
         raise ExportError(f"can not write {out}: the folder {out.parent} does not exist; make it first")
     engine = serialize_engine(import_tensorrt(), source.read_bytes(), target, fp16)
-    handle, temporary = tempfile.mkstemp(prefix=f".{out.name}-", dir=out.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(engine)
-        os.replace(temporary, out)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return out
+    return atomic_write(out, engine)
 
 
 def serialize_engine(trt: Any, model: bytes, target: str | None = None, fp16: bool = False) -> bytes:
@@ -71,11 +65,13 @@ def serialize_engine(trt: Any, model: bytes, target: str | None = None, fp16: bo
     config = builder.create_builder_config()
     if fp16:
         if not hasattr(trt.BuilderFlag, "FP16"):
-            raise OptionError("this TensorRT is strongly typed; export the network in half precision instead of fp16=True")
+            raise OptionError(
+                "this TensorRT is strongly typed; export the network in half precision, without fp16=True"
+            )
         config.set_flag(trt.BuilderFlag.FP16)
     if target is not None:
         if not hasattr(config, "set_compute_capability"):
-            raise OptionError("only tensorrt_rtx builds for a GPU that is not here; pip install tensorrt_rtx, or target=None")
+            raise OptionError("only tensorrt_rtx builds for another GPU; pip install tensorrt_rtx, or use target=None")
         capability = getattr(trt.ComputeCapability, target.upper(), None)
         if capability is None:
             raise OptionError(f"this TensorRT does not know the target {target!r}")

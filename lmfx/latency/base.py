@@ -3,7 +3,7 @@
 A backend only says how to prepare one workload as a `Runner`; `TimedBackend.measure` does the rest:
 
     in the store already          not measured
-    quick pass                    two runs; `prune(signature, ms)` may say that the row can not be useful at that latency
+    quick pass                    two runs; `prune(signature, ms)` may say that the row can not be useful
     interleaved rounds            `lmfx.latency.rounds`, in batches that share a sentinel
     each finished row             committed to the store at once
 """

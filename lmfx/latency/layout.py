@@ -1,8 +1,8 @@
 """What a workload costs inside a network, where its values already have ONNX Runtime's blocked layout (NCHWc).
 
-Around an isolated conv ONNX Runtime reorders the input and the output, which may take as long as the conv; and it does not
-fuse an add whose other operand comes from outside. In a network neither happens. So the workload is optimised between
-stand-ins for its neighbours, which are taken out again:
+Around an isolated conv ONNX Runtime reorders the input and the output, which may take as long as the conv; and it does
+not fuse an add whose other operand comes from outside. In a network neither happens. So the workload is optimised
+between stand-ins for its neighbours, which are taken out again:
 
     stand-in q0 -> Conv 1x1 -> v0 ─┐                          v0 (NCHWc) ─┐
     stand-in q1 -> Conv 1x1 -> v1 ─┴─> op -> output     =>    v1 (NCHWc) ─┴─> op -> output (NCHWc)

@@ -39,7 +39,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much to sample. `min_ms` of one sample, `max_spread` and `max_drift` as fractions, `every` rows a sentinel."""
+    """How much to sample: `min_ms` a sample, `max_spread` and `max_drift` as fractions, a sentinel `every` rows."""
 
     rounds: int = 5
     extra_rounds: int = 5

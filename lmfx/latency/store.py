@@ -92,7 +92,8 @@ class Store:
             if keys is None:
                 found = db.execute("SELECT key, value FROM rows WHERE kind = ? AND identity = ?", (kind, hashed))
                 return {key: json.loads(value) for key, value in found}
-            wanted, result = list(dict.fromkeys(keys)), {}
+            result: dict[str, Any] = {}
+            wanted = list(dict.fromkeys(keys))
             for i in range(0, len(wanted), 500):
                 chunk = wanted[i : i + 500]
                 marks = ",".join("?" * len(chunk))
@@ -190,7 +191,9 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"can not make the folder {self.path.parent} ({error}); choose another cache_dir") from error
+            raise StoreError(
+                f"can not make the folder {self.path.parent}: {error}; choose another cache_dir"
+            ) from error
         if self.path.is_dir():
             raise StoreError(f"{self.path} is a folder, not a store; choose another cache_dir")
         new = self._check_header()

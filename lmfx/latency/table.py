@@ -1,11 +1,10 @@
-"""LatencyTable: candidate -> Measurement, for one backend on one machine, and its calibration against whole networks."""
+"""LatencyTable: candidate -> Measurement, for one backend on one machine; and its calibration on whole networks."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lmfx.export.atomic import atomic_write
 from lmfx.latency.base import Measurement
 from lmfx.passes.errors import TableError
 
@@ -35,8 +35,8 @@ class LatencyTable(Mapping[str, Measurement]):
             return self.rows[key]
         except KeyError:
             raise TableError(
-                f"the latency table ({self._where()}, {len(self.rows)} rows) has no row {key!r}; profile the same graph "
-                "with the same options"
+                f"the latency table ({self._where()}, {len(self.rows)} rows) has no row {key!r}; profile the same "
+                "graph with the same options"
             ) from None
 
     def __contains__(self, key: object) -> bool:
@@ -75,17 +75,9 @@ class LatencyTable(Mapping[str, Measurement]):
             "rows": {k: asdict(m) for k, m in self.rows.items()},
         }
         try:
-            handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+            return atomic_write(target, json.dumps(body, indent=1).encode())
         except OSError as error:
             raise TableError(f"can not write the latency table {target}: {error}") from error
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(body, file, indent=1)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from lmfx.export.emit import InputSpec, input_specs
 
-__all__ = ["Workload", "signature"]
+__all__ = ["Workload", "sentinel_workload", "signature"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ZERO_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
@@ -47,8 +47,15 @@ class Workload:
         is never taken from a store.
         """
         specs = input_specs(inputs)
-        name = signature(module, specs) if isinstance(module, fx.GraphModule) else f"{type(module).__name__}@{id(module)}"
-        return cls(name, lambda: module, specs)
+        if isinstance(module, fx.GraphModule):
+            return cls(signature(module, specs), lambda: module, specs)
+        return cls(f"{type(module).__name__}@{id(module)}", lambda: module, specs)
+
+
+def sentinel_workload() -> Workload:
+    """One fixed conv, known on every backend."""
+    conv = fx.symbolic_trace(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()))
+    return Workload.of(conv, ((1, 64, 28, 28), torch.float32))
 
 
 def signature(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
@@ -85,7 +92,7 @@ def signature(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
 
 def _absorbed(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> bool:
     """A zero pad that only one conv reads: the conv's own padding, for the time and for the emitter."""
-    if type(module) not in _ZERO_PADS or getattr(module, "value", 0) != 0 or min(module.padding) < 0:  # type: ignore[arg-type, type-var]
+    if type(module) not in _ZERO_PADS or getattr(module, "value", 0) != 0 or min(module.padding) < 0:  # type: ignore[arg-type]
         return False
     users = list(node.users)
     if len(users) != 1 or users[0].op != "call_module":

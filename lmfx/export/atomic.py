@@ -1,0 +1,19 @@
+"""Files that are complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["atomic_write"]
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes to a temporary name in the same folder and renames it. Raises `OSError`; nothing stays behind then."""
+    target = Path(path)
+    with tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
+        temporary = Path(folder) / "file"
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    return target
