@@ -6,6 +6,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-slow lint format bench clean
 
+# Idle OpenMP threads sleep instead of spinning. When something else wants a core, spinning makes torch several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
