@@ -182,7 +182,7 @@ class Candidate:
     def key(self) -> str:
         """A name that is unique among the candidates of one graph and equal in every run."""
         parts = [self.span.series, f"{self.span.start}-{self.span.stop}", self.realization]
-        if self.conv is not None:
+        if self.conv is not None and self.realization != "keep":
             c = self.conv
             parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
             if any(d != 1 for d in c.dilation):

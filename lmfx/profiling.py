@@ -1,0 +1,138 @@
+"""`profile`: a latency for every candidate that could pay, on one backend.
+
+    1  the kept layers                    what every candidate is compared with
+    2  merged spans that may be faster    not those that would be slower even at the best throughput seen in 1
+
+A candidate that is not faster than keeping its span can never be chosen, so it gets no row, and is never scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from lmfx.latency import LatencyTable, Measurement, Store, Workload
+from lmfx.latency.base import Backend
+from lmfx.passes.ir import Candidate, Layer, Series
+from lmfx.passes.spans import SpanSet
+from lmfx.workloads import Workloads
+
+__all__ = ["kept_latency", "profile_spans"]
+
+MARGIN = 1.5  # a merged conv may reach this much more throughput than the best kept layer
+SLACK = 1.1  # a quick timing may be wrong by this much
+
+
+@dataclass(frozen=True)
+class _Row:
+    candidate: Candidate
+    workload: Workload | None
+
+
+def profile_spans(
+    spans: SpanSet, backend: Backend, store: Store | None = None, progress: bool = False, rounds: int | None = None
+) -> LatencyTable:
+    """Measure the kept layers and every candidate that may be faster than keeping its span; ms a row.
+
+    Rows that the store has are not measured again; each new one is committed as it is made.
+    """
+    make = Workloads(spans.network)
+    movable = _movable(spans)
+    keeps = [_Row(c, make(c)) for c in spans if c.realization == "keep" and _covered(c, movable)]
+    measured = backend.measure([r.workload for r in keeps if r.workload], store, progress, rounds)
+    rows: dict[str, Measurement] = {}
+    for candidate in spans:
+        if candidate.realization == "keep":
+            rows[candidate.key] = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
+    for row in keeps:
+        if row.workload is not None:
+            rows[row.candidate.key] = measured[row.workload.signature]
+    best = _throughput(spans, keeps, measured)
+    merged: list[_Row] = []
+    limits: dict[str, float] = {}
+    for candidate in spans:
+        if candidate.realization == "keep":
+            continue
+        kept = kept_latency(spans, rows, candidate)
+        if candidate.conv is not None and _macs(spans, candidate) / (MARGIN * best) >= kept:
+            continue
+        workload = make(candidate)
+        merged.append(_Row(candidate, workload))
+        if workload is not None:
+            limits[workload.signature] = max(limits.get(workload.signature, 0.0), kept)
+    unique = {r.workload.signature: r.workload for r in merged if r.workload is not None}
+    times = backend.measure(
+        list(unique.values()), store, progress, rounds, prune=lambda key, ms: ms > SLACK * limits.get(key, float("inf"))
+    )
+    nothing = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
+    for row in merged:
+        measurement = nothing if row.workload is None else times[row.workload.signature]
+        if measurement.ms < kept_latency(spans, rows, row.candidate):
+            rows[row.candidate.key] = measurement
+    return LatencyTable(rows, table_identity(spans, backend))
+
+
+def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
+    """What the rows of a table are good for: the backend's identity, and dtype and batch of the network."""
+    entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
+    shape = entry.meta["shape"] if entry is not None else ()
+    dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""
+    return {**backend.identity(), "dtype": dtype, "batch": shape[0] if shape else 0}
+
+
+def kept_latency(spans: SpanSet, rows: dict[str, Measurement], candidate: Candidate) -> float:
+    """The latency of a candidate's span if every layer in it is kept as it is, ms."""
+    series = spans.network.series[candidate.span.series]
+    return sum(_layer_latency(rows, series, i) for i in range(candidate.span.start, candidate.span.stop))
+
+
+def _layer_latency(rows: dict[str, Measurement], series: Series, index: int) -> float:
+    layer: Layer = series.layers[index]
+    own = rows[f"{series.name}:{index}-{index + 1}:keep"].ms
+    if layer.parallel is None:
+        return own
+    return own + sum(_layer_latency(rows, b, i) for b in layer.parallel.branches for i in range(len(b.layers)))
+
+
+def _device(backend: Backend) -> str:
+    return str(backend.identity().get("device", ""))
+
+
+def _movable(spans: SpanSet) -> dict[str, list[tuple[int, int]]]:
+    """For each series the spans that something else than `keep` can replace."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for c in spans:
+        if c.realization != "keep":
+            found.setdefault(c.span.series, []).append((c.span.start, c.span.stop))
+    return found
+
+
+def _covered(candidate: Candidate, movable: dict[str, list[tuple[int, int]]]) -> bool:
+    """Whether some plan changes this layer; one that is in every plan costs the same in all and need not be timed."""
+    name, at = candidate.span.series, candidate.span.start
+    while True:
+        if any(start <= at < stop for start, stop in movable.get(name, ())):
+            return True
+        parent, slash, rest = name.rpartition("/")
+        if not slash:
+            return False
+        name, at = parent, int(rest.split(".")[0])
+
+
+def _macs(spans: SpanSet, candidate: Candidate) -> float:
+    config = candidate.conv
+    assert config is not None
+    size = spans.network.shape(candidate.span.output)
+    per_pixel = config.out_channels * (config.in_channels // config.groups) * prod(config.kernel_size)
+    return float(per_pixel * prod(size[2:]) * size[0])
+
+
+def _throughput(spans: SpanSet, keeps: list[_Row], measured: dict[str, Measurement]) -> float:
+    """The best multiply-accumulates a ms that a kept conv layer reaches (infinite if there is none)."""
+    found = [
+        _macs(spans, r.candidate) / measured[r.workload.signature].ms
+        for r in keeps
+        if r.workload is not None and r.candidate.conv is not None and measured[r.workload.signature].ms > 0
+    ]
+    return max(found, default=float("inf"))

@@ -1,0 +1,178 @@
+"""Candidates -> workloads: each in the form in which the runtime will execute it.
+
+    merged span     conv + bias + kept activation                              x ─ conv ─ relu
+    at a join       the sum that ends the main branch goes with its last span  x ─ conv ─ add ─ relu
+                                                                               y ──────────┘
+    kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
+
+Runtimes fuse a residual sum and the activation behind it into the conv that ends the branch, so that branch's last
+candidates carry both, and the join's own row is zero.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx, nn
+
+from lmfx.latency.workload import Workload
+from lmfx.passes import ops
+from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
+from lmfx.passes.layers import Network
+
+__all__ = ["Workloads"]
+
+
+class Workloads:
+    """The workloads of one network's candidates; equal ones are the same object."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._cache: dict[tuple[object, ...], Workload] = {}
+        self._carrier: dict[str, tuple[Layer, int]] = {}  # series name -> the layer of the join that it ends with
+        for series in network.series.values():
+            for layer in series.layers:
+                branch = self._main_branch(layer)
+                if branch is not None:
+                    self._carrier[branch.name] = (layer, self._operand(layer, branch))
+
+    def __call__(self, candidate: Candidate) -> Workload | None:
+        """What to time for a candidate, or None if it costs nothing by itself."""
+        join = self._join_of(candidate)
+        conv = candidate.conv if candidate.realization in ("compose", "fit") else None
+        body: tuple[str, ...] = ()
+        if candidate.realization == "keep":
+            layer = self.network.series[candidate.span.series].layers[candidate.span.start]
+            body = layer.nodes
+            if layer.parallel is not None and self._main_branch(layer) is not None:
+                body = tuple(n for n in body if n not in self._fused(layer))
+        elif candidate.span.activation is not None:
+            body = (candidate.span.activation,)
+            if candidate.realization == "drop" and join is None and self._repeats(candidate):
+                body = ()  # the kept activation repeats the one before the span, and goes
+        if conv is None and not body and join is None:
+            return None
+        if candidate.realization == "keep":
+            return self._build(candidate, conv, body, join)
+        joined = None if join is None else (join[1], *self._texts(self._fused(join[0])))
+        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined)
+        if key not in self._cache:
+            self._cache[key] = self._build(candidate, conv, body, join)
+        return self._cache[key]
+
+    # --- joins -------------------------------------------------------------------------------------------------------
+
+    def _main_branch(self, layer: Layer) -> Series | None:
+        """The branch whose last span carries the join: the first that ends in a conv layer without an activation."""
+        if layer.parallel is None or layer.parallel.join not in ("add", "sub"):
+            return None
+        for branch in layer.parallel.branches:
+            if branch.layers and branch.layers[-1].parallel is None and branch.layers[-1].conv is not None:
+                return branch if branch.layers[-1].activation is None else None
+        return None
+
+    def _operand(self, layer: Layer, branch: Series) -> int:
+        assert layer.parallel is not None
+        return layer.parallel.branches.index(branch)
+
+    def _join_of(self, candidate: Candidate) -> tuple[Layer, int] | None:
+        series = self.network.series[candidate.span.series]
+        at_end = candidate.span.stop == len(series.layers)
+        return self._carrier.get(series.name) if at_end else None
+
+    def _rest(self, layer: Layer) -> bool:
+        """Whether affine ops follow the join, which then is timed by itself."""
+        return bool(self.network.affine_nodes(layer))
+
+    def _fused(self, layer: Layer) -> tuple[str, ...]:
+        assert layer.parallel is not None
+        act = () if layer.activation is None or self._rest(layer) else (layer.activation,)
+        return (layer.parallel.node, *act)
+
+    def _repeats(self, candidate: Candidate) -> bool:
+        act, entry = candidate.span.activation, self.network.nodes[candidate.span.entry]
+        if act is None or entry.op != "call_module":
+            return False
+        here, before = self.network.module(act), self.network.module(candidate.span.entry)
+        return type(here) is type(before) and isinstance(here, ops.IDEMPOTENT)
+
+    # --- building ----------------------------------------------------------------------------------------------------
+
+    def _texts(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(
+            f"{self.network.module(n)}" if self.network.nodes[n].op == "call_module" else str(self.network.nodes[n].target)
+            for n in nodes
+        )
+
+    def _build(
+        self, candidate: Candidate, conv: ConvConfig | None, body: tuple[str, ...], join: tuple[Layer, int] | None
+    ) -> Workload:
+        """A graph of its own: conv, then `body`, then the join; every value from outside is an input."""
+        net, root, graph = self.network, nn.Module(), fx.Graph()
+        specs: list[tuple[tuple[int, ...], torch.dtype]] = []
+        values: dict[str, fx.Node] = {}
+
+        def outside(name: str) -> fx.Node:
+            specs.append((net.shape(name), net.nodes[name].meta["dtype"]))
+            return graph.placeholder(f"x{len(specs)}")
+
+        def read(node: fx.Node) -> fx.Node:
+            if node.name not in values:
+                values[node.name] = self._copy(graph, root, node, read) if node.op == "get_attr" else outside(node.name)
+            return values[node.name]
+
+        span, last = candidate.span, None
+        if candidate.realization == "keep":
+            for name in body:
+                last = values[name] = self._copy(graph, root, net.nodes[name], read)
+        else:
+            last = outside(span.entry)
+            if conv is not None:
+                for i, module in enumerate(_meta_conv(conv, net.nodes[span.entry].meta["dtype"])):
+                    root.add_module(f"conv{i}", module)
+                    last = graph.call_module(f"conv{i}", (last,))
+            for name in body:
+                last = self._copy(graph, root, net.nodes[name], lambda _, at=last: at)
+        if join is not None and join[0].parallel is not None:
+            node, *after = (net.nodes[n] for n in self._fused(join[0]))
+            branches = join[0].parallel.branches
+            operands = [last if i == join[1] else outside(b.exit) for i, b in enumerate(branches)]
+            last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
+            for act in after:
+                last = self._copy(graph, root, act, lambda _, at=last: at)
+        graph.output(last)
+        return Workload.of(fx.GraphModule(root, graph), *specs)
+
+    def _copy(self, graph: fx.Graph, root: nn.Module, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        if node.op in ("call_module", "get_attr"):
+            item: nn.Module | torch.Tensor = operator.attrgetter(str(node.target))(self.network.gm)
+            name = str(node.target).replace(".", "_")
+            if isinstance(item, nn.Module):
+                root.add_module(name, item)
+            else:
+                root.register_buffer(name, item.detach())
+            new = graph.node_copy(node, read)
+            new.target = name
+            return new
+        return graph.node_copy(node, read)
+
+
+def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
+    """A conv of this configuration without values, behind a zero pad if its padding is uneven."""
+    even = all(lo == hi for lo, hi in config.padding)
+    conv = ops.conv_class(len(config.kernel_size))(
+        config.in_channels,
+        config.out_channels,
+        config.kernel_size,
+        config.stride,
+        tuple(lo for lo, _ in config.padding) if even else 0,
+        config.dilation,
+        config.groups,
+        dtype=dtype,
+        device="meta",
+    )
+    flat = tuple(p for pair in reversed(config.padding) for p in pair)
+    pad = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(config.kernel_size) - 1]
+    return [conv] if even else [pad(flat, 0.0), conv]
