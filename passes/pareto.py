@@ -133,16 +133,15 @@ class Relaxation:
         ends = graph.longest(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
         width, height = float(ends[1][1] - ends[1][0]), float(ends[2][1] - ends[2][0])
         slopes = COARSE * np.clip(height / width, 1e-100, 1e100) if width > 0 and height > 0 else np.array([1.0, 0.0])
-        while True:
-            length, latency, importance = graph.longest(slopes, np.ones(len(slopes)))
-            room = min(SLOPES - len(slopes), 2 * len(slopes))
-            if width <= 0 or height <= 0 or room < len(slopes) // 8:
-                break
+        length, latency, importance = graph.longest(slopes, np.ones(len(slopes)))
+        for size in (SLOPES // 2, SLOPES) if len(slopes) > 2 else ():
+            # New slopes where the path of one slope is far from that of the next; none are found on a straight hull.
             arc = np.maximum.accumulate((latency - latency[0]) / width + (importance - importance[0]) / height)
-            targets = np.linspace(arc[0], arc[-1], room + 2)[1:-1]
+            targets = np.linspace(arc[0], arc[-1], size - len(slopes) + 2)[1:-1]
             after = np.clip(np.searchsorted(arc, targets), 1, len(arc) - 1)
-            part = (targets - arc[after - 1]) / np.maximum(arc[after] - arc[after - 1], 1e-300)
+            part = np.clip((targets - arc[after - 1]) / np.maximum(arc[after] - arc[after - 1], 1e-300), 0, 1)
             slopes = np.unique(np.concatenate((slopes, slopes[after - 1] * (1 - part) + slopes[after] * part)))[::-1]
+            length, latency, importance = graph.longest(slopes, np.ones(len(slopes)))
         self.vertices = graph.vertices
         self.slopes = slopes  # descending, the last one is 0
         self.total = length[0] - slopes * fixed
