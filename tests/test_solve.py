@@ -400,6 +400,16 @@ def test_the_gap_is_sound_and_small_for_nested_parallels_on_top_of_a_fixed_laten
     assert thinned.latency[0] == exact.latency[0]
 
 
+def test_entries_that_lead_nowhere_do_not_loosen_the_gap():
+    entries = random_entries(30, 200)
+    dead_ends = [(29, 31, 0.0, 9.0), (29, 32, 0.0, 9.0), (5, 33, 0.0, 0.0)]  # positions 31 to 33 have no way on
+    shifted = [(a, b if b < 30 else 34, c, d) for a, b, c, d in entries]
+    plain = solve_series(shifted, max_points=20)
+    frontier = solve_series(shifted + dead_ends, max_points=20)
+    np.testing.assert_allclose(frontier.gaps, plain.gaps, atol=1e-9)  # the allowance for rounding grows with positions
+    assert plain.gap > 0
+
+
 def test_thinning_with_extreme_numbers_raises_nothing():
     for scale in (1e-60, 1e-9, 1e9, 1e55):
         for other in (1e-60, 1.0, 1e55):
