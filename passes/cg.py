@@ -22,7 +22,12 @@ from .errors import InputError, OptionError
 from .gram import Fit
 from .ir import ConvConfig
 
-__all__ = ["fit_cg"]
+__all__ = ["fit_cg", "usual_damping"]
+
+
+def usual_damping(unknowns: int, samples: float) -> float:
+    """A relative damping that does well where none can be searched (`fit` says why)."""
+    return min(1.0, 0.4 * unknowns / samples)
 
 
 def fit_cg(
@@ -30,14 +35,14 @@ def fit_cg(
     y_batches: Sequence[Tensor],
     config: ConvConfig,
     prior: tuple[Tensor, Tensor] | None = None,
-    damping: float = 1e-2,
+    damping: float | None = None,
     iterations: int = 50,
     tolerance: float = 1e-6,
 ) -> Fit:
     """`solve` by conjugate gradients on all output pixels, for kernels whose sums would not fit; any groups.
 
-    Convolves in the dtype of `x_batches`, keeps its state in float64. All output channels are solved side by side, each
-    with its own steps. Stops after `iterations`, or when no channel's gradient is above `tolerance` of its first.
+    Convolves in the dtype of `x_batches`, keeps its state in float64. `damping` is relative as in `solve`, default
+    `usual_damping`. Stops after `iterations`, or when no output channel's gradient is above `tolerance` of its first.
     """
     if not len(x_batches) or len(x_batches) != len(y_batches):
         raise InputError(
@@ -49,8 +54,8 @@ def fit_cg(
             raise InputError(f"x {tuple(x.shape)} and y {tuple(y.shape)} do not fit {config}; y should be {expected}")
         if not (bool(x.isfinite().all()) and bool(y.isfinite().all())):
             raise InputError("calibration features have NaN or infinite values; check the model and its input")
-    if not 0 <= damping < float("inf"):
-        raise OptionError(f"damping {damping!r}; give a number of at least 0")
+    if damping is not None and not 0 <= damping < float("inf"):
+        raise OptionError(f"damping {damping!r}; give a number of at least 0, or None")
     with torch.no_grad():
         return _ConjugateGradients(x_batches, y_batches, config).solve(prior, damping, iterations, tolerance)
 
@@ -103,13 +108,17 @@ class _ConjugateGradients:
         part = self._sum(lambda x, y: self._gradient(x, self._conv(x, weight)))
         return part - self._column(self.means(weight)) * self.total
 
-    def solve(self, prior: tuple[Tensor, Tensor] | None, damping: float, iterations: int, tolerance: float) -> Fit:
+    def solve(
+        self, prior: tuple[Tensor, Tensor] | None, damping: float | None, iterations: int, tolerance: float
+    ) -> Fit:
         """Jacobi-preconditioned conjugate gradients from the prior."""
         weight = torch.zeros(self.shape, dtype=torch.float64, device=self.xs[0].device)
         if prior is not None:
             if tuple(prior[0].shape) != self.shape:
                 raise OptionError(f"prior weight {tuple(prior[0].shape)}, expected {self.shape}")
             weight = prior[0].detach().double()
+        if damping is None:
+            damping = usual_damping(prod(self.shape[1:]), self.n)
         scale = self._column(self.variances.flatten(1).mean(1))
         lam = damping * scale
         inverse = 1.0 / (self.variances + lam).clamp_min(1e-12 * float(scale.mean()) or 1.0)

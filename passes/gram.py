@@ -250,7 +250,7 @@ class Gram:
             else:
                 features = F.pad(patches.flatten(1), (0, 1), value=1.0)[None]
             values = {name: y[image[part], :, where[part]].double() for name, y in flat_ys.items()}
-            if not all(bool(t.isfinite().all()) for t in (features, *values.values())):
+            if not all(bool(t.sum().isfinite()) for t in (features, *values.values())):  # NaN and inf survive a sum
                 raise InputError("calibration features have NaN or infinite values; check the model and its input")
             n = float(features.shape[1])
             if root is not None:

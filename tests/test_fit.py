@@ -184,6 +184,21 @@ def test_damping_is_chosen_by_what_helps_on_images_that_were_held_out() -> None:
     assert auto.residual.sum() < 0.9 * auto.heldout.sum()  # only the second tells of new images
 
 
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_the_chosen_damping_is_the_best_of_the_grid_on_the_held_out_images(depthwise: bool, with_prior: bool) -> None:
+    x, y = noisy(out=4, images=6)
+    y = y + torch.arange(6.0)[:, None, None, None]  # images with other means than the held-out one
+    positions = sample_positions((9, 8), 6, 10, torch.Generator().manual_seed(0))
+    sums = Gram(4, (3, 3), (1, 1), ONES, {"y": 4})
+    sums.update(x, {"y": y}, positions)
+    prior = (randn(4, 1 if depthwise else 4, 3, 3, seed=9), randn(4, seed=8)) if with_prior else None
+    heldout = {d: solve(sums, "y", (3, 3), depthwise, prior, d).heldout for d in fit.GRID}
+    best = min(fit.GRID, key=lambda d: float(heldout[d].sum()))
+    assert fit.GRID[0] < best < fit.GRID[-1]
+    assert solve(sums, "y", (3, 3), depthwise, prior).damping == best
+
+
 def test_dead_and_repeated_channels_are_no_trouble() -> None:
     x, y = noisy(out=4)
     x[:, 1] = 0.0
@@ -256,7 +271,7 @@ def test_several_targets_share_one_factorisation(monkeypatch: pytest.MonkeyPatch
 def test_above_the_size_where_it_is_cheap_damping_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = summed(*noisy(), (3, 3), ONES)
     monkeypatch.setattr(fit, "AUTO_UNKNOWNS", 10)
-    assert solve(sums, "y", (3, 3)).damping == fit.DEFAULT_DAMPING
+    assert solve(sums, "y", (3, 3)).damping == cg.usual_damping(36, 8 * 72)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
