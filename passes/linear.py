@@ -13,17 +13,10 @@ padding on an input that was padded once. It equals the two ops as they stand if
 ``gcd`` is exact: a block-diagonal matrix is block-diagonal in every coarser partition, and the finest that both share
 has ``gcd(g1, g2)`` blocks. Sizes agree because ``floor((floor(a / s1) + c) / s2) = floor((a + s1 c) / (s1 s2))``.
 
-**Dilation.** The taps above lie on a lattice of step ``u = gcd(d1 if k1 > 1, s1 d2 if k2 > 1)``; the result has
-dilation ``u`` and ``k = K / u + 1``. So dilation survives next to 1 x 1 ops and next to equal dilations, and mixed
-dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k = k1 + s1 (k2 - 1)``).
+**add, cat** align the windows of branches of equal stride and sum, or stack, the zero-extended kernels.
 
-**add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
-into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
-``e_i = before_i + after_i - K_i``. If the branches agree for the size ``n`` at hand, then floor, being monotone, gives
-the same for every ``e`` between the smallest and the largest ``e_i``; we take the one in that range that makes the
-padding most symmetric. They can agree only if all ``e_i`` lie less than ``s`` apart. A sum has ``gcd(g_i)`` groups. A
-concatenation of two or more branches is dense: the last outputs of the first branch read the last input block and the
-first outputs of the next one the first block again, an order that no structure of two or more groups has.
+The integer rules (padding, dilation, groups, and why output sizes agree) are those of `shapes`, and the tensors follow
+them.
 
 Weights are float64 unless the caller asks for something else; all is plain differentiable torch.
 """
@@ -33,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import gcd, prod
+from math import prod
 from types import EllipsisType
 from typing import Any
 
@@ -45,6 +38,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from .errors import ModelError, OptionError
 from .ir import ConvConfig
+from .shapes import Pads, add_configs, branch_crops, cat_configs, compose_config, extent
 
 __all__ = [
     "LinearOp",
@@ -65,9 +59,6 @@ __all__ = [
     "to_conv",
     "undilate",
 ]
-
-Pads = tuple[tuple[int, int], ...]
-Crops = tuple[tuple[int, int], ...]
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_FN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -254,98 +245,6 @@ def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device
     return conv if symmetric else nn.Sequential(_PAD[op.ndim](tuple(_torch_pads(op.padding)), 0.0), conv)
 
 
-# --- shape rules (integers only; the tensor algebra below follows them) -----------------------------------------------
-
-
-def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
-    """The configuration of `compose` for two ops of these configurations. OptionError if they do not fit together."""
-    if first.out_channels != second.in_channels or len(first.stride) != len(second.stride):
-        raise OptionError(f"can not compose: the first gives {_io(first)[1]}, the second takes {_io(second)[0]}")
-    kernel, dilation, padding = [], [], []
-    for k1, d1, s1, p1, k2, d2, p2 in zip(
-        first.kernel_size, first.dilation, first.stride, first.padding,
-        second.kernel_size, second.dilation, second.padding, strict=True,
-    ):  # fmt: skip
-        step = gcd(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) or 1
-        kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
-        dilation.append(step)
-        padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
-    return ConvConfig(
-        first.in_channels,
-        second.out_channels,
-        tuple(kernel),
-        tuple(a * b for a, b in zip(first.stride, second.stride, strict=True)),
-        tuple(padding),
-        tuple(dilation),
-        gcd(first.groups, second.groups),
-    )
-
-
-def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
-    """The configuration of `add`. OptionError if the branches differ in channels, stride, or always in output size."""
-    if len({c.out_channels for c in configs}) > 1:
-        raise OptionError(f"can not add branches of {[c.out_channels for c in configs]} output channels")
-    kernel, padding, dilation = _common_window(configs)
-    first = configs[0]
-    groups = gcd(*(c.groups for c in configs))
-    return ConvConfig(first.in_channels, first.out_channels, kernel, first.stride, padding, dilation, groups)
-
-
-def cat_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
-    """The configuration of `cat` along the channels. OptionError as in `add_configs`."""
-    kernel, padding, dilation = _common_window(configs)
-    first = configs[0]
-    groups = first.groups if len(configs) == 1 else 1
-    out = sum(c.out_channels for c in configs)
-    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups)
-
-
-def branch_crops(configs: Sequence[ConvConfig]) -> tuple[Crops, ...]:
-    """What each branch drops, (before, after), of an input with the common padding, to run there without its own.
-
-    With `whole = add_configs(configs)` and an input padded by `whole.padding`, branch i without padding on the cropped
-    input gives exactly its share of the sum, for every input size.
-    """
-    _common_window(configs)  # raises if the branches do not fit together
-    starts = [max(pads) for pads in zip(*([lo for lo, _ in c.padding] for c in configs), strict=True)]
-    befores = [[p - lo for p, (lo, _) in zip(starts, c.padding, strict=True)] for c in configs]
-    ends = [[b + e for b, e in zip(bs, _extent(c), strict=True)] for bs, c in zip(befores, configs, strict=True)]
-    last = [max(dim) for dim in zip(*ends, strict=True)]
-    return tuple(
-        tuple((b, whole - end) for b, end, whole in zip(bs, es, last, strict=True))
-        for bs, es in zip(befores, ends, strict=True)
-    )
-
-
-def _common_window(configs: Sequence[ConvConfig]) -> tuple[tuple[int, ...], Pads, tuple[int, ...]]:
-    """(kernel_size, padding, dilation) of the smallest window that holds those of all branches."""
-    if not configs:
-        raise OptionError("no branches; a join needs at least one")
-    first = configs[0]
-    if any(c.stride != first.stride or c.in_channels != first.in_channels for c in configs):
-        seen = [(c.in_channels, c.stride) for c in configs]
-        raise OptionError(f"branches need equal input channels and strides, not {seen} (channels, stride)")
-    kernel, padding, dilation = [], [], []
-    for i, stride in enumerate(first.stride):
-        pads = [c.padding[i] for c in configs]
-        extents = [c.dilation[i] * (c.kernel_size[i] - 1) for c in configs]
-        before = max(lo for lo, _ in pads)
-        extent = max(before - lo + e for (lo, _), e in zip(pads, extents, strict=True))
-        excess = [lo + hi - e for (lo, hi), e in zip(pads, extents, strict=True)]
-        if max(excess) - min(excess) >= stride:
-            raise OptionError(
-                f"branches with kernels {[c.kernel_size for c in configs]} and paddings {[c.padding for c in configs]} "
-                f"at stride {first.stride} never have the same output size"
-            )
-        after = min(max(before, min(excess) + extent - before), max(excess) + extent - before)
-        steps = [c.dilation[i] for c in configs if c.kernel_size[i] > 1]
-        step = gcd(*steps, *(before - lo for lo, _ in pads)) or 1
-        kernel.append(extent // step + 1)
-        padding.append((before, after))
-        dilation.append(step)
-    return tuple(kernel), tuple(padding), tuple(dilation)
-
-
 # --- the algebra ------------------------------------------------------------------------------------------------------
 
 
@@ -414,7 +313,7 @@ def undilate(op: LinearOp) -> LinearOp:
     if all(d == 1 for d in op.dilation):
         return op
     config = op.config
-    kernel = tuple(e + 1 for e in _extent(config))
+    kernel = tuple(e + 1 for e in extent(config))
     weight = op.weight.new_zeros(*op.weight.shape[:2], *kernel)
     weight[_window([0] * op.ndim, op.dilation, op.kernel_size)] += op.weight
     return LinearOp(weight, op.bias, op.stride, op.padding, (1,) * op.ndim, op.groups)
@@ -453,10 +352,6 @@ def _window(starts: Sequence[int], steps: Sequence[int], counts: Sequence[int]) 
     return (..., *slices)
 
 
-def _extent(config: ConvConfig) -> tuple[int, ...]:
-    return tuple(d * (k - 1) for d, k in zip(config.dilation, config.kernel_size, strict=True))
-
-
 def _torch_pads(padding: Pads) -> list[int]:
     """F.pad counts from the last dimension."""
     return [p for pair in reversed(padding) for p in pair]
@@ -464,8 +359,3 @@ def _torch_pads(padding: Pads) -> list[int]:
 
 def _tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     return (value,) * ndim if isinstance(value, int) else tuple(value)
-
-
-def _io(config: ConvConfig) -> tuple[str, str]:
-    ndim = len(config.stride)
-    return f"{config.in_channels} channels in {ndim}d", f"{config.out_channels} channels in {ndim}d"
