@@ -72,7 +72,7 @@ def to_onnx_bytes(module: nn.Module, inputs: Sequence[Any], *, fill: float | Non
         except UnsupportedOp:
             pass
         else:
-            size = sum(len(t.raw_data) for t in model.graph.initializer)
+            size = model.ByteSize()
             if size > PROTO_LIMIT:
                 raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX protobuf holds 2 GB; use fewer")
             return bytes(model.SerializeToString())

@@ -28,8 +28,10 @@ class Emitter:
     def __init__(self, gm: fx.GraphModule, specs: tuple[InputSpec, ...], fill: float | None) -> None:
         self.onnx = require_onnx()
         self.gm, self.specs, self.fill = gm, specs, fill
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.proto = self.onnx.ModelProto(ir_version=IR_VERSION, producer_name="lmfx")
+        self.proto.opset_import.add(domain="", version=OPSET)
+        self.graph = self.proto.graph
+        self.graph.name = "lmfx"
         self.values: dict[fx.Node, str] = {}
         self.pads: dict[fx.Node, list[int]] = {}  # zero pads that the conv behind them takes over
         self._shapes: dict[fx.Node, tuple[int, ...]] | None = None
@@ -39,8 +41,8 @@ class Emitter:
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Adds a node with one output and returns the output's name."""
-        name = f"v{len(self.nodes)}"
-        self.nodes.append(self.onnx.helper.make_node(op, list(inputs), [name], **attributes))
+        name = f"v{len(self.graph.node)}"
+        self.graph.node.append(self.onnx.helper.make_node(op, list(inputs), [name], **attributes))
         return name
 
     def tensor(self, tensor: torch.Tensor) -> str:
@@ -52,9 +54,10 @@ class Emitter:
             tensor = torch.full(tensor.shape, self.fill, dtype=tensor.dtype)
         tensor = tensor.detach().cpu().contiguous()
         raw = tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).numpy().tobytes()
-        name = f"c{len(self.initializers)}"
-        self.initializers[name] = self.onnx.helper.make_tensor(name, kind, list(tensor.shape), raw, raw=True)
-        return name
+        # straight into the graph: helper.make_graph would copy the weights twice more
+        initializer = self.graph.initializer.add(name=f"c{len(self.graph.initializer)}", data_type=kind, raw_data=raw)
+        initializer.dims.extend(tensor.shape)
+        return str(initializer.name)
 
     def scalar(self, value: float) -> str:
         return self.tensor(torch.tensor(value, dtype=self.dtype))
@@ -75,12 +78,11 @@ class Emitter:
         placeholders = [n for n in self.gm.graph.nodes if n.op == "placeholder"]
         if len(placeholders) != len(self.specs):
             raise UnsupportedOp(f"the graph takes {len(placeholders)} inputs, and {len(self.specs)} were given")
-        declared = []
         for i, (node, (shape, dtype)) in enumerate(zip(placeholders, self.specs, strict=True)):
             if not dtype.is_floating_point:
                 raise UnsupportedOp(f"input {node.name} is {dtype}; the emitter only knows floating point")
             self.values[node] = f"input_{i}"
-            declared.append(helper.make_tensor_value_info(f"input_{i}", _onnx_type(self.onnx, dtype), shape))
+            self.graph.input.append(helper.make_tensor_value_info(f"input_{i}", _onnx_type(self.onnx, dtype), shape))
         results: list[str] = []
         for node in self.gm.graph.nodes:
             if node.op == "output":
@@ -88,17 +90,12 @@ class Emitter:
                 results = [self.value(n) for n in (returned if isinstance(returned, (tuple, list)) else (returned,))]
             elif node.op != "placeholder":
                 self.values[node] = self.emit(node)
-        outputs = []
         for i, name in enumerate(results):
-            self.nodes.append(helper.make_node("Identity", [name], [f"output_{i}"]))
-            outputs.append(helper.make_tensor_value_info(f"output_{i}", _onnx_type(self.onnx, self.dtype), None))
-        graph = helper.make_graph(self.nodes, "lmfx", declared, outputs, list(self.initializers.values()))
-        return helper.make_model(
-            graph,
-            producer_name="lmfx",
-            ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-        )
+            self.graph.node.append(helper.make_node("Identity", [name], [f"output_{i}"]))
+            self.graph.output.append(
+                helper.make_tensor_value_info(f"output_{i}", _onnx_type(self.onnx, self.dtype), None)
+            )
+        return self.proto
 
     def value(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):

@@ -3,13 +3,16 @@
 A backend only says how to prepare one workload as a `Runner`; `TimedBackend.measure` does the rest:
 
     in the store already          not measured
-    quick pass                    two runs; `prune(signature, ms)` may say that the row can not be useful
+    lower bound                   from FLOPs; `prune(signature, ms)` may say that the row can not be useful at that
+                                  latency, and then the workload is not even made ready
+    quick pass                    two runs, and `prune` is asked again
     interleaved rounds            `lmfx.latency.rounds`, in batches that share a sentinel
     each finished row             committed to the store at once
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -35,7 +38,8 @@ KIND = "latency"
 class Measurement:
     """A latency in ms: the median of `n` samples, and their interquartile range.
 
-    `quality` is "full", "quick" (two runs of a row that was pruned), "noisy" (the spread stayed large) or "analytic".
+    `quality` is "full", "noisy" (the spread stayed large), "quick" (two runs of a row that was pruned), "bound" (pruned
+    by a lower bound, not run) or "analytic".
     """
 
     ms: float
@@ -43,7 +47,7 @@ class Measurement:
     n: int = 1
     device: str = ""
     backend: str = ""
-    quality: Literal["full", "quick", "noisy", "analytic"] = "full"
+    quality: Literal["full", "quick", "noisy", "bound", "analytic"] = "full"
 
 
 @runtime_checkable
@@ -90,6 +94,10 @@ class TimedBackend:
         """The same for a whole network."""
         return self.prepare(workload)
 
+    def lower_bound(self, module: nn.Module, workload: Workload, session: Session) -> float:
+        """ms that the workload can not be faster than; 0 if nothing is known."""
+        return 0.0
+
     def session(self) -> Session:
         """The sentinel of this backend, and the overhead of a call."""
         raise NotImplementedError
@@ -113,6 +121,8 @@ class TimedBackend:
         session = self.session()
         session.sampling = sampling
         session.reference = stored_reference(store, identity)
+        if session.reference is None and store is not None:
+            store.put("sentinel", identity, "reference", session.start())
 
         def commit(signature: str, measurement: Measurement) -> None:
             done[signature] = measurement
@@ -124,11 +134,7 @@ class TimedBackend:
         quick: dict[str, float] = {}
 
         def flush() -> None:
-            known = session.reference
-            samples = session.time(rows, quick)
-            if known is None and store is not None and session.reference is not None:
-                store.put("sentinel", identity, "reference", session.reference)
-            for signature, taken in samples.items():
+            for signature, taken in session.time(rows, quick).items():
                 commit(signature, self._full(taken, sampling))
             for runner in rows.values():
                 runner.close()
@@ -137,6 +143,13 @@ class TimedBackend:
         with progress_bar(len(todo), f"measuring ({self.name})", progress) as bar:
             try:
                 for workload in todo:
+                    if prune is not None:
+                        module = workload.build()
+                        ms = self.lower_bound(module, workload, session)
+                        if ms > 0 and prune(workload.signature, ms):
+                            commit(workload.signature, self._row(ms, 0.0, 0, "bound"))
+                            continue
+                        workload = replace(workload, build=functools.partial(_same, module))
                     runner = self.prepare(workload)
                     ms = session.quick(runner)
                     if prune is not None and prune(workload.signature, ms):
@@ -178,8 +191,14 @@ class TimedBackend:
         ms, spread = summary(samples)
         return self._row(ms, spread, len(samples), "noisy" if spread > 2 * sampling.max_spread * ms else "full")
 
-    def _row(self, ms: float, spread: float, n: int, quality: Literal["full", "quick", "noisy"]) -> Measurement:
+    def _row(
+        self, ms: float, spread: float, n: int, quality: Literal["full", "quick", "noisy", "bound"]
+    ) -> Measurement:
         return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
 
 
 def check_rounds(rounds: int) -> int:
@@ -190,8 +209,8 @@ def check_rounds(rounds: int) -> int:
 
 
 def is_finished(signature: str, row: Measurement, prune: Prune | None) -> bool:
-    """A quick row is only good for somebody who would prune it as well."""
-    return row.quality != "quick" or (prune is not None and prune(signature, row.ms))
+    """A pruned row is only good for somebody who would prune it as well."""
+    return row.quality not in ("quick", "bound") or (prune is not None and prune(signature, row.ms))
 
 
 def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Sequence[str]) -> dict[str, Measurement]:

@@ -20,8 +20,8 @@ STAND_IN_CHANNELS = 16
 SMALLEST = 16  # inputs with fewer channels (an image) are read in NCHW also in a network
 
 
-def in_network(model: bytes, optimize: Callable[[bytes], Any]) -> bytes:
-    """The optimised model without the reorders at its ends. `optimize` runs ONNX Runtime's graph optimisations.
+def in_network(model: bytes, optimize: Callable[[bytes], Any]) -> Any:
+    """The optimised ModelProto without the reorders at its ends. `optimize` runs ONNX Runtime's graph optimisations.
 
     Inputs are renamed and may have more channels (padded to the block). The result must be run without further
     optimisation.
@@ -32,7 +32,7 @@ def in_network(model: bytes, optimize: Callable[[bytes], Any]) -> bytes:
     stand_ins = _add_neighbours(onnx, proto)
     optimized = optimize(proto.SerializeToString())
     _remove_neighbours(onnx, optimized, stand_ins)
-    return bytes(optimized.SerializeToString())
+    return optimized
 
 
 def _add_neighbours(onnx: Any, proto: Any) -> list[str]:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx, nn
 
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.latency.base import TimedBackend
 from lmfx.latency.host import cpu_name, host_facts
 from lmfx.latency.layout import in_network
+from lmfx.latency.roofline import RooflineBackend
 from lmfx.latency.rounds import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
 from lmfx.latency.workload import Workload, sentinel_workload
 from lmfx.passes.errors import DeviceError, MissingExtra, OptionError
@@ -29,6 +31,8 @@ __all__ = ["OnnxRuntimeBackend"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 FILL = 0.01
+LARGE_BYTES = 2**16
+FASTER_THAN_SENTINEL = 2.0  # no op runs at more than this many times the FLOP/s of the sentinel
 DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
 
 
@@ -77,16 +81,28 @@ class OnnxRuntimeBackend(TimedBackend):
         data = to_onnx_bytes(workload.build(), workload.inputs, fill=FILL)
         if self.layout == "isolated" or self.provider != "cpu":
             return self._runner(data)
+        model = in_network(data, self._optimize)
+        nbytes = model.ByteSize()
         options = self._options()
         options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._runner(in_network(data, self._optimize), options)
+        held = self._lend_weights(model, options)
+        runner = self._runner(model.SerializeToString(), options)
+        runner.nbytes, runner.on_close = nbytes, held.clear
+        return runner
 
     def prepare_whole(self, workload: Workload) -> Runner:
         return self._runner(to_onnx_bytes(workload.build(), workload.inputs, fill=FILL))
 
-    def session(self) -> Session:
-        from torch import fx, nn
+    def lower_bound(self, module: nn.Module, workload: Workload, session: Session) -> float:
+        """The time of its FLOPs at a rate that no op reaches."""
+        if not isinstance(module, fx.GraphModule) or self.provider != "cpu":
+            return 0.0
+        sentinel = sentinel_workload()
+        flat_out = RooflineBackend(1.0, bandwidth_gbs=1e9, overhead_us=0.0)  # at 1 GFLOP/s
+        rate = flat_out.ms(sentinel.build(), sentinel.inputs) / session.start()
+        return flat_out.ms(module, workload.inputs) / (FASTER_THAN_SENTINEL * rate)
 
+    def session(self) -> Session:
         sentinel = self.prepare_whole(sentinel_workload())
         nothing = self.prepare_whole(Workload.of(fx.symbolic_trace(nn.Sequential(nn.ReLU())), ((1, 1), torch.float32)))
         sentinel.time(20)
@@ -119,7 +135,26 @@ class OnnxRuntimeBackend(TimedBackend):
             self.ort.InferenceSession(data, options, providers=[PROVIDERS[self.provider]])
             return onnx.load(path)
 
-    def _runner(self, data: bytes, options: Any = None) -> Runner:
+    def _lend_weights(self, model: Any, options: Any) -> list[Any]:
+        """Takes large weights out of the protobuf and lends them to the session, which saves it two copies."""
+        import numpy as np
+
+        lent: dict[str, Any] = {}
+        arrays: list[Any] = []
+        for tensor in model.graph.initializer:
+            if tensor.data_type != tensor.FLOAT or len(tensor.raw_data) < LARGE_BYTES:
+                continue
+            values = np.frombuffer(tensor.raw_data, np.float32).reshape(list(tensor.dims))
+            arrays.append(values)
+            lent[tensor.name] = self.ort.OrtValue.ortvalue_from_numpy(values)
+            tensor.ClearField("raw_data")
+            tensor.data_location = tensor.EXTERNAL
+            tensor.external_data.add(key="location", value="lent")
+        if lent:
+            options.add_external_initializers(list(lent), list(lent.values()))
+        return [*lent.values(), *arrays]
+
+    def _runner(self, data: bytes, options: Any = None) -> CallRunner:
         import numpy as np
 
         providers = [PROVIDERS[self.provider]] + (["CPUExecutionProvider"] if self.provider != "cpu" else [])

@@ -74,6 +74,10 @@ def wall_clock(call: Callable[[], Any], repeats: int) -> float:
     return best
 
 
+def _closed() -> None:
+    raise RuntimeError("this runner is closed")
+
+
 def _involuntary_switches() -> int:
     try:
         import resource
@@ -95,19 +99,26 @@ class CallRunner:
         return self.clock(self.call, repeats)
 
     def close(self) -> None:
+        self.call = _closed  # what it timed may go now
         if self.on_close is not None:
             self.on_close()
 
 
 @dataclass
 class Session:
-    """One series of measurements that share a sentinel. `reference` is its time in ms on the quiet machine (None: the
-    median of the first ones seen here, later kept), so that rows of an earlier session compare."""
+    """One series of measurements that share a sentinel. `reference` is its time in ms on the quiet machine (None: it is
+    taken at the start), so that the rows of an earlier session compare."""
 
     sentinel: Runner
     sampling: Sampling = field(default_factory=Sampling)
     reference: float | None = None
     overhead: float = 0.0  # ms of an empty call, taken off every row
+
+    def start(self) -> float:
+        """The reference, taken now if there is none."""
+        if self.reference is None:
+            self.reference = float(np.percentile([self._sentinel() for _ in range(15)], 25))
+        return self.reference
 
     def quick(self, runner: Runner) -> float:
         """ms of one run after one warm-up."""
@@ -116,8 +127,7 @@ class Session:
 
     def time(self, rows: Mapping[str, Runner], quick: Mapping[str, float]) -> dict[str, list[float]]:
         """Samples (ms a run) for every row: `rounds` each, and up to `extra_rounds` more where the spread is large."""
-        if self.reference is None:
-            self.reference = float(np.median([self._sentinel() for _ in range(7)]))
+        reference = self.start()
         s = self.sampling
         repeats = {k: min(s.max_repeats, max(1, math.ceil(s.min_ms / max(quick[k], 1e-6)))) for k in rows}
         samples: dict[str, list[float]] = {k: [] for k in rows}
@@ -133,7 +143,7 @@ class Session:
             for i in range(0, len(due), s.every):
                 part = [(k, rows[k].time(repeats[k]) / repeats[k]) for k in due[i : i + s.every]]
                 after = self._sentinel()
-                slow = 0.5 * (before + after) / self.reference
+                slow = 0.5 * (before + after) / reference
                 steady = abs(after - before) <= s.max_drift * min(before, after)
                 if (steady and abs(slow - 1) <= s.max_drift) or last_attempt:
                     for k, ms in part:
