@@ -34,6 +34,14 @@ class Calibration:
         for start in range(0, total, size):
             yield tuple(t[start : min(start + size, total)] for t in self.tensors)
 
+    def split(self, held: int) -> tuple[Calibration, Calibration]:
+        """(images to fit on, at most `held` others to judge on): every fourth; both are everything below four images."""
+        if len(self) < 4:
+            return self, self
+        apart = torch.arange(len(self)) % 4 == 3
+        rest, judged = (tuple(t[mask] for t in self.tensors) for mask in (~apart, apart))
+        return Calibration(rest, self.names), Calibration(tuple(t[:held] for t in judged), self.names)
+
     def digest(self) -> str:
         """A short digest of all values, which names stored importances."""
         state = hashlib.sha256()

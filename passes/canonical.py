@@ -29,7 +29,12 @@ _BN_ARGS = {
 }
 _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
 _EXPORTED_NORM = "_native_batch_norm_legit_no_training"
-_SCALAR = {"add": lambda c: (1.0, c), "sub": lambda c: (1.0, -c), "mul": lambda c: (c, 0.0), "div": lambda c: (1 / c, 0.0)}
+_SCALAR = {
+    "add": lambda c: (1.0, c),
+    "sub": lambda c: (1.0, -c),
+    "mul": lambda c: (c, 0.0),
+    "div": lambda c: (1 / c, 0.0),
+}
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 
 

@@ -19,6 +19,7 @@ import operator
 import torch
 from torch import fx, nn
 
+from . import ops
 from .errors import TraceError
 
 __all__ = ["make_pure"]
@@ -29,11 +30,24 @@ _OPERATORS = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-_VIEWS = frozenset(
-    "view reshape flatten transpose permute squeeze unsqueeze chunk split getitem narrow select expand t unflatten "
-    "contiguous view_as expand_as movedim swapaxes unbind tensor_split detach diagonal unfold alias slice "
-    "split_with_sizes _unsafe_view to type_as real imag".split()
-)
+# fmt: off
+_VIEWS = frozenset({
+    "view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split", "getitem", "narrow",
+    "select", "expand", "t", "unflatten", "contiguous", "view_as", "expand_as", "movedim", "swapaxes", "unbind",
+    "tensor_split", "detach", "diagonal", "unfold", "alias", "slice", "split_with_sizes", "_unsafe_view", "to",
+    "type_as", "real", "imag", "float", "double", "half", "pixel_shuffle", *ops.IDENTITY_FUNCTIONS,
+})
+# fmt: on
+_VIEW_MODULES = (*ops.IDENTITIES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+# F.relu(x, True): where the flag stands among the positional arguments.
+_FLAG_POSITION = {
+    **dict.fromkeys(("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish", "selu"), 1),
+    **dict.fromkeys(("elu", "celu", "leaky_relu"), 2),
+    **dict.fromkeys(("hardtanh", "threshold", "dropout", "dropout1d", "dropout2d", "dropout3d"), 3),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "drop_block2d", "drop_block3d"), 3),
+    "rrelu": 4,
+}
 
 
 def make_pure(graph_module: fx.GraphModule) -> int:
@@ -56,8 +70,11 @@ def make_pure(graph_module: fx.GraphModule) -> int:
         node.args = fx.map_arg(node.args, resolve)
         node.kwargs = fx.map_arg(node.kwargs, resolve)
         name = _name(node)
-        if name in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
-            base[node] = node.args[0]
+        source = _viewed(graph_module, node, name)
+        if source is not None:
+            base[node] = source
+        if "out" in node.kwargs:
+            raise TraceError(f"{node.name} writes into out=, which fx can not express as a pure op")
         if name == "setitem":
             raise TraceError(f"{node.name} writes into a part of a tensor, which fx can not express as a pure op")
         if not (str(node.target) in inplace if node.op == "call_module" else _purify(node)):
@@ -98,7 +115,7 @@ def _purify(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _OPERATORS:
-        node.target = _OPERATORS[node.target]  # type: ignore[index]
+        node.target = _OPERATORS[node.target]
         return True
     if node.kwargs.get("inplace") is True:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
@@ -114,12 +131,27 @@ def _purify(node: fx.Node) -> bool:
             raise TraceError(f"{node.name}: no pure form of the in-place op {name} is known")
         node.target = overload
         return True
-    # F.relu(x, True), F.dropout(x, p, training, inplace): the flag is the last positional argument.
-    if name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish", "selu") and len(node.args) > 1:
-        inplace = bool(node.args[1])
-        node.args = node.args[:1]
+    at = _FLAG_POSITION.get(name)
+    if at is not None and len(node.args) > at:
+        inplace = bool(node.args[at])
+        node.args = (*node.args[:at], False, *node.args[at + 1 :])
         return inplace
     return False
+
+
+def _viewed(graph_module: fx.GraphModule, node: fx.Node, name: str) -> fx.Node | None:
+    """The value that a node's result may share its memory with: it is a view of it, or the very same tensor."""
+    source = node.args[0] if node.args else next(iter(node.all_input_nodes), None)
+    if not isinstance(source, fx.Node):
+        return None
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        known = type(module).__module__.startswith("torch.nn.") and not ops.has_hooks(module)
+        # A module that nobody knows may well return what it was given.
+        return source if isinstance(module, _VIEW_MODULES) or not known else None
+    if name == "getattr":
+        return source if node.args[1] in _VIEW_ATTRIBUTES else None
+    return source if name in _VIEWS else None
 
 
 def _inplace_method(name: str) -> bool:

@@ -87,9 +87,7 @@ class Branches(nn.Module):
         for chain, crop in zip(self.chains, self._crops(), strict=True):
             assert isinstance(chain, Chain)
             op = chain.linear_op(channels, ndim)
-            pads = tuple(
-                (s - b, e - a) for (b, a), s, e in zip(crop.amounts, starts, ends, strict=True)
-            )
+            pads = tuple((s - b, e - a) for (b, a), s, e in zip(crop.amounts, starts, ends, strict=True))
             found.append(LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups))
         # Only the alignment matters here: the span pads once, at its entry.
         whole = linear.cat(found) if self.join == "cat" else linear.add(found, self.signs)
@@ -131,7 +129,8 @@ class LinearSpan(nn.Module):
         self._flat = [p for pair in reversed(self.padding) for p in pair]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(F.pad(x, self._flat) if any(self._flat) else x)  # type: ignore[no-any-return]
+        value: Tensor = self.body(F.pad(x, self._flat) if any(self._flat) else x)
+        return value
 
     def linear_op(self) -> LinearOp:
         """The span as one op in float64, padding included."""
@@ -147,4 +146,6 @@ class LinearSpan(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"{c.in_channels}, {c.out_channels}, kernel_size={c.kernel_size}, stride={c.stride}, padding={self.padding}"
+        return (
+            f"{c.in_channels}, {c.out_channels}, kernel_size={c.kernel_size}, stride={c.stride}, padding={self.padding}"
+        )

@@ -1,7 +1,7 @@
-"""What lmfx knows of single operations: which modules are convs, affine, activations, pools, and how functions map to them.
+"""What lmfx knows of single operations: which modules are convs, affine, activations, and how functions map to them.
 
     conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
-    affine       diagonal or shape-preserving     BatchNorm (running statistics), ChannelAffine, zero pads, average pools
+    affine       diagonal, pads, averages         BatchNorm (running statistics), ChannelAffine, zero pads, average pools
     activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it
     join         several maps in, one out         add, sub, cat, mul
 
@@ -165,7 +165,7 @@ def _relu6_or_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module
     return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
 
 
-def _clamp(min: float | None = None, max: float | None = None) -> nn.Module | None:  # noqa: A002 (torch's names)
+def _clamp(min: float | None = None, max: float | None = None) -> nn.Module | None:
     if isinstance(min, (int, float)) and max is None and min == 0:
         return nn.ReLU()
     if isinstance(min, (int, float)) and isinstance(max, (int, float)) and min < max:

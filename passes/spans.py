@@ -36,6 +36,7 @@ class SpanOptions:
     realize: tuple[Realization, ...] = ("compose", "fit")
     max_kernel_size: int | None = 7  # None: unbounded for compose, 7 for fit
     max_fit_convs: int | None = 8  # a fit may replace at most this many convs of the main path
+    max_fit_unknowns: int | None = 5000  # input channels times taps of a fit; more ask for more data than is usual
     include: tuple[str, ...] = ()  # module name globs; empty means everything
     exclude: tuple[str, ...] = ()
 
@@ -44,7 +45,9 @@ class SpanOptions:
         if unknown:
             raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of 'compose', 'fit', 'drop'")
         if self.max_kernel_size is not None and (
-            not isinstance(self.max_kernel_size, int) or isinstance(self.max_kernel_size, bool) or self.max_kernel_size < 1
+            not isinstance(self.max_kernel_size, int)
+            or isinstance(self.max_kernel_size, bool)
+            or self.max_kernel_size < 1
         ):
             raise OptionError(f"max_kernel_size={self.max_kernel_size!r}: use a whole number from 1, or None")
         for name in ("include", "exclude"):
@@ -281,6 +284,9 @@ class _Finder:
             if config is None or config.output_size(before[2:]) != after[2:]:
                 continue
             for groups in (1, before[1]) if before[1] == after[1] and before[1] > 1 else (1,):
+                unknowns = before[1] // groups * size ** len(config.kernel_size)
+                if self.options.max_fit_unknowns is not None and unknowns > self.options.max_fit_unknowns:
+                    continue
                 chosen = ConvConfig(*_fields(config), groups)
                 if chosen != as_it_is:
                     self.candidates.append(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
@@ -328,7 +334,12 @@ class _Finder:
             if isinstance(joined, Refusal):
                 return joined
             found = [
-                _State(linear.compose_config(s.config, config), s.score, s.kept, s.pruned and not self.network.affine_nodes(layer))
+                _State(
+                    linear.compose_config(s.config, config),
+                    s.score,
+                    s.kept,
+                    s.pruned and not self.network.affine_nodes(layer),
+                )
                 for s in joined
             ]
             return self.bounded(found, layer.nodes)
@@ -368,7 +379,11 @@ class _Finder:
         if not branch.layers:
             shape = self.network.shape(branch.entry)
             ones = (1,) * (len(shape) - 2)
-            return [_State(ConvConfig(shape[1], shape[1], ones, ones, ((0, 0),) * len(ones), ones, shape[1]), 0.0, (), False)]
+            return [
+                _State(
+                    ConvConfig(shape[1], shape[1], ones, ones, ((0, 0),) * len(ones), ones, shape[1]), 0.0, (), False
+                )
+            ]
         states: list[_State] | Refusal | None = None
         for layer in branch.layers:
             states = self.extend(states, layer)
@@ -379,9 +394,7 @@ class _Finder:
         score = sum(s.score for s in combination)
         kept = tuple(c for s in combination for c in s.kept)
         if parallel.join == "add":
-            left = [
-                s for i, s in enumerate(combination) if not is_dropped(self.network, parallel, frozenset(kept), i)
-            ]
+            left = [s for i, s in enumerate(combination) if not is_dropped(self.network, parallel, frozenset(kept), i)]
             config = linear.add_configs([s.config for s in left])
             convs = any(b.layers for b in parallel.branches)
             return _State(config, score, kept, convs and len(left) == 1 and not kept and is_identity_config(config))
@@ -389,7 +402,9 @@ class _Finder:
         return _State(join([s.config for s in combination]), score, kept, False)
 
 
-def _fields(config: ConvConfig) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+def _fields(
+    config: ConvConfig,
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
     c = config
     return c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation
 

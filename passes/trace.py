@@ -8,8 +8,8 @@
         return y                                   output
 
 The input is never changed: tracing works on a copy in eval mode, a fresh one for each tracer. Every node carries
-`meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and the
-graph is compared with the model on the example before it is returned.
+`meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and
+the graph is compared with the model on the example before it is returned.
 """
 
 from __future__ import annotations
@@ -118,13 +118,17 @@ def _placeholder_values(gm: fx.GraphModule, example: Example) -> list[Any]:
 class _Annotator(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm)
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return super().run(*args, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
+        versions = {s: v._version for s in n.all_input_nodes if isinstance(v := self.env.get(s), Tensor)}
         value = super().run_node(n)
+        for source, version in versions.items():
+            self._check_mutation(n, source, version)
         tensor = value if isinstance(value, Tensor) else None
         n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
         n.meta["dtype"] = tensor.dtype if tensor is not None else None
@@ -135,6 +139,21 @@ class _Annotator(fx.Interpreter):
         return value
 
 
+    def _check_mutation(self, n: fx.Node, source: fx.Node, version: int) -> None:
+        """Refuse an op that still writes into a value (an opaque module, say) which is read again afterwards."""
+        mutated = self.env[source]
+        if mutated._version == version:
+            return
+        for node, value in self.env.items():
+            shared = isinstance(value, Tensor) and value._version == mutated._version and _same_memory(value, mutated)
+            if shared and any(self.order[user] > self.order[n] for user in node.users):
+                raise TraceError(f"{n.name} mutates {source.name} in place, and {node.name} is read afterwards")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _spec(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -143,12 +162,20 @@ def _spec(value: Any) -> Any:
 
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode with plain parameters (parametrizations such as weight norm are evaluated)."""
-    clone = copy.deepcopy(model).eval()
+    # Old-style weight_norm keeps a computed tensor as an attribute, which deepcopy refuses.
+    computed: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    clone = copy.deepcopy(model, computed).eval()
     for module in list(clone.modules()):
         if torch.nn.utils.parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-        for hook in list(module._forward_pre_hooks.values()):
+        hooks: list[Any] = list(module._forward_pre_hooks.values())
+        for hook in hooks:
             if type(hook).__name__ == "WeightNorm":
                 torch.nn.utils.remove_weight_norm(module, hook.name)
             elif type(hook).__name__ == "SpectralNorm":
@@ -169,6 +196,8 @@ def _difference(expected: Any, actual: Any) -> str | None:
     if len(left) != len(right):
         return f"{len(left)} tensors became {len(right)}"
     for a, b in zip(left, right, strict=True):
+        if a.dtype != b.dtype:
+            return f"dtype {a.dtype} became {b.dtype}"
         if a.shape != b.shape:
             return f"shape {tuple(a.shape)} became {tuple(b.shape)}"
         if not a.is_floating_point():
@@ -188,5 +217,3 @@ def _difference(expected: Any, actual: Any) -> str | None:
 def _plain(value: Any) -> Any:
     """Dataclass-like outputs as plain containers."""
     return dict(value) if isinstance(value, dict) else value
-
-

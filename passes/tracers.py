@@ -55,10 +55,12 @@ class SymbolicTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        if ops.has_hooks(module):
+            return True
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
         name = type(module).__name__.lower()
-        if name in {n.lower() for n in ops.IDENTITY_NAMES} or ops.has_hooks(module):
+        if name in {n.lower() for n in ops.IDENTITY_NAMES}:
             return True
         if type(module).__module__.startswith("torch.nn."):
             return True
@@ -141,11 +143,11 @@ class _ShapeProxy(_MutableProxy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.fake.dtype  # type: ignore[no-any-return]
+        return self.fake.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.fake.device  # type: ignore[no-any-return]
+        return self.fake.device
 
     def size(self, dim: int | None = None) -> Any:
         return self.fake.size() if dim is None else self.fake.size(dim)
@@ -194,9 +196,10 @@ class ShapeTracer(SymbolicTracer):
                 fake = self.inputs.get(target.lstrip("*"))
             else:
                 fake = None
-        if not isinstance(fake, (torch.Tensor, tuple, list, dict)) and kind in ("call_function", "call_method"):
-            if fake is not None:
-                return fake  # a number, a shape, a flag: a constant of this trace
+        constant = fake is not None and not isinstance(fake, (torch.Tensor, tuple, list, dict))
+        if constant and kind in ("call_function", "call_method"):
+            return fake  # a number, a shape, a flag: a constant of this trace
+        assert isinstance(proxy, _ShapeProxy)
         proxy.fake = fake
         return proxy
 

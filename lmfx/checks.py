@@ -1,0 +1,137 @@
+"""What a model and an example must be before anything is done with them. Nothing here changes either."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lmfx.passes import ops
+from lmfx.passes.errors import DeviceError, InputError, ModelError
+from lmfx.passes.trace import example_arguments
+
+__all__ = ["check_model"]
+
+
+def check_model(model: Any, example_input: Any) -> None:
+    """Raises `ModelError`, `InputError` or `DeviceError` with what was seen and what to do, or returns."""
+    if not isinstance(model, nn.Module):
+        hint = "; call the class first: model = Model()" if isinstance(model, type) else ""
+        raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, which torch.fx can not trace: pass the eager model")
+    if model.training:
+        raise ModelError("the model is in training mode: call model.eval() first, so that its norms are constants")
+    args, kwargs = example_arguments(example_input)
+    inputs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    _check_inputs(args, kwargs, inputs, example_input)
+    _check_weights(model)
+    _check_devices(model, inputs)
+    _check_dtypes(model, inputs)
+    if not any(isinstance(m, ops.CONVS) for m in model.modules()) and not _calls_a_conv(model, args, kwargs):
+        raise ModelError(f"{type(model).__name__} has no convolution, so there is nothing to merge")
+    _check_run(model, args, kwargs, inputs)
+
+
+def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], example: Any) -> None:
+    if not args and not kwargs:
+        raise InputError(f"example_input={example!r} is empty: pass a tensor, a tuple of tensors or a dict")
+    if not inputs:
+        raise InputError(
+            f"example_input is a {type(example).__name__} without a tensor: pass a tensor, a tuple of tensors or a dict "
+            "of tensors"
+        )
+    for tensor in inputs:
+        if tensor.numel() == 0:
+            raise InputError(f"the example has shape {tuple(tensor.shape)}, which holds nothing: pass at least one image")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError("the example has NaN or infinite values: pass real data, or torch.randn of its shape")
+
+
+def _check_weights(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not tensors:
+        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to merge")
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ModelError(f"{name} is on the meta device and has no values: load the weights first")
+        if tensor.is_quantized:
+            raise ModelError(f"{name} is quantized: compress the floating-point model and quantize the result")
+        if tensor.is_complex():
+            raise ModelError(f"{name} is complex ({tensor.dtype}), which convs of the target runtimes are not")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ModelError(f"{name} has NaN or infinite values: the model is broken before compression; check training")
+
+
+def _check_devices(model: nn.Module, inputs: list[Tensor]) -> None:
+    devices = {str(p.device) for p in model.parameters()}
+    if len(devices) > 1:
+        raise DeviceError(f"the model is spread over {sorted(devices)}: move it to one device with model.to(...)")
+    for tensor in inputs:
+        if devices and str(tensor.device) not in devices:
+            raise DeviceError(
+                f"the model is on {next(iter(devices))}, the example on {tensor.device}: move one of them with .to(...)"
+            )
+
+
+def _check_dtypes(model: nn.Module, inputs: list[Tensor]) -> None:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if half and on_cpu:
+        raise ModelError(
+            f"the model is in {_names(half)} on the CPU: compress it in float32 (model.float()) and convert the result"
+        )
+    if len(dtypes) > 1:
+        raise ModelError(f"the model mixes {_names(dtypes)}: convert it to one, with model.float() for example")
+    floating = {t.dtype for t in inputs if t.is_floating_point()}
+    if dtypes and floating and floating != dtypes:
+        raise InputError(f"the model is in {_names(dtypes)}, the example in {_names(floating)}: convert one of them")
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+
+
+def _calls_a_conv(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model calls a functional conv with a weight of its own."""
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):
+        seen = False
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in ("conv1d", "conv2d", "conv3d"):
+                self.seen = True
+            return func(*args, **(kwargs or {}))
+
+    try:
+        with Watch() as watch, torch.no_grad():
+            model(*_clones(args), **_clones(kwargs))
+    except Exception:  # a model that does not run is reported by what checks the run
+        return True
+    return watch.seen
+
+
+def _clones(values: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, values)
+
+
+def _check_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor]) -> None:
+    shapes = [tuple(t.shape) for t in inputs]
+    try:
+        with torch.no_grad():
+            output = model(*_clones(args), **_clones(kwargs))
+    except Exception as error:  # any model may fail in any way on a wrong input
+        text = str(error).strip().splitlines()
+        raise InputError(
+            f"{type(model).__name__} does not run on the example of shape {shapes}: {type(error).__name__}: "
+            f"{text[0] if text else ''}. Pass an input as the model takes it, with the batch dimension"
+        ) from error
+    floating = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    if not floating:
+        raise ModelError(f"{type(model).__name__} gives no floating-point tensor (it gives {type(output).__name__})")
+    if not all(bool(v.isfinite().all()) for v in floating):
+        raise ModelError(f"{type(model).__name__} gives NaN or infinite values on the example: check its weights")

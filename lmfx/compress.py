@@ -1,0 +1,158 @@
+"""`compress`: trace, enumerate, measure, score, solve, search the budget, rewrite, fit, merge."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Executor
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from lmfx.budget import Budget
+from lmfx.calibration import Calibration, as_calibration
+from lmfx.fitting import fit_plan
+from lmfx.frontier import solve_spans
+from lmfx.importance import Estimator, get_estimator
+from lmfx.latency import Backend, Store, get_backend
+from lmfx.passes.errors import ModelError, OptionError
+from lmfx.passes.ir import MergePlan, Realization
+from lmfx.passes.layers import Network
+from lmfx.passes.rewrite import merge as merge_spans
+from lmfx.passes.rewrite import rewrite, span_names
+from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.trace import example_arguments, fingerprint
+from lmfx.profiling import profile_spans
+from lmfx.result import Result
+from lmfx.search import Found, find_plan
+from lmfx.stages import default_backend, trace, worth_scoring
+from lmfx.surrogates import affine_surrogates
+
+__all__ = ["compress"]
+
+Surrogate = Literal["affine", "identity"]
+
+
+def compress(
+    model: nn.Module,
+    example_input: Any,
+    budget: Budget | float | str,
+    *,
+    calibration: Any = None,
+    latency: str | Backend | None = None,
+    importance: str | Estimator = "reconstruction",
+    realize: tuple[Realization, ...] = ("compose", "fit"),
+    max_kernel_size: int | None = 7,
+    max_fit_convs: int | None = 8,
+    surrogate: Surrogate = "affine",
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    executor: Executor | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    merge: bool = True,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
+
+    Args:
+        model: any network that torch.fx or torch.export can trace, in eval mode.
+        example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise.
+        budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms"; 1.0 changes nothing.
+        calibration: unlabelled images, a tensor (images, ...) or a loader of batches; without it the example stands in.
+        latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
+            "roofline", or a backend object.
+        importance: "reconstruction", "magnitude", or an estimator object.
+        realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares).
+        max_kernel_size: of merged convs; None for no bound.
+        max_fit_convs: how many convs of the main path a fit may replace.
+        surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
+        include, exclude: globs of module names that may, or may not, be touched.
+        executor: runs the fits of different spans side by side.
+        cache_dir: where measurements are kept (default: the user's cache); a second budget reuses them.
+        merge: False gives the trainable form; `lmfx.merge` makes the deploy form of it.
+        progress: show progress bars on stderr.
+
+    Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
+    `InfeasibleBudget` (with the fastest latency reached) if no plan is fast enough.
+    """
+    wanted = Budget.parse(budget)
+    backend_name = latency
+    if surrogate not in ("affine", "identity"):
+        raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
+    options = SpanOptions(
+        tuple(realize), max_kernel_size, max_fit_convs, include=_globs(include), exclude=_globs(exclude)
+    )
+    estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
+    graph = trace(model, example_input)
+    backend = get_backend(backend_name if backend_name is not None else default_backend(graph))
+    spans = enumerate_spans(Network(graph), options)
+    images = as_calibration(calibration, example_input)
+    if wanted.kind != "ms" and wanted.value == 1:
+        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None)
+    if not any(c.realization != "keep" for c in spans):
+        raise ModelError(
+            f"nothing in {type(model).__name__} can be merged: "
+            + "; ".join(str(r) for r in spans.refusals[:3])
+            + ". See lmfx.spans(graph).refusals"
+        )
+    with Store.open(cache_dir) as store:
+        table = profile_spans(spans, backend, store, progress)
+        scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
+    frontier = solve_spans(spans, table, scores, surrogate=surrogate)
+    args, kwargs = example_arguments(example_input)
+    found = find_plan(graph, frontier, wanted, backend, [*args, *kwargs.values()], progress)
+    student = _student(graph, spans, found.plan, images, progress)
+    net = merge_spans(student) if merge else student
+    return _finish(graph, net, found.plan, spans, wanted, backend, merge, found)
+
+
+def _student(
+    graph: fx.GraphModule, spans: SpanSet, plan: MergePlan, images: Calibration, progress: bool
+) -> fx.GraphModule:
+    """The trainable form with its surrogates and its fitted convs."""
+    affine = plan.surrogate == "affine" and any(c.realization == "compose" for c in plan.candidates)
+    surrogates = affine_surrogates(spans.network, images) if affine else None
+    student = rewrite(graph, plan, surrogates)
+    return fit_plan(spans.network, student, plan, images, progress)
+
+
+def _finish(
+    graph: fx.GraphModule,
+    net: fx.GraphModule,
+    plan: MergePlan,
+    spans: SpanSet,
+    budget: Budget,
+    backend: Backend,
+    merged: bool,
+    found: Found | None,
+) -> fx.GraphModule:
+    """Attach the result, and drop what only the compiler needed."""
+    changed = {name for c in plan.candidates for name in c.all_convs}
+    network = spans.network
+    convs = [network.path(n) for r in network.regions for n in network.convs(r.series.layers)[1]]
+    meta = graph.meta["lmfx"]
+    result = Result(
+        plan=plan,
+        budget=budget,
+        merged=merged,
+        backend=dict(backend.identity()),
+        names=tuple(span_names(graph, plan)),
+        refusals=spans.refusals,
+        kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
+        candidates=len(spans),
+        predicted=found.predicted if found else None,
+        measured=found.measured if found else None,
+        original=found.original if found else None,
+        ratio=found.ratio if found else None,
+        line=found.frontier.line if found else None,
+        inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
+        frontier=found.frontier if found else None,
+    )
+    if net is graph:
+        net = rewrite(graph, plan)
+    net.train(False)
+    net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"]}
+    return net
+
+
+def _globs(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,62 @@
+"""The estimator protocol: candidates -> importances, higher is better, 0 for keeping everything as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from lmfx.calibration import Calibration
+from lmfx.latency.store import Store
+from lmfx.passes.errors import TableError
+from lmfx.passes.ir import Candidate
+from lmfx.passes.spans import SpanSet
+
+__all__ = ["Estimator", "ImportanceTable"]
+
+
+@dataclass(frozen=True)
+class ImportanceTable(Mapping[str, float]):
+    """Candidate key -> importance. `identity` says what the values are good for: estimator, weights, calibration."""
+
+    rows: Mapping[str, float]
+    identity: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> float:
+        try:
+            return self.rows[key]
+        except KeyError:
+            raise TableError(
+                f"the importance table ({len(self.rows)} rows) has no row {key!r}; score the same graph with the "
+                "latency table that is to be solved"
+            ) from None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """How much each candidate costs in output quality."""
+
+    @property
+    def name(self) -> str:
+        """The name that `get_estimator` knows."""
+
+    def score(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None = None,
+        progress: bool = False,
+        executor: Executor | None = None,
+    ) -> ImportanceTable:
+        """An importance for each candidate (those that are `keep` need none: it is 0)."""

@@ -1,0 +1,61 @@
+"""`magnitude`: weights only, no data. What a candidate loses is the L1 norm of the convs that it prunes or replaces.
+
+Each conv's norm is relative to the mean of all, and each activation that goes costs `activation`; a fit is taken to
+lose only its activations. It is the cheapest baseline, and a poor one: prefer `reconstruction` with any data at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from lmfx.calibration import Calibration
+from lmfx.importance.base import ImportanceTable
+from lmfx.latency.store import Store
+from lmfx.passes.ir import Candidate
+from lmfx.passes.layers import Network
+from lmfx.passes.spans import SpanSet
+
+__all__ = ["Magnitude"]
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Minus the share of the weights' L1 norm that is pruned, and minus `activation` for each activation removed."""
+
+    activation: float = 0.1
+    name: str = "magnitude"
+
+    def score(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None = None,
+        store: Store | None = None,
+        progress: bool = False,
+        executor: Executor | None = None,
+    ) -> ImportanceTable:
+        """See `Estimator.score`; needs no calibration and is too cheap to store."""
+        network = spans.network
+        norms = {network.path(n): network.l1(n) for n in _convs(network)}
+        mean = sum(norms.values()) / max(len(norms), 1) or 1.0
+        rows = {}
+        for c in candidates:
+            pruned = [p for p in c.all_convs if p not in c.kept] if c.realization != "fit" else []
+            lost = sum(norms.get(p, 0.0) for p in pruned) / mean
+            rows[c.key] = 0.0 if c.realization == "keep" else -lost - self.activation * (_activations(network, c) + 0.01)
+        return ImportanceTable(rows, {"estimator": self.name, "activation": self.activation})
+
+
+def _convs(network: Network) -> list[str]:
+    return [c for region in network.regions for c in network.convs(region.series.layers)[1]]
+
+
+def _activations(network: Network, candidate: Candidate) -> int:
+    """How many activations a candidate removes: all in its span but the one that is kept."""
+    span = candidate.span
+    layers = network.series[span.series].layers[span.start : span.stop]
+    inside = [s for lay in layers if lay.parallel for b in lay.parallel.branches for s in b.walk()]
+    every = [lay.activation for lay in layers] + [lay.activation for s in inside for lay in s.layers]
+    return sum(a is not None for a in every) - (span.activation is not None)

@@ -1,0 +1,265 @@
+"""`reconstruction`: minus the divergence of the network's output when only one candidate is applied. No labels.
+
+    D = 1/2 mean_i |z'_i - z_i|^2 / mean_i |z_i - z|^2          z: the outputs of image i, z': with the candidate
+
+The candidate's local error e = y' - y at its span's output (before the kept activation) is exact: the candidate is run
+on the original network's value. How it reaches the output is taken to first order, which makes D second order:
+
+    z' - z = J e        |J e|^2 = E over v of (v'J e)^2,  v of random signs        g = J'v from one backward pass a probe
+
+`exact=True` runs the rest of the network instead. Fits are made from sampled pixels of three quarters of the images,
+one Gram matrix for each (span start, stride) that serves every stop and kernel, and judged on images of the last
+quarter: on the images that it was made from, a fit with more unknowns than pixels has no error at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lmfx.calibration import Calibration
+from lmfx.fitting import FitGroup, fit_groups
+from lmfx.importance.base import ImportanceTable
+from lmfx.latency.store import Store
+from lmfx.passes.errors import InputError, OptionError
+from lmfx.passes.ir import Candidate
+from lmfx.passes.linear import LinearOp
+from lmfx.passes.linear_span import LinearSpan
+from lmfx.passes.rewrite import build_span
+from lmfx.passes.spans import SpanSet
+from lmfx.progress import progress as progress_bar
+from lmfx.surrogates import affine_surrogates
+from lmfx.values import flat_output, record, record_batches, resume
+
+__all__ = ["Reconstruction"]
+
+VERSION = 2
+HELD_BYTES = 3 << 30  # values of all calibration images that may be held at once
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Output divergence of each candidate, estimated on at most `images` held-out images with `probes` probes.
+
+    `exact` runs the network behind the candidate instead of the second-order estimate. `surrogate` is what a composed
+    span puts in place of the activations that it removes: "identity" (the paper) or "affine" (least squares).
+    """
+
+    exact: bool = False
+    images: int = 16
+    probes: int = 2
+    surrogate: str = "affine"
+    name: str = "reconstruction"
+
+    def __post_init__(self) -> None:
+        for option in ("images", "probes"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(f"{option}={value!r}: use a whole number from 1")
+        if self.surrogate not in ("affine", "identity"):
+            raise OptionError(f"surrogate={self.surrogate!r}: use 'affine' or 'identity'")
+
+    def score(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None = None,
+        progress: bool = False,
+        executor: Executor | None = None,
+    ) -> ImportanceTable:
+        """See `Estimator.score`. Rows are stored as they are made, under the weights and the calibration data."""
+        if calibration is None:
+            raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
+        identity = {
+            "estimator": self.name,
+            "version": VERSION,
+            "exact": self.exact,
+            "images": self.images,
+            "probes": self.probes,
+            "surrogate": self.surrogate,
+            "weights": weights_digest(spans.network.gm),
+            "calibration": calibration.digest(),
+        }
+        rows = {c.key: 0.0 for c in candidates if c.realization == "keep"}
+        wanted = {c.key: c for c in candidates if c.realization != "keep"}
+        if store is not None:
+            rows.update({k: float(v) for k, v in store.get_many("importance", identity, list(wanted)).items()})
+        todo = [c for c in wanted.values() if c.key not in rows]
+        if todo:
+            with progress_bar(len(todo), "scoring (reconstruction)", progress) as bar:
+                for key, value in _Scorer(self, spans, calibration, executor).run(todo):
+                    rows[key] = value
+                    if store is not None:
+                        store.put("importance", identity, key, value)
+                    bar.update(1)
+        return ImportanceTable(rows, identity)
+
+
+def weights_digest(gm: fx.GraphModule) -> str:
+    """A short digest of a graph's structure and of all its values."""
+    import hashlib
+
+    from lmfx.passes.trace import fingerprint
+
+    state = hashlib.sha256(fingerprint(gm).encode())
+    for name, tensor in gm.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()[:16]
+
+
+class _Scorer:
+    def __init__(
+        self, options: Reconstruction, spans: SpanSet, calibration: Calibration, executor: Executor | None
+    ) -> None:
+        self.options = options
+        self.spans = spans
+        self.network = spans.network
+        self.gm = spans.network.gm
+        self.calibration, self.judged = calibration.split(options.images)
+        self.executor = executor
+
+    def run(self, candidates: list[Candidate]) -> Iterator[tuple[str, float]]:
+        names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
+        values, gradients, scale = self.gradients(names)
+        surrogates = None
+        if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
+            surrogates = affine_surrogates(self.network, self.calibration)
+        others = [c for c in candidates if c.realization != "fit"]
+        for c in others:
+            yield c.key, self.value(c, self.composed(c, surrogates), values, gradients, scale)
+        groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
+        for chunk in self.chunks(groups):
+            wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
+            held = record_batches(self.gm, self.calibration, wanted)
+            jobs = [
+                (g, held[g.entry], {n: held[n] for n in {c.span.output for c in g.candidates}}) for g in chunk
+            ]
+            results = (
+                (self.fitted(*job) for job in jobs) if self.executor is None else self.executor.map(_fit_job, jobs)
+            )
+            for group, ops in zip(chunk, results, strict=True):
+                for c in group.candidates:
+                    yield c.key, self.value(c, ops[c.key], values, gradients, scale)
+
+    @staticmethod
+    def fitted(group: FitGroup, x: Tensor, ys: dict[str, Tensor]) -> dict[str, LinearOp]:
+        return _fit_job((group, x, ys))
+
+    def chunks(self, groups: list[FitGroup]) -> Iterator[list[FitGroup]]:
+        """Groups whose values together fit in memory, so that the network runs as seldom as possible."""
+        chunk: list[FitGroup] = []
+        held: set[str] = set()
+        for group in groups:
+            more = {group.entry} | {c.span.output for c in group.candidates}
+            if chunk and self.bytes(held | more) > HELD_BYTES:
+                yield chunk
+                chunk, held = [], set()
+            chunk.append(group)
+            held |= more
+        if chunk:
+            yield chunk
+
+    def bytes(self, names: set[str]) -> int:
+        batch = {n: self.network.shape(n) for n in names}
+        return sum(len(self.calibration) * 4 * int(torch.Size(s[1:]).numel()) for s in batch.values())
+
+    def composed(self, c: Candidate, surrogates: dict[str, tuple[Tensor, Tensor]] | None) -> LinearOp | None:
+        if c.realization == "drop":
+            return None
+        module = build_span(self.network, c, surrogates)
+        assert isinstance(module, LinearSpan)
+        with torch.no_grad():
+            return module.linear_op()
+
+    # --- from a local error to the divergence of the output -------------------------------------------------------------
+
+    def gradients(self, names: set[str]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], float]:
+        """Values and gradients of the nodes on the scoring images, and the outputs' variance."""
+        (batch,) = self.judged.batches(self.options.images, self.options.images)
+        everything = {n.name for n in self.gm.graph.nodes} if self.options.exact else names
+        if self.options.exact:
+            with torch.no_grad():
+                values, output = record(self.gm, batch, everything, self.calibration.names)
+                z = flat_output(output)
+            return values, {}, _scale(z)
+        # The graph's parameters need no gradient: it starts at the first floating input.
+        inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch)
+        with torch.enable_grad():
+            values, output = record(self.gm, inputs, names, self.calibration.names)
+            z = flat_output(output)
+            ordered = [n for n in names if values[n].requires_grad]
+            generator = torch.Generator().manual_seed(0)
+            gradients: dict[str, list[Tensor]] = {n: [] for n in names}
+            for probe in range(self.options.probes):
+                v = torch.randint(0, 2, z.shape, generator=generator).to(z.device, z.dtype) * 2 - 1
+                found = torch.autograd.grad(
+                    z, [values[n] for n in ordered], v, retain_graph=probe + 1 < self.options.probes, allow_unused=True
+                )
+                for name, g in zip(ordered, found, strict=True):
+                    gradients[name].append(torch.zeros_like(values[name]) if g is None else g)
+        return {n: v.detach() for n, v in values.items()}, gradients, _scale(z.detach())
+
+    def value(
+        self,
+        c: Candidate,
+        op: LinearOp | None,
+        values: dict[str, Tensor],
+        gradients: dict[str, list[Tensor]],
+        scale: float,
+    ) -> float:
+        x, y = values[c.span.entry], values[c.span.output]
+        with torch.no_grad():
+            new = x if op is None else _apply(op, x)
+            if self.options.exact:
+                return -self.exact_divergence(c, new, values, scale)
+            error = new - y
+            total = sum(float((error * g).flatten(1).double().sum(1).square().mean()) for g in gradients[c.span.output])
+        return -0.5 * total / max(len(gradients[c.span.output]), 1) / scale
+
+    def exact_divergence(self, c: Candidate, new: Tensor, values: dict[str, Tensor], scale: float) -> float:
+        nodes = self.network.nodes
+        behind = _descendants(nodes[c.span.output])
+        known: dict[fx.Node, Any] = {
+            nodes[n]: v for n, v in values.items() if nodes[n] not in behind and nodes[n].op != "output"
+        }
+        known[nodes[c.span.output]] = new
+        z = flat_output(values[next(n for n in values if nodes[n].op == "output")])
+        return 0.5 * float((flat_output(resume(self.gm, known)) - z).double().square().sum(1).mean()) / scale
+
+
+def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, LinearOp]:
+    group, x, ys = job
+    return group.fit(x, ys, quick=True)
+
+
+def _apply(op: LinearOp, x: Tensor) -> Tensor:
+    small = LinearOp(
+        op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype), op.stride, op.padding, op.dilation, op.groups
+    )
+    return small(x)
+
+
+def _scale(z: Tensor) -> float:
+    """The mean squared distance of the outputs from their mean; of a single image, its mean square."""
+    centred = z - z.mean(0, keepdim=True) if len(z) > 1 else z
+    value = float(centred.double().square().sum(1).mean())
+    if value <= 1e-12 * float(z.double().square().sum(1).mean()):
+        value = float(z.double().square().sum(1).mean())
+    return value or 1.0
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    found, queue = set(), [node]
+    while queue:
+        for user in queue.pop().users:
+            if user not in found:
+                found.add(user)
+                queue.append(user)
+    return found

@@ -1,0 +1,55 @@
+"""What `compress` did, as it travels with the network: `net.meta["lmfx"]["result"]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from lmfx.budget import Budget
+from lmfx.frontier import Frontier
+from lmfx.latency import Calibration, LatencyTable
+from lmfx.passes.errors import InputError
+from lmfx.passes.ir import MergePlan, Refusal
+
+__all__ = ["Result", "result_of"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compression. Latencies are of whole networks on `backend`, in ms; `ratio` is measured over the original's,
+    taken side by side. `names` are the module names of the plan's spans, in the plan's order (a drop has none)."""
+
+    plan: MergePlan
+    budget: Budget
+    merged: bool  # the deploy form, or the trainable one
+    backend: dict[str, Any]
+    names: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    kept: tuple[str, ...] = ()  # qualified names of the convs that stay as they are
+    candidates: int = 0
+    predicted: float | None = None
+    measured: float | None = None
+    original: float | None = None
+    ratio: float | None = None
+    line: Calibration | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
+    # Not saved with the network:
+    frontier: Frontier | None = field(default=None, compare=False, repr=False)
+    latency: LatencyTable | None = field(default=None, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without the frontier and the table, which hold the whole traced network."""
+        values = [getattr(self, name) for name in self.__dataclass_fields__]
+        return type(self), (*values[:-2], None, None)
+
+
+def result_of(net: fx.GraphModule) -> Result:
+    """The result that travels with a network from `compress` or `load`; `InputError` for any other module."""
+    found = getattr(net, "meta", {}).get("lmfx", {}).get("result")
+    if not isinstance(found, Result):
+        raise InputError(
+            f"this {type(net).__name__} carries no result of lmfx: pass what lmfx.compress or lmfx.load returned"
+        )
+    return found

@@ -1,0 +1,162 @@
+"""The budget holds: move along the frontier until the *measured* network is within the budget.
+
+Predictions only say where to look first. Each step builds the network of one plan (weights do not matter for its
+time), measures it side by side with the original, and corrects the line that maps sums of rows to whole networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from lmfx.budget import Budget
+from lmfx.frontier import Frontier
+from lmfx.latency import Backend, Calibration, calibrate
+from lmfx.passes.errors import InfeasibleBudget
+from lmfx.passes.ir import MergePlan
+from lmfx.passes.rewrite import merge, rewrite
+from lmfx.progress import progress as progress_bar
+
+__all__ = ["Found", "find_plan", "timing_form"]
+
+MARGIN = 0.99  # aim this far below the budget, and accept what is measured up to ACCEPT of it
+ACCEPT = 0.997
+STEPS = 9
+REPEATS, FINAL_REPEATS = 5, 11
+CLOSE = 0.985  # within this of the budget a plan is good enough
+
+
+@dataclass(frozen=True)
+class Found:
+    """The plan that holds, with what was predicted and measured: whole networks, ms; `ratio` to the original."""
+
+    index: int
+    plan: MergePlan
+    frontier: Frontier
+    predicted: float
+    measured: float
+    original: float
+    ratio: float
+
+
+def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
+    """The merged network of a plan with arbitrary values in its new convs: all that a timing needs."""
+    plain = tuple(
+        replace(c, realization="fit") if c.realization == "compose" and c.conv is not None else c
+        for c in plan.candidates
+    )
+    return merge(rewrite(graph, replace(plan, candidates=plain)))
+
+
+def find_plan(
+    graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, inputs: list[Any], progress: bool = False
+) -> Found:
+    """The best plan whose measured latency is within `budget`. Raises `InfeasibleBudget` with the fastest measured."""
+    search = _Search(graph, frontier, budget, backend, inputs)
+    with progress_bar(STEPS, "searching the budget", progress) as bar:
+        found = search.run(lambda: bar.update(1))
+        bar.update(max(0, STEPS - search.steps))
+    return found
+
+
+class _Search:
+    def __init__(
+        self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, inputs: list[Any]
+    ) -> None:
+        self.graph, self.frontier, self.budget = graph, frontier, budget
+        self.backend, self.inputs = backend, inputs
+        self.sums: list[float] = []
+        self.wholes: list[float] = []
+        self.ratios: dict[int, float] = {}
+        self.original = 0.0
+        self.steps = 0
+
+    def measure(self, index: int, repeats: int = REPEATS) -> float:
+        """The measured ratio of one plan to the original, both taken in turn."""
+        net = timing_form(self.graph, self.frontier.plan(index))
+        times = self.backend.measure_interleaved([(self.graph, self.inputs), (net, self.inputs)], repeats)
+        ratio = median(b / a for a, b in zip(*times, strict=True))
+        fresh = median(times[0])
+        # The machine's speed drifts, so all wholes are expressed in the first measurement's milliseconds.
+        self.original = self.original or fresh
+        if not self.sums:
+            self.sums.append(self.frontier.original_sum)
+            self.wholes.append(self.original)
+        self.sums.append(float(self.frontier.raw.latency[index]))
+        self.wholes.append(ratio * self.original)
+        self.ratios[index] = ratio
+        self.steps += 1
+        return ratio
+
+    def line(self) -> Calibration:
+        useful = [(s, w) for s, w in zip(self.sums, self.wholes, strict=True) if s > 0 and w > 0]
+        if len(useful) < 2:
+            return Calibration(self.wholes[0] - self.sums[0], 1.0, 0.0, float("nan"), float("nan"))
+        return calibrate([s for s, _ in useful], [w for _, w in useful])
+
+    def run(self, tick: Callable[[], None]) -> Found:
+        times = self.backend.measure_interleaved([(self.graph, self.inputs)], REPEATS)
+        self.original = median(times[0])
+        self.sums, self.wholes = [self.frontier.original_sum], [self.original]
+        fraction = self.budget.resolve(self.original) / self.original
+        if fraction >= 1:  # nothing to do: the original is within the budget
+            frontier = self.frontier.calibrated(self.line())
+            plan = MergePlan((), frontier.plan(0).fingerprint, self.original, 0.0)
+            return Found(len(frontier) - 1, plan, frontier, self.original, self.original, self.original, 1.0)
+        low, high = -1, len(self.frontier)  # measured within, measured over
+        first: dict[int, float] = {}
+        while self.steps < STEPS and high - low > 1:
+            index = self.guess(fraction, low, high)
+            first[index] = float(self.line()(float(self.frontier.raw.latency[index])))
+            ratio = self.measure(index)
+            tick()
+            if ratio <= ACCEPT * fraction:
+                low = index
+                if ratio >= CLOSE * fraction:
+                    break
+            else:
+                high = index
+        while True:
+            if low < 0:
+                self.refuse(fraction)
+            ratio = self.measure(low, FINAL_REPEATS)
+            tick()
+            if ratio <= ACCEPT * fraction or low == 0:
+                break
+            faster = [i for i, r in self.ratios.items() if i < low and r <= ACCEPT * fraction]
+            low = max(faster, default=low - max(1, len(self.frontier) // 100))
+        if ratio > fraction:
+            self.refuse(fraction)
+        line = self.line()
+        frontier = self.frontier.calibrated(line)
+        predicted = first.get(low, float(line(float(self.frontier.raw.latency[low]))))
+        plan = replace(frontier.plan(low), latency=predicted)
+        return Found(low, plan, frontier, predicted, ratio * self.original, self.original, ratio)
+
+    def guess(self, fraction: float, low: int, high: int) -> int:
+        """The slowest plan that the present line puts below the budget, strictly inside the bracket."""
+        line = self.line()
+        predicted = line.a + line.b * self.frontier.raw.latency
+        target = MARGIN * fraction * self.original
+        index = int(np.searchsorted(predicted, target, side="right")) - 1
+        inside = min(max(index, low + 1), high - 1)
+        if self.steps >= 4 or (self.steps and inside in (low + 1, high - 1) and high - low > 8):
+            inside = (low + high) // 2  # the line does not converge: halve the bracket
+        return min(max(inside, low + 1), high - 1)
+
+    def refuse(self, fraction: float) -> None:
+        fastest = self.ratios.get(0)
+        if fastest is None:
+            fastest = self.measure(0, FINAL_REPEATS)
+        reached = min(self.ratios.values()) * self.original
+        raise InfeasibleBudget(
+            f"no plan reaches the budget {self.budget} ({fraction * self.original:.4g} ms of {self.original:.4g} ms on "
+            f"{self.backend.name}): the fastest measured takes {reached:.4g} ms ({reached / self.original:.1%}). Ask for "
+            "that or more, or allow more with realize=, max_kernel_size=, max_fit_convs= or fewer exclude=",
+            reached,
+        )

@@ -1,0 +1,127 @@
+"""The stages of `compress` as functions of a traced graph: spans, profile, score, solve, rewrite, merge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import Any
+
+from torch import fx, nn
+
+from lmfx.calibration import as_calibration
+from lmfx.checks import check_model
+from lmfx.frontier import Frontier, solve_spans
+from lmfx.importance import Estimator, ImportanceTable, get_estimator
+from lmfx.latency import Backend, LatencyTable, Store, get_backend
+from lmfx.passes.errors import InputError, TableError
+from lmfx.passes.ir import Candidate
+from lmfx.passes.layers import Network
+from lmfx.passes.rewrite import merge, rewrite
+from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.trace import trace as trace_graph
+from lmfx.profiling import profile_spans
+
+__all__ = ["default_backend", "merge", "profile", "rewrite", "score", "solve", "spans", "trace", "worth_scoring"]
+
+
+def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
+    """`model` as a GraphModule in canonical form, checked against it on the example; `model` is not changed.
+
+    `example_input` is a tensor, a tuple of positional or a dict of keyword arguments. Raises `ModelError`,
+    `InputError` or `DeviceError` for what can not be compressed, `TraceError` if no tracer gives an equal graph.
+    """
+    check_model(model, example_input)
+    graph = trace_graph(model, example_input)
+    graph.meta["lmfx"]["example"] = example_input
+    return graph
+
+
+def spans(graph: fx.GraphModule, **options: Any) -> SpanSet:
+    """Every candidate and every refusal of a traced graph. `options` are the fields of `SpanOptions`."""
+    if not isinstance(graph, fx.GraphModule) or "lmfx" not in graph.meta:
+        raise InputError(f"spans needs a graph from lmfx.trace, not a {type(graph).__name__}: call lmfx.trace first")
+    for key in ("realize", "include", "exclude"):
+        if isinstance(options.get(key), list):
+            options[key] = tuple(options[key])
+    return enumerate_spans(Network(graph), SpanOptions(**options))
+
+
+def default_backend(graph: nn.Module) -> str:
+    """`torch` for a network on a GPU, else `onnxruntime`."""
+    first = next(graph.parameters(), None)
+    return "torch" if first is not None and first.device.type == "cuda" else "onnxruntime"
+
+
+def profile(
+    graph: fx.GraphModule,
+    backend: str | Backend | None = None,
+    *,
+    spans: SpanSet | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> LatencyTable:
+    """A latency (ms) for every candidate that may pay on `backend`; rows that the store has are not measured again.
+
+    `options` go to the backend (`threads=1`, ...). Each row is committed to `cache_dir` as it is made, so a run that is
+    stopped goes on where it was.
+    """
+    candidates = spans if spans is not None else globals()["spans"](graph)
+    made = get_backend(backend if backend is not None else default_backend(graph), **options)
+    with Store.open(cache_dir) as store:
+        return profile_spans(candidates, made, store, progress)
+
+
+def worth_scoring(spans: SpanSet, latency: LatencyTable) -> list[Candidate]:
+    """The candidates that a plan could choose: those with a latency, and of a composed and a fitted conv of one
+    configuration only the fit, which costs the same and reconstructs at least as well."""
+    present = [c for c in spans if c.key in latency]
+    fitted = {_twin(c) for c in present if c.realization == "fit"}
+    return [c for c in present if c.realization != "compose" or _twin(c) not in fitted]
+
+
+def _twin(c: Candidate) -> tuple[Any, ...]:
+    assert c.conv is not None
+    return c.span.series, c.span.start, c.span.stop, c.conv.kernel_size, c.conv.dilation, c.conv.groups
+
+
+def score(
+    graph: fx.GraphModule,
+    estimator: str | Estimator = "reconstruction",
+    *,
+    calibration: Any = None,
+    spans: SpanSet | None = None,
+    latency: LatencyTable | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> ImportanceTable:
+    """An importance for every candidate (higher is better, 0 keeps the network as it is).
+
+    With `latency` only candidates that could be chosen are scored. `calibration` is a tensor of images or a loader;
+    without it the example that the graph was traced with stands in. `options` go to the estimator.
+    """
+    candidates = spans if spans is not None else globals()["spans"](graph)
+    chosen: Sequence[Candidate] = candidates.candidates if latency is None else worth_scoring(candidates, latency)
+    made = get_estimator(estimator, **options)
+    data = as_calibration(calibration, graph.meta["lmfx"]["example"])
+    with Store.open(cache_dir) as store:
+        return made.score(candidates, chosen, data, store, progress, executor)
+
+
+def solve(
+    graph: fx.GraphModule, latency: LatencyTable, score: ImportanceTable, *, spans: SpanSet | None = None
+) -> Frontier:
+    """Every Pareto-optimal plan from one exact solve; `.at(budget)`, `len()`, iteration, `.plot()`."""
+    candidates = spans if spans is not None else globals()["spans"](graph)
+    missing = [c.key for c in candidates if c.realization == "keep" and c.key not in latency]
+    if missing:
+        raise TableError(
+            f"the latency table has no row for {missing[0]!r} and {len(missing) - 1} more kept layers of this graph: it "
+            "was measured for another graph or with other options; profile this one"
+        )
+    return solve_spans(candidates, latency, score)
+
+

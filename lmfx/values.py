@@ -1,0 +1,77 @@
+"""Values and gradients inside a traced graph: what the estimator and the fit read on calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lmfx.calibration import Calibration
+
+__all__ = ["flat_output", "placeholder_values", "record", "record_batches", "resume"]
+
+BATCH = 32
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, wanted: frozenset[str]) -> None:
+        super().__init__(gm)
+        self.wanted = wanted
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.wanted:
+            self.values[n.name] = value
+        return value
+
+
+def placeholder_values(gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> list[Any]:
+    """The placeholders' values for calibration tensors: positional ones in order, the last ones by name."""
+    nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    positional = len(inputs) - len(names)
+    given: dict[str, Any] = dict(zip(names, inputs[positional:], strict=True))
+    values = []
+    for i, node in enumerate(nodes):
+        name = str(node.target).lstrip("*")
+        default = node.args[0] if node.args else None
+        values.append(inputs[i] if i < positional else given.get(name, default))
+    return values
+
+
+def record(
+    gm: fx.GraphModule, inputs: tuple[Tensor, ...], wanted: Iterable[str], names: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], Any]:
+    """The values of the nodes `wanted` and the output, for one batch."""
+    recorder = _Recorder(gm, frozenset(wanted))
+    output = recorder.run(*placeholder_values(gm, inputs, names), enable_io_processing=False)
+    return recorder.values, output
+
+
+@torch.no_grad()
+def record_batches(
+    gm: fx.GraphModule, calibration: Calibration, wanted: Iterable[str], limit: int | None = None
+) -> dict[str, Tensor]:
+    """The values of the nodes `wanted` on all calibration images, (images, channels, size...)."""
+    names = frozenset(wanted)
+    parts: dict[str, list[Tensor]] = {n: [] for n in names}
+    for batch in calibration.batches(BATCH, limit):
+        values, _ = record(gm, batch, names, calibration.names)
+        for name, value in values.items():
+            parts[name].append(value)
+    return {name: torch.cat(found) for name, found in parts.items()}
+
+
+@torch.no_grad()
+def resume(gm: fx.GraphModule, known: dict[fx.Node, Any]) -> Any:
+    """The output when some nodes' values are given; only what depends on none of them alone is computed."""
+    return fx.Interpreter(gm, garbage_collect_values=False).run(initial_env=dict(known), enable_io_processing=False)
+
+
+def flat_output(output: Any) -> Tensor:
+    """All floating tensors of an output as one (images, features) tensor."""
+    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for v in leaves], 1)
