@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 10
 
-The store logs every row that is put. At the end every row must be there once in the log, a further run must add nothing,
-and the table is compared with one that was measured without interruption.
+The store logs every row that is put. At the end every row must be there once in the log, a further run must add
+nothing, and the table is compared with one that was measured without interruption.
 """
 
 from __future__ import annotations
@@ -96,9 +96,8 @@ def main() -> None:
             process.kill()
             process.communicate()
             rows, counts = table(killed)
-            print(
-                f"kill {kill:2d} after {life:.2f} s: {len(rows):4d} rows, most often put: {max(counts.values(), default=0)}"
-            )
+            most = max(counts.values(), default=0)
+            print(f"kill {kill:2d} after {life:.2f} s: {len(rows):4d} rows, the one measured most often {most} times")
         finish(killed, args.rows)
         rows, counts = table(killed)
         again = finish(killed, args.rows)
