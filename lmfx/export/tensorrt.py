@@ -74,7 +74,8 @@ def serialize_engine(trt: Any, model: bytes, target: str | None = None, fp16: bo
             raise OptionError("only tensorrt_rtx builds for another GPU; pip install tensorrt_rtx, or use target=None")
         capability = getattr(trt.ComputeCapability, target.upper(), None)
         if capability is None:
-            raise OptionError(f"this TensorRT does not know the target {target!r}")
+            known = ", ".join(n.lower() for n in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", n))
+            raise OptionError(f"this TensorRT does not know the target {target!r}; it knows {known}")
         config.num_compute_capabilities = 1
         if not config.set_compute_capability(capability, 0):
             raise ExportError(f"TensorRT refused the target {target!r}")
