@@ -56,7 +56,7 @@ def emit(gm: fx.GraphModule, inputs: Sequence[Any], *, fill: float | None = None
     `inputs` are tensors or `(shape, dtype)` pairs. Parameters on the meta device get the constant `fill` (for timing,
     where values do not matter); without a `fill` they are refused. Raises `UnsupportedOp`, `MissingExtra` without onnx.
     """
-    from lmfx.export.rules import Emitter
+    from lmfx.export.emitter import Emitter
 
     return Emitter(gm, input_specs(inputs), fill).model()
 
