@@ -34,22 +34,14 @@ _SCALAR = {
     "sub": lambda c: (1.0, -c),
     "mul": lambda c: (c, 0.0),
     "div": lambda c: (1 / c, 0.0),
+    "rsub": lambda c: (-1.0, c),
 }
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 
 
 def op_name(node: fx.Node) -> str:
     """The plain name of a function or method node: `relu` for F.relu, torch.relu, x.relu() and aten.relu.default."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[1]
-        else:
-            name = ops.FUNCTION_NAMES.get(target, getattr(target, "__name__", str(target)))
-    else:
-        return ""
+    name = ops.function_name(node)
     return _ALIASES.get(name, name)
 
 
@@ -59,6 +51,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor).
     """
     changed = 0
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             changed += _module(gm, node)
@@ -105,6 +98,9 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return _arithmetic(gm, node, name)
     module: nn.Module | None = None
     values = node.all_input_nodes
+    if "input" in node.kwargs and not node.args:  # F.conv2d(input=x, weight=w)
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
     if name in ("conv1d", "conv2d", "conv3d"):
         module = _conv(gm, node, int(name[4]))
     elif name == "batch_norm":
@@ -125,7 +121,8 @@ def _drop_identity(node: fx.Node) -> bool:
     training = node.kwargs.get("training")
     if training is None:
         flags = [a for a in node.args[1:] if isinstance(a, bool)]
-        training = flags[0] if flags else (len(node.args) < 2)
+        last = op_name(node).startswith("drop_block")  # (..., inplace, eps, training)
+        training = flags[-1 if last else 0] if flags else op_name(node) != "drop_path"
     p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
     if (training and p != 0) or not isinstance(node.args[0] if node.args else None, fx.Node):
         return False
@@ -156,6 +153,9 @@ def _simple(node: fx.Node, name: str) -> nn.Module | None:
     if bound is None or bound.get("return_indices"):
         return None
     bound.pop("return_indices", None)
+    if name in ("pad", "constant_pad_nd") and isinstance(bound.get("pad"), (list, tuple)):
+        # F.pad(x, (1, 1)) pads the last dimension of a map only: the others get zeros.
+        bound["pad"] = (*bound["pad"], *(0,) * (2 * (len(node.meta["shape"]) - 2) - len(bound["pad"])))
     if any(isinstance(v, fx.Node) for v in bound.values()):
         return None
     if name == "flatten" and (node.meta["shape"] is None or bound.get("start_dim", 0) != 1):
@@ -273,7 +273,7 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 def _cat(node: fx.Node) -> bool:
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
     shape = node.meta["shape"]
     if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int):
         return False
@@ -291,11 +291,11 @@ def _arithmetic(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
     constant = [_constant(gm, v) for v in (left, right)]
     shape = node.meta["shape"]
     if isinstance(left, fx.Node) and isinstance(right, fx.Node) and constant == [None, None]:
-        if name == "div":
+        if name in ("div", "rsub"):
             return False
         node.op, node.target, node.kwargs = "call_function", getattr(torch, name), {}
         return True
-    if not node.meta["floating"] or len(shape) < 3:
+    if not node.meta["floating"] or len(shape) < 3 or all(n.op == "get_attr" for n in node.all_input_nodes):
         return False
     if constant[1] is not None and isinstance(left, fx.Node) and left.meta.get("shape") == shape:
         value = _per_channel(constant[1], shape)
@@ -355,7 +355,7 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
             owner = str(value.target).rpartition(".")[0]
             if owner and not list(gm.get_submodule(owner).children()):
                 uses = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == owner]
-                if not uses:
+                if not uses and all(isinstance(getattr(module, a, None), Tensor) for a in _attributes_read(gm, owner)):
                     return owner
     path = node.meta.get("path", "")
     base = f"{path}.{name}" if path else name
@@ -366,6 +366,12 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
         i += 1
         candidate = f"{base}_{i}"
     return candidate
+
+
+def _attributes_read(gm: fx.GraphModule, owner: str) -> set[str]:
+    """The attributes of the module `owner` that the graph still reads."""
+    targets = [str(n.target).rpartition(".") for n in gm.graph.nodes if n.op == "get_attr"]
+    return {name for parent, _, name in targets if parent == owner}
 
 
 def _is_attribute(gm: fx.GraphModule, path: str) -> bool:

@@ -71,6 +71,9 @@ def make_pure(graph_module: fx.GraphModule) -> int:
         node.kwargs = fx.map_arg(node.kwargs, resolve)
         name = _name(node)
         source = _viewed(graph_module, node, name)
+        if source is not None and _is_identity(graph_module, node):
+            newest[node] = source  # the very same tensor under another name
+            continue
         if source is not None:
             base[node] = source
         if "out" in node.kwargs:
@@ -83,9 +86,11 @@ def make_pure(graph_module: fx.GraphModule) -> int:
         target = node.args[0] if node.args else node.kwargs["input"]
         if not isinstance(target, fx.Node):
             continue
-        if _aliases_read_later(target, base, order, order[node]):
+        base.pop(node, None)
+        if _aliases_read_later(target, base, newest, order, order[node]):
             raise TraceError(f"{node.name} mutates {target.name} in place while a view of it is in use")
         newest[target] = node
+        base[node] = target
     graph.lint()
     graph_module.recompile()
     return count
@@ -99,6 +104,14 @@ def _name(node: fx.Node) -> str:
             return str(node.target._schema.name).split("::")[1]
         return str(getattr(node.target, "__name__", ""))
     return ""
+
+
+def _is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node gives back its operand itself in eval mode."""
+    module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is None or ops.has_hooks(module) or len(node.all_input_nodes) != 1:
+        return False
+    return isinstance(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES
 
 
 def _flag(module: nn.Module) -> bool:
@@ -158,11 +171,15 @@ def _inplace_method(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and not name.startswith("_") and name != "requires_grad_"
 
 
-def _aliases_read_later(target: fx.Node, base: dict[fx.Node, fx.Node], order: dict[fx.Node, int], now: int) -> bool:
+def _aliases_read_later(
+    target: fx.Node, base: dict[fx.Node, fx.Node], newest: dict[fx.Node, fx.Node], order: dict[fx.Node, int], now: int
+) -> bool:
     """Whether a view of `target`, or what `target` is a view of, is read after position `now`."""
     root = _root(target, base)
     aliases = {v for v in base if _root(v, base) is root} | {root}
-    return any(order[user] > now for alias in aliases - {target} for user in alias.users)
+    # Readers of a value that has a newer one read that instead.
+    current = [alias for alias in aliases if alias is not target and alias not in newest]
+    return any(order[user] > now for alias in current for user in alias.users)
 
 
 def _root(node: fx.Node, base: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -36,7 +36,8 @@ class Network:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's value, as the example gave it."""
-        return self.nodes[name].meta["shape"]  # type: ignore[no-any-return]
+        shape: tuple[int, ...] = self.nodes[name].meta["shape"]
+        return shape
 
     def module(self, name: str) -> nn.Module:
         """The module that a node calls."""
@@ -110,7 +111,8 @@ class Network:
                 found = [self.convs(b.layers) for b in layer.parallel.branches]
                 every += [c for _, all_convs in found for c in all_convs]
                 if layer.parallel.join in ("add", "sub"):
-                    main += max((m for m, _ in found), key=len)
+                    longest = max(range(len(found)), key=lambda i: len(found[i][0]))
+                    main += found[longest][0]
                 else:
                     main += [c for m, _ in found for c in m]
             elif layer.conv is not None:
@@ -179,9 +181,11 @@ class Network:
     def _opaque_geometry(self, layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> ConvConfig | None:
         (name,) = layer.nodes
         node, ndim = self.nodes[name], len(before) - 2
+        if ops.resizes(node, self.gm):
+            return None  # its output has the size of its input only for the example
         module = self.module(name) if node.op == "call_module" else None
         if module is not None and ops.plain_in(module, (*ops.MAX_POOLS, *ops.AVG_POOLS)):
-            return _pool_config(module, before[1], ndim)
+            return _pool_config(module, before[1], ndim) if _follows_rule(module, ndim) else None
         if module is not None and isinstance(module, ops.CONVS) and ops.plain_in(module, ops.CONVS):
             return module_config(module, before[1], ndim)
         return _identity(before[1], ndim) if before[2:] == after[2:] and before[1] == after[1] else None
@@ -217,6 +221,17 @@ def _pool_config(pool: Any, channels: int, ndim: int) -> ConvConfig:
     pads = tuple((p, p + e) for p, e in zip(before, extra, strict=True))
     dilation = _tuple(getattr(pool, "dilation", 1), ndim)
     return ConvConfig(channels, channels, kernel, stride, pads, dilation, channels)
+
+
+def _follows_rule(pool: Any, ndim: int) -> bool:
+    """Whether the output size is a conv's for every input size.
+
+    torch leaves out a last window that a ceil_mode pool would begin behind its input, which can only happen where a
+    stride reaches past the rest of the window.
+    """
+    config = _pool_config(pool, 1, ndim)
+    reach = zip(config.stride, config.padding, config.dilation, config.kernel_size, strict=True)
+    return not pool.ceil_mode or all(s + before <= d * (k - 1) + 1 for s, (before, _), d, k in reach)
 
 
 def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:

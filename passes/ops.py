@@ -1,7 +1,7 @@
 """What lmfx knows of single operations: which modules are convs, affine, activations, and how functions map to them.
 
     conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
-    affine       diagonal, pads, averages         BatchNorm (running statistics), ChannelAffine, zero pads, average pools
+    affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, zero pads
     activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it
     join         several maps in, one out         add, sub, cat, mul
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,8 +22,8 @@ __all__ = [
     "AVG_POOLS",
     "BATCH_NORMS",
     "CONVS",
-    "IDENTITIES",
     "IDEMPOTENT",
+    "IDENTITIES",
     "JOINS",
     "MAX_POOLS",
     "PADS",
@@ -125,6 +125,15 @@ def plain_in(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return any(is_plain(module, kind) for kind in kinds)
 
 
+def rank(module: nn.Module) -> int:
+    """The rank of the batched maps that a conv, norm, pool or pad of so many dimensions takes: 4 for nn.Conv2d."""
+    for kinds in (CONVS, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:]):
+        for i, kind in enumerate(kinds):
+            if isinstance(module, kind):
+                return i + 3
+    raise TypeError(f"{type(module).__name__} has no number of spatial dimensions")
+
+
 def conv_class(ndim: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
     """The torch conv module for 1 to 3 spatial dimensions."""
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
@@ -155,6 +164,45 @@ def affine_refusal(module: nn.Module) -> str | None:
     if isinstance(module, ChannelAffine):
         return None
     return f"{type(module).__name__} is not affine"
+
+
+_RESIZING_MODULES: tuple[type[nn.Module], ...] = (
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.Upsample,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+)
+_RESIZING_FUNCTIONS = frozenset(
+    {"interpolate", "upsample", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes"}
+    | {"movedim", "getitem", "narrow", "select", "expand", "grid_sample", "view_as", "expand_as", "resize", "t"}
+)
+
+
+def resizes(node: fx.Node, gm: fx.GraphModule) -> bool:
+    """Whether an opaque op gives a size of its own, so that equal sizes at the example's say nothing of others."""
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), _RESIZING_MODULES)
+    name = function_name(node)
+    return name in _RESIZING_FUNCTIONS or name.startswith(("adaptive_", "upsample_", "slice"))
+
+
+def function_name(node: fx.Node) -> str:
+    """The plain name of a function or method node: `relu` for F.relu, torch.relu, x.relu() and aten.relu.default."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).split("::")[1]
+    return FUNCTION_NAMES.get(target) or str(getattr(target, "__name__", target))
 
 
 # Functions that are one module once their arguments are constants: name -> (module class, parameter names in order).

@@ -111,7 +111,7 @@ def _is_map(node: fx.Node) -> bool:
 
 def _join(node: fx.Node) -> Join | None:
     """The join that a node is, if it is one over whole values."""
-    if node.op != "call_function" or not _is_map(node):
+    if node.op != "call_function" or not _is_map(node) or node.kwargs:  # torch.add(x, y, alpha=2) is not a plain sum
         return None
     name = ops.JOINS.get(op_name(node))
     values = _operands(node)
@@ -153,10 +153,9 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     if ops.plain_in(module, ops.ACTIVATIONS):
         return None
     reason = ops.affine_refusal(module)
-    if reason is None and ops.plain_in(module, (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS)):
-        dims = {"1": 3, "2": 4, "3": 5}[type(module).__name__[-2]] if type(module).__name__[-2] in "123" else None
-        if dims is not None and dims != len(shape):
-            reason = f"{type(module).__name__} runs on an unbatched value of shape {shape}"
+    ranked = ops.plain_in(module, (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS))
+    if reason is None and ranked and ops.rank(module) != len(shape):
+        reason = f"{type(module).__name__} runs on an unbatched value of shape {shape}"
     return Refusal(reason, (node.name,)) if reason else None
 
 

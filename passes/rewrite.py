@@ -11,6 +11,7 @@ parameters go, and both results are ordinary GraphModules.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,7 +20,7 @@ from . import linear, ops
 from .canonical import set_submodule
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
-from .layers import Network
+from .layers import Network, module_config
 from .linear_span import Branches, Chain, Crop, LinearSpan
 from .spans import is_dropped
 from .trace import fingerprint
@@ -55,6 +56,7 @@ def rewrite(
         entry, output = nodes[candidate.span.entry], nodes[candidate.span.output]
         if candidate.realization == "drop":
             output.replace_all_uses_with(entry)
+            nodes[candidate.span.output] = entry  # the next span may begin here
             continue
         module = build_span(network, candidate, surrogates)
         like = next(graph.parameters(), None)
@@ -63,6 +65,7 @@ def rewrite(
             new = gm.graph.create_node("call_module", name, (entry,), {}, name=name.replace(".", "_"))
         new.meta = {**output.meta, "path": name}
         output.replace_all_uses_with(new)
+        nodes[candidate.span.output] = new
         placed[name] = candidate.key
     _clean(gm)
     gm.meta["lmfx_spans"] = placed
@@ -112,8 +115,9 @@ def merge(module: fx.GraphModule) -> fx.GraphModule:
 def _check(network: Network, candidate: Candidate) -> None:
     span = candidate.span
     series = network.series.get(span.series)
-    fits = series is not None and 0 <= span.start < span.stop <= len(series.layers)
-    if not fits or series.layers[span.start].entry != span.entry or series.layers[span.stop - 1].exit != span.exit:
+    found = series.layers[span.start : span.stop] if series is not None else ()
+    whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
+    if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
         raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
 
 
@@ -153,7 +157,8 @@ def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
     """A conv of this configuration in the network's dtype, initialised as torch does it."""
     like = next(p for p in network.gm.parameters() if p.is_floating_point())
     symmetric = all(lo == hi for lo, hi in config.padding)
-    conv = ops.conv_class(len(config.kernel_size))(
+    make: Any = ops.conv_class(len(config.kernel_size))
+    conv: nn.Module = make(
         config.in_channels,
         config.out_channels,
         config.kernel_size,
@@ -210,8 +215,6 @@ class _Builder:
         return Chain(modules), config
 
     def network_config(self, module: nn.Module, config: ConvConfig) -> ConvConfig:
-        from .layers import module_config
-
         return module_config(module, config.out_channels, len(config.kernel_size))
 
     def branches(self, parallel: Parallel) -> tuple[nn.Module | None, ConvConfig]:

@@ -154,7 +154,7 @@ class _Finder:
             return
         if isinstance(states, Refusal):
             self.refusals.append(states)
-        elif "compose" in self.options.realize:
+        elif main and "compose" in self.options.realize:
             self.compose(span, layers, states, main, every)
         if not main:
             return

@@ -138,7 +138,6 @@ class _Annotator(fx.Interpreter):
             n.meta["path"] = (list(stack.values())[-1][0] if stack else "") or ""
         return value
 
-
     def _check_mutation(self, n: fx.Node, source: fx.Node, version: int) -> None:
         """Refuse an op that still writes into a value (an opaque module, say) which is read again afterwards."""
         mutated = self.env[source]
@@ -172,8 +171,7 @@ def _copy(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model, computed).eval()
     for module in list(clone.modules()):
         if torch.nn.utils.parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                torch.nn.utils.parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _evaluate_parametrizations(module)
         hooks: list[Any] = list(module._forward_pre_hooks.values())
         for hook in hooks:
             if type(hook).__name__ == "WeightNorm":
@@ -181,6 +179,20 @@ def _copy(model: nn.Module) -> nn.Module:
             elif type(hook).__name__ == "SpectralNorm":
                 torch.nn.utils.remove_spectral_norm(module, hook.name)
     return clone
+
+
+def _evaluate_parametrizations(module: Any) -> None:
+    """Put plain parameters in place of parametrized ones.
+
+    torch's `remove_parametrizations` deletes properties of the module's class, which a deep copy shares with its
+    original: it would break the caller's model.
+    """
+    names = list(module.parametrizations)
+    values = {name: getattr(module, name).detach().clone() for name in names}
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
 
 
 def _run(model: nn.Module, example: Example) -> Any:

@@ -227,7 +227,8 @@ def trace_shapes(model: nn.Module, example: Example) -> tuple[fx.GraphModule, di
 def trace_export(model: nn.Module, example: Example) -> tuple[fx.GraphModule, dict[str, str]]:
     """Trace with torch.export, functionalized but not decomposed."""
     args, kwargs = example
-    program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
+    with torch.no_grad():  # autograd forbids some in-place ops that inference allows
+        program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
     exported = program.module()
     if not isinstance(exported, fx.GraphModule):
         raise TraceError("torch.export gave no graph module")
