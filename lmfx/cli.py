@@ -1,0 +1,339 @@
+"""The command line: the stages of `lmfx.compress` by their names.
+
+    lmfx spans MODEL        what could be merged, and what not and why
+    lmfx profile MODEL      the latency of each candidate that may pay
+    lmfx frontier MODEL     every Pareto-optimal latency and importance
+    lmfx compress MODEL     a network within a budget, saved to a folder
+    lmfx export DIR         a saved network as ONNX
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0, 2 for an error that says what to do, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmfx._version import __version__
+from lmfx.cli_options import (
+    SPAN_OPTIONS,
+    add,
+    calibration,
+    measure_options,
+    model_and_example,
+    model_options,
+    score_options,
+    taken,
+)
+from lmfx.compress import compress
+from lmfx.frontier import Frontier
+from lmfx.latency import Backend, LatencyTable, get_backend
+from lmfx.models import load_model
+from lmfx.passes.errors import LmfxError, OptionError, PlanError
+from lmfx.passes.ir import Candidate, Refusal
+from lmfx.passes.layers import Network
+from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.report.text import group_refusals, report, short, size, table
+from lmfx.stages import default_backend, profile, score, solve, trace
+from lmfx.store import example_of, load, model_spec, save
+
+__all__ = ["candidate_to_dict", "main"]
+
+FRONTIER_ROWS = 12
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. `argv` is without the program's name, `sys.argv[1:]` by default."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except LmfxError as error:
+        print(f"lmfx {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nlmfx {args.command}: stopped. Rows that were finished are kept; the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    except BrokenPipeError:  # `lmfx spans ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lmfx", description="A depth compiler for convolutional networks.")
+    parser.add_argument("--version", action="version", version=f"lmfx {__version__} (torch {torch.__version__})")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(run=run)
+        return made
+
+    made = command("spans", _spans, "list what could be merged")
+    model_options(made)
+    made.add_argument("--json", action="store_true", help="print a JSON list, one object a candidate")
+    made.add_argument("--refused", action="store_true", help="list what can not be merged, and why")
+    add(made, SpanOptions, SPAN_OPTIONS, max_kernel_size=None)
+
+    made = command("profile", _profile, "measure the candidates that may pay")
+    model_options(made)
+    measure_options(made)
+    made.add_argument("-o", "--output", metavar="TABLE.json", help="write the table here")
+    add(made, SpanOptions, SPAN_OPTIONS)
+
+    made = command("frontier", _frontier, "find every Pareto-optimal latency and importance")
+    model_options(made)
+    measure_options(made)
+    score_options(made)
+    made.add_argument("--plot", metavar="FILE.png", help="draw it")
+    made.add_argument("--json", action="store_true", help="print a JSON object with all points")
+    add(made, SpanOptions, SPAN_OPTIONS)
+
+    made = command("compress", _compress, "make a network that is within a latency budget, and save it")
+    model_options(made)
+    made.add_argument(
+        "--budget", required=True, metavar="B", help='0.6 or "60%%" of the latency, "4.5ms", or "2x" as fast'
+    )
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
+    made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
+    made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
+    measure_options(made)
+    score_options(made)
+    add(made, compress, SPAN_OPTIONS)
+
+    made = command("export", _export, "write a saved network as ONNX, checked against ONNX Runtime")
+    made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")
+    made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as DIR has it)")
+    made.add_argument("-o", "--output", metavar="FILE.onnx", help="default DIR/net.onnx")
+    return parser
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _backend(args: argparse.Namespace, graph: nn.Module) -> Backend:
+    options = {} if args.threads is None else {"threads": args.threads}
+    return get_backend(args.backend or default_backend(graph), **options)
+
+
+def _measured(args: argparse.Namespace) -> tuple[Any, SpanSet, LatencyTable]:
+    model, x = model_and_example(args)
+    graph = trace(model, x)
+    backend = _backend(args, graph)
+    spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
+    return graph, spans, profile(graph, backend, spans=spans, cache_dir=args.cache_dir, progress=not args.quiet)
+
+
+def _spans(args: argparse.Namespace) -> None:
+    graph = trace(*model_and_example(args))
+    spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
+    if args.refused:
+        _print_refusals(spans.refusals, args.json)
+        return
+    found = [d for d in (candidate_to_dict(c, spans.network) for c in spans) if d is not None]
+    if args.json:
+        _print_rows(found)
+        return
+    grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
+    for d in found:
+        grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
+        shape = size(d["kernel_size"]) + grouping
+        key = (f"{d['series']}:{d['start']}-{d['stop']}", short(d["convs"]), size(d["stride"]))
+        ways = grouped.setdefault(key, {})
+        ways.setdefault(d["realization"], []).append("" if d["realization"] in ("keep", "drop") else shape)
+    rows = [(*key, "; ".join(f"{w} {short(s)}".strip() for w, s in ways.items())) for key, ways in grouped.items()]
+    print(table(("span", "convolutions", "stride", "candidates"), rows))
+    print(f"\n{len(found)} candidates in {len(grouped)} spans; {len(spans.refusals)} refusals (--refused)")
+
+
+def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] | None:
+    """A candidate as plain values; None for a kept layer without a convolution."""
+    span, config = candidate.span, candidate.conv
+    ndim = len(network.shape(span.entry)) - 2
+    if config is not None:
+        kernel, stride, groups = config.kernel_size, config.stride, config.groups
+        channels = config.in_channels, config.out_channels
+    elif candidate.realization == "drop":
+        width = network.shape(span.entry)[1]
+        kernel, stride, groups, channels = (1,) * ndim, (1,) * ndim, width, (width, width)
+    elif len(candidate.convs) == 1:  # kept, and not to be merged: shared with another call, say
+        conv: Any = network.gm.get_submodule(candidate.convs[0])
+        kernel, stride, groups = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
+        channels = conv.in_channels, conv.out_channels
+    else:
+        return None
+    return {
+        "key": candidate.key,
+        "series": span.series,
+        "start": span.start,
+        "stop": span.stop,
+        "realization": candidate.realization,
+        "convs": list(candidate.convs),
+        "all_convs": list(candidate.all_convs),
+        "kept": list(candidate.kept),
+        "kernel_size": list(kernel),
+        "stride": list(stride),
+        "groups": groups,
+        "depthwise": groups > 1 and groups == channels[0] == channels[1],
+        "in_channels": channels[0],
+        "out_channels": channels[1],
+    }
+
+
+def _print_refusals(refusals: Sequence[Refusal], as_json: bool) -> None:
+    if as_json:
+        _print_rows([{"reason": r.reason, "nodes": list(r.nodes)} for r in refusals])
+        return
+    for reason, members in group_refusals(refusals):
+        print(f"{len(members)} x {reason}")
+        for member in members:
+            print(f"    {', '.join(member.nodes)}")
+    print(f"\n{len(refusals)} refusals")
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """A JSON list with one line a row."""
+    print("[" + ",\n ".join(json.dumps(row) for row in rows) + "]")
+
+
+def _profile(args: argparse.Namespace) -> None:
+    if args.output:
+        _check_folder(Path(args.output))
+    _, spans, latency = _measured(args)
+    rows = []
+    for c in spans:
+        if c.key in latency and c.convs:
+            m = latency[c.key]
+            rows.append(
+                (c.key, " ".join(c.convs[:3]) + (" ..." if len(c.convs) > 3 else ""), f"{m.ms:.4f}", f"{m.spread:.4f}")
+            )
+    where = {name: latency.identity.get(name) for name in ("backend", "version", "device", "threads")}
+    print("{backend} {version} on {device}, {threads} thread(s)\n".format(**where))
+    print(table(("candidate", "convolutions", "ms", "spread"), rows, right=(2, 3)))
+    if args.output:
+        print(f"\nwrote {latency.save(args.output)}")
+
+
+def _frontier(args: argparse.Namespace) -> None:
+    if args.plot:
+        _check_folder(Path(args.plot))
+    images, what = calibration(args.calibration, args.shape)
+    graph, spans, latency = _measured(args)
+    options = {"surrogate": args.surrogate} if args.importance == "reconstruction" else {}
+    scores = score(
+        graph,
+        args.importance,
+        calibration=images,
+        spans=spans,
+        latency=latency,
+        cache_dir=args.cache_dir,
+        progress=not args.quiet,
+        **options,
+    )
+    frontier = solve(graph, latency, scores, spans=spans)
+    if args.json:
+        points = [
+            {"latency": ms, "importance": value, "candidates": [c.key for c in frontier.plan(i).candidates]}
+            for i, (ms, value) in enumerate(zip(frontier.latency.tolist(), frontier.importance.tolist(), strict=True))
+        ]
+        print(json.dumps({"original": frontier.original, "calibration": what, "points": points}, indent=1))
+    else:
+        _print_frontier(frontier, what)
+    if args.plot:
+        try:
+            frontier.plot(args.plot)
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"can not draw to {args.plot}: {error}; give a name that ends in .png, .svg or .pdf"
+            ) from error
+        print(f"\nwrote {args.plot}", file=sys.stderr if args.json else sys.stdout)
+
+
+def _print_frontier(frontier: Frontier, calibration: str) -> None:
+    chosen = sorted({round(i) for i in np.linspace(0, len(frontier) - 1, min(FRONTIER_ROWS, len(frontier)))})
+    rows = [
+        (f"{p.latency:.4f}", f"{p.latency / frontier.original:.3f}", f"{p.importance:.4g}", str(len(p.plan.candidates)))
+        for p in (frontier[i] for i in chosen)
+    ]
+    print(f"{len(frontier)} Pareto-optimal plans; the original's rows add up to {frontier.original:.4f} ms")
+    print(f"importance from {calibration}\n")
+    print(table(("ms", "of the original", "importance", "changed spans"), rows, right=range(4)))
+
+
+def _compress(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    if args.onnx:
+        from lmfx.export.emit import require_onnx
+
+        require_onnx()  # said now and not after minutes of work
+    images, what = calibration(args.calibration, args.shape)
+    model, x = model_and_example(args)
+    net = compress(
+        model,
+        x,
+        args.budget,
+        calibration=images,
+        latency=_backend(args, model),
+        importance=args.importance,
+        surrogate=args.surrogate,
+        cache_dir=args.cache_dir,
+        merge=not args.trainable,
+        progress=not args.quiet,
+        **taken(args, SPAN_OPTIONS),
+    )
+    print(report(net))
+    print(f"\ncalibrated on {what}")
+    if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
+        print("the weights are random: latencies hold, outputs mean nothing; see --weights")
+    save(net, output, model=args.model)
+    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    if args.onnx:
+        _write_onnx(net, x, output / "net.onnx")
+
+
+def _export(args: argparse.Namespace) -> None:
+    folder = Path(args.directory)
+    spec, inputs = model_spec(folder)
+    spec = args.model or spec
+    if spec is None:
+        raise PlanError(
+            f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
+            f"write lmfx export {folder} MODEL"
+        )
+    net = load(folder, load_model(spec))
+    positional, keyword = example_of(inputs)
+    _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
+
+
+def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
+    from lmfx.export import export_onnx
+
+    print(f"wrote {export_onnx(net, example, path)}")
+
+
+def _check_folder(path: Path) -> None:
+    """Said now and not after minutes of work."""
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"can not write {path}: the folder {path.absolute().parent} does not exist; make it first")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

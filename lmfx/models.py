@@ -1,0 +1,147 @@
+"""Models by name, for the command line.
+
+torchvision:resnet34      torchvision's builder, random weights
+timm:mobilenetv2_100      timm's, random weights
+package.module:factory    anything importable, also from the current folder, that gives an nn.Module
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import operator
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lmfx.passes.errors import MissingExtra, ModelError
+
+__all__ = ["load_model"]
+
+FORMS = "write torchvision:resnet34, timm:mobilenetv2_100, or package.module:factory"
+# These draw their weights from a truncated normal by rejection, which takes half a minute.
+SLOW_INIT = ("googlenet", "inception_v3")
+
+
+def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
+    """The model that `spec` names, in eval mode.
+
+    `weights` is a safetensors file with its state dict. Without it the model has what its factory gives it: random
+    weights for torchvision and timm, which is all that a latency needs.
+
+    Raises `ModelError` for a name that leads to no model (with the closest ones) and for weights that do not fit,
+    `MissingExtra` if torchvision or timm is not installed.
+    """
+    library, colon, name = spec.partition(":")
+    if not (library and colon and name):
+        raise ModelError(f"the model {spec!r} is not understood: {FORMS}")
+    if library == "torchvision":
+        model = _torchvision(name)
+    elif library == "timm":
+        model = _timm(name)
+    else:
+        model = _factory(spec, library, name)
+    if weights is not None:
+        _load_weights(model, Path(weights), spec)
+    return model.eval()
+
+
+def _torchvision(name: str) -> nn.Module:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise MissingExtra(f'torchvision:{name} needs torchvision ({error}): pip install "lmfx[vision]"') from error
+    known = torchvision.models.list_models()
+    if name not in known:
+        raise ModelError(f"torchvision has no model {name!r}: {_closest(name, known)}")
+    options: dict[str, Any] = {"init_weights": False} if name in SLOW_INIT else {}
+    try:
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+    except Exception as error:  # the builders of quantized models need an engine that may be missing
+        raise ModelError(f"torchvision could not build {name!r}: {type(error).__name__}: {error}") from error
+    return model
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra(f"timm:{name} needs timm ({error}): pip install timm") from error
+    known = timm.list_models()
+    if name not in known and not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}: {_closest(name, known)}")
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _factory(spec: str, path: str, name: str) -> nn.Module:
+    with _current_folder():
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (path == error.name or path.startswith(error.name + ".")):
+                raise ModelError(
+                    f"{spec}: there is no module {error.name!r} on the path or in {Path.cwd()}; {FORMS}"
+                ) from error
+            raise ModelError(f"{spec}: importing {path} failed: {error}; install what it needs") from error
+        except (Exception, SystemExit) as error:  # the user's code may raise anything
+            raise ModelError(f"{spec}: importing {path} failed: {type(error).__name__}: {error}") from error
+        try:
+            made = operator.attrgetter(name)(module)
+        except AttributeError:
+            public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            raise ModelError(f"{spec}: {path} has no {name!r}; {_closest(name, public)}") from None
+        if not isinstance(made, nn.Module):
+            if not callable(made):
+                raise ModelError(f"{spec} is a {type(made).__name__}, neither a model nor a function that makes one")
+            try:
+                made = made()
+            except (Exception, SystemExit) as error:
+                raise ModelError(
+                    f"{spec}: calling it without arguments failed: {type(error).__name__}: {error}; "
+                    "wrap it in a function that takes none"
+                ) from error
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module: return the model")
+    return made
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
+    return f"did you mean {', '.join(close)}?" if close else "it has none"
+
+
+@contextlib.contextmanager
+def _current_folder() -> Iterator[None]:
+    """Modules of the current folder can be imported, as `python -m` has it."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+
+
+def _load_weights(model: nn.Module, path: Path, spec: str) -> None:
+    import safetensors
+    import safetensors.torch
+
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"can not read the weights {path}: {error}; give a safetensors file, made by "
+            "safetensors.torch.save_file(model.state_dict(), path)"
+        ) from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ModelError(f"the weights {path} are not those of {spec}: {' '.join(lines[1:3])[:300]}") from error

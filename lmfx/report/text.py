@@ -1,0 +1,192 @@
+"""`report`: what was merged, pruned, kept and refused, and what it costs, as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from lmfx.passes.ir import Candidate, Refusal
+from lmfx.result import Result, result_of
+from lmfx.store import is_merged
+
+__all__ = ["Report", "group_refusals", "report", "short", "size", "table"]
+
+ROWS = 12  # of a table, unless all is wanted
+NAMES = 4  # of a list of names
+
+
+class Report(str):
+    """Text that a notebook or a prompt shows as it is, not as a quoted string."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def report(net: fx.GraphModule, *, full: bool = False) -> Report:
+    """What lmfx did to `net`: budget and latencies, merged spans, dropped and kept convs, refusals with their reasons.
+
+    `full` lists everything; otherwise long lists end in a count. Raises `InputError` for a network without a result.
+    """
+    result = dataclasses.replace(result_of(net), merged=is_merged(net))
+    parts = [_head(result), _spans(result, full), _dropped(result, full), _kept(result, full), _refusals(result, full)]
+    return Report("\n\n".join(p for p in parts if p))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
+    """Columns as wide as their widest entry, two spaces apart; those in `right` are aligned to the right."""
+    lines = [list(header), *(list(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * w for w in widths])
+    aligned = set(right)
+
+    def text(line: Sequence[str]) -> str:
+        cells = [c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return ("  " + "  ".join(cells)).rstrip()
+
+    return "\n".join(text(line) for line in lines)
+
+
+def group_refusals(refusals: Iterable[Refusal]) -> list[tuple[str, list[Refusal]]]:
+    """Refusals by their reason, whatever the names in it, the most frequent first."""
+    groups: dict[str, list[Refusal]] = {}
+    for refusal in refusals:
+        words = refusal.reason.split(" ")
+        names = {*refusal.nodes}
+        general = " ".join("..." if w in names or re.fullmatch(r"\w+(\.\w+)+", w) else w for w in words)
+        groups.setdefault(general, []).append(refusal)
+    return sorted(groups.items(), key=lambda item: -len(item[1]))
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _head(result: Result) -> str:
+    plan = result.plan
+    changed = {name for c in plan.candidates for name in c.all_convs}
+    before = len(changed) + len(result.kept)
+    after = len(result.kept) + sum(c.conv is not None for c in plan.candidates)
+    ways = [(n, sum(c.realization == n for c in plan.candidates)) for n in ("compose", "fit", "drop")]
+    how = ", ".join(f"{count} {name}" for name, count in ways if count)
+    title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
+    if not plan.candidates:
+        title = f"nothing was changed: all {before} convolutions are as they were"
+    lines = [title, f"  budget     {result.budget}{_budget_ms(result)}", f"  latency    {_latency(result)}"]
+    lines.append(f"  backend    {_backend(result)}")
+    line = result.line
+    if line is not None:
+        errors = [f"off by {_percent(line.mape)}"] if math.isfinite(line.mape) else []
+        errors += [f"{_percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
+        errors += [f"Kendall tau {line.kendall_tau:.2f}"] if math.isfinite(line.kendall_tau) else []
+        seen = ", ".join(errors) or "exact"
+        lines.append(f"  table      network = {line.a:.4g} ms + {line.b:.4g} x sum of its rows; {seen}")
+    form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
+    lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
+    return "\n".join(lines)
+
+
+def _budget_ms(result: Result) -> str:
+    if result.original is None or result.budget.kind == "ms":
+        return ""
+    return f" (at most {result.budget.resolve(result.original):.4g} ms)"
+
+
+def _latency(result: Result) -> str:
+    if result.measured is None or result.original is None:
+        return "not measured"
+    text = f"{result.original:.4g} ms before, {result.measured:.4g} ms after"
+    if result.ratio:
+        text += f" ({_percent(result.ratio)}, {1 / result.ratio:.2f}x as fast)"
+    return text + (f"; predicted {result.predicted:.4g} ms" if result.predicted is not None else "")
+
+
+def _backend(result: Result) -> str:
+    b = result.backend
+    text = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
+    text += f" on {b['device']}" if b.get("device") else ""
+    return text + (f", {_count(b['threads'], 'thread')}" if isinstance(b.get("threads"), int) else "")
+
+
+def _spans(result: Result, full: bool) -> str:
+    named = [
+        (name, c)
+        for name, c in zip(result.names, result.plan.candidates, strict=False)
+        if c.realization in ("compose", "fit")
+    ]
+    if not named:
+        return ""
+    shown = named if full else named[:ROWS]
+    rows = [
+        (name, short(c.convs, full), _kept_of(c), size(c.conv.kernel_size), size(c.conv.stride), c.realization)
+        for name, c in shown
+        if c.conv is not None
+    ]
+    text = "merged\n" + table(("into", "convolutions", "kept", "kernel", "stride", "how"), rows)
+    return text + _more(len(named) - len(shown))
+
+
+def _kept_of(candidate: Candidate) -> str:
+    total = len(candidate.all_convs)
+    return f"{len(candidate.kept)} of {total}" if candidate.realization == "compose" else f"fitted for {total}"
+
+
+def size(values: Sequence[int]) -> str:
+    """3x3, or 1x7."""
+    return "x".join(map(str, values))
+
+
+def _dropped(result: Result, full: bool) -> str:
+    plan = result.plan
+    gone = [c for c in plan.candidates if c.realization == "drop"]
+    pruned = [n for c in plan.candidates if c.realization == "compose" for n in c.all_convs if n not in c.kept]
+    parts = []
+    if gone:
+        shown = gone if full else gone[:ROWS]
+        parts.append(
+            "dropped whole\n"
+            + "\n".join(f"  {short(c.all_convs, full)}" for c in shown)
+            + _more(len(gone) - len(shown))
+        )
+    if pruned:
+        parts.append(f"pruned before merging\n  {short(pruned, full)}")
+    return "\n\n".join(parts)
+
+
+def _kept(result: Result, full: bool) -> str:
+    return f"kept as they are\n  {short(result.kept, full)}" if result.kept else ""
+
+
+def _refusals(result: Result, full: bool) -> str:
+    groups = group_refusals(result.refusals)
+    if not groups:
+        return ""
+    shown = groups if full else groups[:ROWS]
+    lines = []
+    for reason, members in shown:
+        nodes = list(dict.fromkeys(n for r in members for n in r.nodes))
+        lines.append(f"  {len(members)} x {reason}" + (f": {short(nodes, full)}" if nodes else ""))
+    return "refused\n" + "\n".join(lines) + _more(len(groups) - len(shown))
+
+
+def short(names: Sequence[str], full: bool = False) -> str:
+    """All names, or the first two and the last with their count."""
+    if full or len(names) <= NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[: NAMES - 2])}, ... {names[-1]} ({len(names)})"
+
+
+def _more(count: int) -> str:
+    return f"\n  ... and {count} more; full=True lists them" if count > 0 else ""
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
