@@ -171,7 +171,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         weights = tensors | {name: tensors[source] for name, source in saved.shared.items()}
         net = _build(graph, plan, saved.merged, weights, folder)
     for name, target in net.state_dict(keep_vars=True).items():
-        target.data = weights[name].to(target.device)  # also sets the dtype that was saved, and keeps ties
+        # Sets the dtype that was saved, and keeps ties. What safetensors gives lies at any address of the file's memory,
+        # and convolutions on unaligned weights add up in another order: so into memory of torch's own.
+        target.data = weights[name].to(target.device, copy=True)
     meta = dict(net.meta["lmfx"])
     if saved.result is None:
         net.meta["lmfx"] = {**meta, "plan": plan}
