@@ -97,17 +97,19 @@ def check_rewrite(
     tolerance: float = 1e-12,
     others: Iterable[Any] = (),
     options: SpanOptions | None = None,
+    spans: SpanSet | None = None,
 ) -> fx.GraphModule:
     """Trace, plan, rewrite and merge, and check it all; returns the merged graph.
 
     `plan` is a plan, or picks candidates from a `SpanSet`. `before` and `after` are the expected graphs in words,
     `edits` the expected number of merged convs; `others` are further inputs to compare trainable and merged form on.
+    `spans`, where there is one already, saves tracing and enumerating again.
     """
     kept = snapshot(model)
-    gm = trace(model, example)
+    spans = spans or enumerate_spans(Network(trace(model, example)), options)
+    gm = spans.network.gm
     if before is not None:
         assert ops_of(gm) == before
-    spans = enumerate_spans(Network(gm), options)
     if not isinstance(plan, MergePlan):
         plan = MergePlan(tuple(plan(spans)), fingerprint(gm))
     text = gm.code
