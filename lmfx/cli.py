@@ -25,6 +25,8 @@ from torch import nn
 
 from lmfx._version import __version__
 from lmfx.cli_options import (
+    COMPRESS_DEFAULTS,
+    COMPRESS_OPTIONS,
     SPAN_OPTIONS,
     add,
     calibration,
@@ -39,14 +41,16 @@ from lmfx.frontier import Frontier
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.models import load_model
 from lmfx.passes.errors import LmfxError, OptionError, PlanError
-from lmfx.passes.ir import Candidate, Refusal
+from lmfx.passes.ir import Refusal
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
-from lmfx.report.text import group_refusals, report, short, size, table
+from lmfx.report import report
+from lmfx.report.spans import candidate_rows, refusals_list, spans_table
+from lmfx.report.text import table
 from lmfx.stages import default_backend, profile, score, solve, trace
 from lmfx.store import example_of, load, model_spec, save
 
-__all__ = ["candidate_to_dict", "main"]
+__all__ = ["main"]
 
 FRONTIER_ROWS = 12
 INTERRUPTED = 130
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     model_options(made)
     measure_options(made)
     made.add_argument("-o", "--output", metavar="TABLE.json", help="write the table here")
-    add(made, SpanOptions, SPAN_OPTIONS)
+    add(made, SpanOptions, SPAN_OPTIONS, **COMPRESS_DEFAULTS)
 
     made = command("frontier", _frontier, "find every Pareto-optimal latency and importance")
     model_options(made)
@@ -103,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     score_options(made)
     made.add_argument("--plot", metavar="FILE.png", help="draw it")
     made.add_argument("--json", action="store_true", help="print a JSON object with all points")
-    add(made, SpanOptions, SPAN_OPTIONS)
+    add(made, SpanOptions, SPAN_OPTIONS, **COMPRESS_DEFAULTS)
 
     made = command("compress", _compress, "make a network that is within a latency budget, and save it")
     model_options(made)
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
     measure_options(made)
     score_options(made)
-    add(made, compress, SPAN_OPTIONS)
+    add(made, compress, COMPRESS_OPTIONS)
 
     made = command("export", _export, "write a saved network as ONNX, checked against ONNX Runtime")
     made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")
@@ -146,65 +150,17 @@ def _spans(args: argparse.Namespace) -> None:
     if args.refused:
         _print_refusals(spans.refusals, args.json)
         return
-    found = [d for d in (candidate_to_dict(c, spans.network) for c in spans) if d is not None]
     if args.json:
-        _print_rows(found)
+        _print_rows(candidate_rows(spans))
         return
-    grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
-    for d in found:
-        grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
-        shape = size(d["kernel_size"]) + grouping
-        key = (f"{d['series']}:{d['start']}-{d['stop']}", short(d["convs"]), size(d["stride"]))
-        ways = grouped.setdefault(key, {})
-        ways.setdefault(d["realization"], []).append("" if d["realization"] in ("keep", "drop") else shape)
-    rows = [(*key, "; ".join(f"{w} {short(s)}".strip() for w, s in ways.items())) for key, ways in grouped.items()]
-    print(table(("span", "convolutions", "stride", "candidates"), rows))
-    print(f"\n{len(found)} candidates in {len(grouped)} spans; {len(spans.refusals)} refusals (--refused)")
-
-
-def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] | None:
-    """A candidate as plain values; None for a kept layer without a convolution."""
-    span, config = candidate.span, candidate.conv
-    ndim = len(network.shape(span.entry)) - 2
-    if config is not None:
-        kernel, stride, groups = config.kernel_size, config.stride, config.groups
-        channels = config.in_channels, config.out_channels
-    elif candidate.realization == "drop":
-        width = network.shape(span.entry)[1]
-        kernel, stride, groups, channels = (1,) * ndim, (1,) * ndim, width, (width, width)
-    elif len(candidate.convs) == 1:  # kept, and not to be merged: shared with another call, say
-        conv: Any = network.gm.get_submodule(candidate.convs[0])
-        kernel, stride, groups = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
-        channels = conv.in_channels, conv.out_channels
-    else:
-        return None
-    return {
-        "key": candidate.key,
-        "series": span.series,
-        "start": span.start,
-        "stop": span.stop,
-        "realization": candidate.realization,
-        "convs": list(candidate.convs),
-        "all_convs": list(candidate.all_convs),
-        "kept": list(candidate.kept),
-        "kernel_size": list(kernel),
-        "stride": list(stride),
-        "groups": groups,
-        "depthwise": groups > 1 and groups == channels[0] == channels[1],
-        "in_channels": channels[0],
-        "out_channels": channels[1],
-    }
+    print(spans_table(spans))
 
 
 def _print_refusals(refusals: Sequence[Refusal], as_json: bool) -> None:
     if as_json:
         _print_rows([{"reason": r.reason, "nodes": list(r.nodes)} for r in refusals])
         return
-    for reason, members in group_refusals(refusals):
-        print(f"{len(members)} x {reason}")
-        for member in members:
-            print(f"    {', '.join(member.nodes)}")
-    print(f"\n{len(refusals)} refusals")
+    print(refusals_list(refusals))
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -297,7 +253,7 @@ def _compress(args: argparse.Namespace) -> None:
         cache_dir=args.cache_dir,
         merge=not args.trainable,
         progress=not args.quiet,
-        **taken(args, SPAN_OPTIONS),
+        **taken(args, COMPRESS_OPTIONS),
     )
     print(report(net))
     print(f"\ncalibrated on {what}")

@@ -6,6 +6,7 @@ Options are named after the parameters of the functions and dataclasses behind t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -21,8 +22,11 @@ from lmfx.importance import ESTIMATORS
 from lmfx.latency import BACKENDS
 from lmfx.models import load_model
 from lmfx.passes.errors import InputError
+from lmfx.passes.spans import SpanOptions
 
 __all__ = [
+    "COMPRESS_DEFAULTS",
+    "COMPRESS_OPTIONS",
     "SPAN_OPTIONS",
     "add",
     "calibration",
@@ -56,22 +60,31 @@ def _shape(text: str) -> tuple[int, ...]:
 
 SYNTAX: dict[str, dict[str, Any]] = {
     "realize": {"type": _words, "metavar": "WAYS", "help": "comma-separated: compose, fit"},
-    "max_kernel_size": {"type": _number_or_none, "metavar": "N|none", "help": "largest merged kernel; none: unbounded"},
-    "max_fit_convs": {"type": _number_or_none, "metavar": "N|none", "help": "most convs that one fit replaces"},
+    "max_kernel_size": {"help": "largest merged kernel"},
+    "max_span_convs": {"help": "most convs of the main path that one merged conv replaces"},
+    "max_fit_convs": {"help": "the same where it is fitted"},
+    "max_fit_unknowns": {"help": "most input channels times taps of a fitted conv"},
     "include": {"action": "append", "metavar": "GLOB", "help": "touch only modules of these names (repeatable)"},
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
     "importance": {"choices": tuple(ESTIMATORS), "help": "how the cost in quality is estimated"},
     "surrogate": {"choices": ("affine", "identity"), "help": "what stands for the activations that composing removes"},
     "cache_dir": {"metavar": "DIR", "help": "where measurements are kept and found again"},
 }
-SPAN_OPTIONS = ("realize", "max_kernel_size", "max_fit_convs", "include", "exclude")
+NUMBER: dict[str, Any] = {"type": _number_or_none, "metavar": "N|none"}  # what has no type above; none: unbounded
+
+SPAN_OPTIONS = tuple(f.name for f in dataclasses.fields(SpanOptions))
+COMPRESS_OPTIONS = tuple(name for name in SPAN_OPTIONS if name in inspect.signature(compress).parameters)
+# Tables and frontiers are made of the spans that `compress` would look at.
+COMPRESS_DEFAULTS = {name: inspect.signature(compress).parameters[name].default for name in COMPRESS_OPTIONS}
 
 
 def add(parser: argparse.ArgumentParser, source: Callable[..., Any], names: Sequence[str], **defaults: Any) -> None:
     """Options for parameters of `source`, with its defaults or those given."""
     parameters = inspect.signature(source).parameters
     for name in names:
-        syntax = dict(SYNTAX[name])
+        syntax = dict(SYNTAX.get(name, {"help": name.replace("_", " ")}))
+        if not {"type", "action", "choices", "metavar"} & set(syntax):
+            syntax |= NUMBER
         default = defaults.get(name, parameters[name].default)
         if syntax.get("action") != "append" and name != "cache_dir":
             shown = ",".join(default) if isinstance(default, tuple) else str(default).lower()

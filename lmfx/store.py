@@ -171,8 +171,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         weights = tensors | {name: tensors[source] for name, source in saved.shared.items()}
         net = _build(graph, plan, saved.merged, weights, folder)
     for name, target in net.state_dict(keep_vars=True).items():
-        # Sets the dtype that was saved, and keeps ties. What safetensors gives lies at any address of the file's memory,
-        # and convolutions on unaligned weights add up in another order: so into memory of torch's own.
+        # Sets the saved dtype, and keeps ties. What safetensors gives lies unaligned in the memory of the file, where
+        # convolutions add up in another order, so it is copied into memory of torch's own.
         target.data = weights[name].to(target.device, copy=True)
     meta = dict(net.meta["lmfx"])
     if saved.result is None:
