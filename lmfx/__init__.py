@@ -1,0 +1,79 @@
+"""lmfx: a depth compiler for convolutional networks.
+
+    net = lmfx.compress(model, example_input, 0.6)     # merged, and measured to be within 60 % of the latency
+    print(lmfx.report(net))
+
+Importing lmfx imports torch and numpy and no optional backend.
+"""
+
+from lmfx._version import __version__
+from lmfx.budget import Budget
+from lmfx.compress import compress
+from lmfx.distill import distill
+from lmfx.export import build_engine, export_onnx
+from lmfx.frontier import Frontier
+from lmfx.importance import ImportanceTable
+from lmfx.latency import LatencyTable, Measurement
+from lmfx.passes.errors import (
+    BudgetError,
+    DeviceError,
+    ExportError,
+    InfeasibleBudget,
+    InputError,
+    LmfxError,
+    MissingExtra,
+    ModelError,
+    OptionError,
+    PlanError,
+    StoreError,
+    TableError,
+    TraceError,
+    VerifyError,
+)
+from lmfx.passes.ir import Candidate, MergePlan, Refusal
+from lmfx.report import report
+from lmfx.result import Result, result_of
+from lmfx.stages import merge, profile, rewrite, score, solve, spans, trace
+from lmfx.store import load, save
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Candidate",
+    "DeviceError",
+    "ExportError",
+    "Frontier",
+    "ImportanceTable",
+    "InfeasibleBudget",
+    "InputError",
+    "LatencyTable",
+    "LmfxError",
+    "Measurement",
+    "MergePlan",
+    "MissingExtra",
+    "ModelError",
+    "OptionError",
+    "PlanError",
+    "Refusal",
+    "Result",
+    "StoreError",
+    "TableError",
+    "TraceError",
+    "VerifyError",
+    "__version__",
+    "build_engine",
+    "compress",
+    "distill",
+    "export_onnx",
+    "load",
+    "merge",
+    "profile",
+    "report",
+    "result_of",
+    "rewrite",
+    "save",
+    "score",
+    "solve",
+    "spans",
+    "trace",
+]

@@ -42,7 +42,7 @@ def compress(
     importance: str | Estimator = "reconstruction",
     realize: tuple[Realization, ...] = ("compose", "fit"),
     max_kernel_size: int | None = 7,
-    max_fit_convs: int | None = 8,
+    max_span_convs: int | None = 12,
     surrogate: Surrogate = "affine",
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
@@ -63,7 +63,7 @@ def compress(
         importance: "reconstruction", "magnitude", or an estimator object.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares).
         max_kernel_size: of merged convs; None for no bound.
-        max_fit_convs: how many convs of the main path a fit may replace.
+        max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
         include, exclude: globs of module names that may, or may not, be touched.
         executor: runs the fits of different spans side by side.
@@ -79,7 +79,7 @@ def compress(
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
     options = SpanOptions(
-        tuple(realize), max_kernel_size, max_fit_convs, include=_globs(include), exclude=_globs(exclude)
+        tuple(realize), max_kernel_size, max_span_convs, max_span_convs, include=_globs(include), exclude=_globs(exclude)
     )
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
     graph = trace(model, example_input)

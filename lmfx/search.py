@@ -28,7 +28,7 @@ MARGIN = 0.99  # aim this far below the budget, and accept what is measured up t
 ACCEPT = 0.997
 STEPS = 9
 REPEATS, FINAL_REPEATS = 5, 11
-CLOSE = 0.985  # within this of the budget a plan is good enough
+CLOSE = 0.98  # within this of the budget a plan is good enough
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,23 @@ class _Search:
         return Found(low, plan, frontier, predicted, ratio * self.original, self.original, ratio)
 
     def guess(self, fraction: float, low: int, high: int) -> int:
-        """The slowest plan that the present line puts below the budget, strictly inside the bracket."""
-        line = self.line()
-        predicted = line.a + line.b * self.frontier.raw.latency
+        """The plan at which the line through the bracket's measured ends meets the budget, strictly inside it."""
+        sums = self.frontier.raw.latency
         target = MARGIN * fraction * self.original
-        index = int(np.searchsorted(predicted, target, side="right")) - 1
-        inside = min(max(index, low + 1), high - 1)
-        if self.steps >= 4 or (self.steps and inside in (low + 1, high - 1) and high - low > 8):
-            inside = (low + high) // 2  # the line does not converge: halve the bracket
-        return min(max(inside, low + 1), high - 1)
+        upper = (self.sums[0], self.wholes[0]) if high == len(sums) else self.point(high)
+        slope = self.line().b
+        if low >= 0:
+            under = self.point(low)
+            if upper[0] > under[0] and upper[1] > under[1]:
+                slope = (upper[1] - under[1]) / (upper[0] - under[0])
+        index = int(np.searchsorted(sums, upper[0] - (upper[1] - target) / slope, side="right")) - 1
+        if self.steps >= 5:
+            index = (low + high) // 2  # noise, or a line that bends: halve the bracket
+        return min(max(index, low + 1), high - 1)
+
+    def point(self, index: int) -> tuple[float, float]:
+        """(sum of rows, measured whole) of a plan that was measured."""
+        return float(self.frontier.raw.latency[index]), self.ratios[index] * self.original
 
     def refuse(self, fraction: float) -> None:
         fastest = self.ratios.get(0)
@@ -157,6 +165,6 @@ class _Search:
         raise InfeasibleBudget(
             f"no plan reaches the budget {self.budget} ({fraction * self.original:.4g} ms of {self.original:.4g} ms on "
             f"{self.backend.name}): the fastest measured takes {reached:.4g} ms ({reached / self.original:.1%}). Ask for "
-            "that or more, or allow more with realize=, max_kernel_size=, max_fit_convs= or fewer exclude=",
+            "that or more, or allow more with realize=, max_kernel_size=, max_span_convs= or fewer exclude=",
             reached,
         )

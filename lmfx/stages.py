@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -17,12 +18,31 @@ from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.errors import InputError, TableError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
-from lmfx.passes.rewrite import merge, rewrite
+from lmfx.passes.rewrite import merge as merge_spans
+from lmfx.passes.rewrite import rewrite
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
 from lmfx.profiling import profile_spans
+from lmfx.result import Result
 
 __all__ = ["default_backend", "merge", "profile", "rewrite", "score", "solve", "spans", "trace", "worth_scoring"]
+
+
+def merge(student: fx.GraphModule) -> fx.GraphModule:
+    """The deploy form of a trainable network: every `LinearSpan` becomes its single conv. `student` is not changed.
+
+    Raises `InputError` for anything but a GraphModule.
+    """
+    if not isinstance(student, fx.GraphModule):
+        raise InputError(
+            f"merge takes the trainable form from lmfx.compress(..., merge=False) or lmfx.rewrite, not a "
+            f"{type(student).__name__}"
+        )
+    net = merge_spans(student)
+    result = net.meta.get("lmfx", {}).get("result")
+    if isinstance(result, Result):
+        net.meta["lmfx"] = {**net.meta["lmfx"], "result": replace(result, merged=True)}
+    return net
 
 
 def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:

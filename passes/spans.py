@@ -35,7 +35,8 @@ class SpanOptions:
 
     realize: tuple[Realization, ...] = ("compose", "fit")
     max_kernel_size: int | None = 7  # None: unbounded for compose, 7 for fit
-    max_fit_convs: int | None = 8  # a fit may replace at most this many convs of the main path
+    max_span_convs: int | None = None  # a span may hold at most this many convs of the main path
+    max_fit_convs: int | None = 12  # the same for spans that are fitted
     max_fit_unknowns: int | None = 5000  # input channels times taps of a fit; more ask for more data than is usual
     include: tuple[str, ...] = ()  # module name globs; empty means everything
     exclude: tuple[str, ...] = ()
@@ -137,6 +138,8 @@ class _Finder:
             states: list[_State] | Refusal | None = None
             for stop in range(start + 1, len(series.layers) + 1):
                 layer = series.layers[stop - 1]
+                if stop > start + 1 and self.too_long(series, start, stop):
+                    break
                 states = self.extend(states, layer)
                 if stop == start + 1:
                     self.keep(series, start, layer)
@@ -162,6 +165,10 @@ class _Finder:
             self.drop(span, layers, main, every, droppable)
         if "fit" in self.options.realize:
             self.fit(span, series, layers, main, every)
+
+    def too_long(self, series: Series, start: int, stop: int) -> bool:
+        limit = self.options.max_span_convs
+        return limit is not None and len(self.network.convs(series.layers[start:stop])[0]) > limit
 
     def make_span(self, series: Series, start: int, stop: int) -> Span:
         last = series.layers[stop - 1]
