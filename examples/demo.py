@@ -16,7 +16,7 @@ from pathlib import Path
 
 import digits
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import lmfx
@@ -61,26 +61,6 @@ def table(networks: dict[str, nn.Module], latency: list[float], data: digits.Dig
     return "\n".join(lines)
 
 
-def draw_frontier(net: fx.GraphModule, path: Path) -> None:
-    """Draws every latency that could have been chosen, against what it was predicted to cost."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file is written; no display is needed
-    from matplotlib import pyplot
-
-    frontier = net.meta["lmfx"]["frontier"]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.step(
-        frontier.latency, frontier.importance, where="post", label=f"{len(frontier)} plans, each best for its latency"
-    )
-    plan = net.meta["lmfx"]["plan"]
-    axes.plot(plan.latency, plan.importance, "o", label="chosen")
-    axes.set(xlabel="predicted latency (ms)", ylabel="predicted importance", title="What every budget costs")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,10 +88,9 @@ def main() -> None:
     example = data.test_images[:1]
     calibration = data.train_images[:CALIBRATION_IMAGES]  # no labels
 
-    # All that lmfx needs. The second call finds the first one's tables in the cache.
-    cache = args.out / "cache"
-    net = lmfx.compress(model, example, budget, calibration=calibration, cache_dir=cache)
-    student = lmfx.compress(model, example, budget, calibration=calibration, cache_dir=cache, merge=False)
+    # All that lmfx needs: no labels, no training. `merge=False` gives the trainable form, which is merged in a moment.
+    student = lmfx.compress(model, example, budget, calibration=calibration, cache_dir=args.out / "cache", merge=False)
+    net = lmfx.merge(student)
 
     # Optional: a short fine-tuning against the original's outputs, still without labels.
     batches = list(data.train_images.split(64))
@@ -122,7 +101,9 @@ def main() -> None:
     for network, file in zip(networks.values(), files, strict=True):
         lmfx.export_onnx(network, example, file)
     lmfx.save(net, args.out)
-    draw_frontier(net, args.out / "frontier.png")
+    result = lmfx.result_of(net)
+    if result.frontier is not None:  # every latency that could have been chosen, and what it was predicted to cost
+        result.frontier.plot(args.out / "frontier.png", mark=budget)
 
     latency = interleaved_latency(files, example)
     print(lmfx.report(net))

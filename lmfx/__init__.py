@@ -31,6 +31,7 @@ from lmfx.passes.errors import (
     VerifyError,
 )
 from lmfx.passes.ir import Candidate, MergePlan, Refusal
+from lmfx.plan_json import load_plan, save_plan
 from lmfx.report import report
 from lmfx.result import Result, result_of
 from lmfx.stages import merge, profile, rewrite, score, solve, spans, trace
@@ -66,12 +67,14 @@ __all__ = [
     "distill",
     "export_onnx",
     "load",
+    "load_plan",
     "merge",
     "profile",
     "report",
     "result_of",
     "rewrite",
     "save",
+    "save_plan",
     "score",
     "solve",
     "spans",

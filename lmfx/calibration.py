@@ -35,7 +35,7 @@ class Calibration:
             yield tuple(t[start : min(start + size, total)] for t in self.tensors)
 
     def split(self, held: int) -> tuple[Calibration, Calibration]:
-        """(images to fit on, at most `held` others to judge on): every fourth; both are everything below four images."""
+        """(images to fit on, at most `held` others to judge on): each fourth; below four images both are all."""
         if len(self) < 4:
             return self, self
         apart = torch.arange(len(self)) % 4 == 3
@@ -54,10 +54,12 @@ class Calibration:
 def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES) -> Calibration:
     """Calibration inputs from a tensor, a tuple or dict of tensors, or an iterable of batches (a DataLoader, say).
 
-    Of a batch that is a tuple, the first entries are taken, as many as the model has inputs: labels are ignored. At most
-    `limit` images are read. None stands for the example itself. Raises `InputError` for shapes that do not fit the
+    Of a batch that is a tuple, the first entries are taken, as many as the model has inputs; labels are ignored. At
+    most `limit` images are read. None stands for the example itself. Raises `InputError` for shapes that do not fit the
     example, NaN, or nothing at all.
     """
+    if isinstance(calibration, Calibration):
+        return calibration
     args, kwargs = example_arguments(example_input)
     example = [*args, *kwargs.values()]
     if not example or not all(isinstance(v, Tensor) for v in example):
@@ -98,7 +100,9 @@ def _batches(source: Any, inputs: int, names: tuple[str, ...]) -> Iterable[list[
         yield list(source[:inputs])
         return
     if not isinstance(source, Iterable):
-        raise InputError(f"calibration={type(source).__name__}: pass a tensor, a tuple of tensors or a loader of batches")
+        raise InputError(
+            f"calibration={type(source).__name__}: pass a tensor, a tuple of tensors or a loader of batches"
+        )
     for batch in source:
         if isinstance(batch, Tensor):
             yield [batch]
@@ -107,7 +111,9 @@ def _batches(source: Any, inputs: int, names: tuple[str, ...]) -> Iterable[list[
         elif isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
             yield list(batch[:inputs])
         else:
-            raise InputError(f"a calibration batch is a {type(batch).__name__}: expected a tensor or a tuple of tensors")
+            raise InputError(
+                f"a calibration batch is a {type(batch).__name__}: expected a tensor or a tuple of tensors"
+            )
 
 
 def _check(batch: list[Tensor], example: list[Tensor]) -> None:

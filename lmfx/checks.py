@@ -20,7 +20,7 @@ def check_model(model: Any, example_input: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = "; call the class first: model = Model()" if isinstance(model, type) else ""
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(base.__name__ == "ScriptModule" for base in type(model).__mro__):
         raise ModelError("the model is TorchScript, which torch.fx can not trace: pass the eager model")
     if model.training:
         raise ModelError("the model is in training mode: call model.eval() first, so that its norms are constants")
@@ -40,12 +40,13 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Te
         raise InputError(f"example_input={example!r} is empty: pass a tensor, a tuple of tensors or a dict")
     if not inputs:
         raise InputError(
-            f"example_input is a {type(example).__name__} without a tensor: pass a tensor, a tuple of tensors or a dict "
-            "of tensors"
+            f"example_input is a {type(example).__name__} without a tensor: pass a tensor, a tuple or a dict of tensors"
         )
     for tensor in inputs:
         if tensor.numel() == 0:
-            raise InputError(f"the example has shape {tuple(tensor.shape)}, which holds nothing: pass at least one image")
+            raise InputError(
+                f"the example has shape {tuple(tensor.shape)}, which holds nothing: pass at least one image"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError("the example has NaN or infinite values: pass real data, or torch.randn of its shape")
 
@@ -62,7 +63,9 @@ def _check_weights(model: nn.Module) -> None:
         if tensor.is_complex():
             raise ModelError(f"{name} is complex ({tensor.dtype}), which convs of the target runtimes are not")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ModelError(f"{name} has NaN or infinite values: the model is broken before compression; check training")
+            raise ModelError(
+                f"{name} has NaN or infinite values: the model is broken before compression; check training"
+            )
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor]) -> None:

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from lmfx.budget import Budget
-from lmfx.calibration import Calibration, as_calibration
-from lmfx.fitting import fit_plan
+from lmfx.calibration import as_calibration
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
 from lmfx.latency import Backend, Store, get_backend
@@ -18,14 +17,13 @@ from lmfx.passes.errors import ModelError, OptionError
 from lmfx.passes.ir import MergePlan, Realization
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
-from lmfx.passes.rewrite import rewrite, span_names
+from lmfx.passes.rewrite import span_names
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.trace import example_arguments, fingerprint
 from lmfx.profiling import profile_spans
 from lmfx.result import Result
 from lmfx.search import Found, find_plan
-from lmfx.stages import default_backend, trace, worth_scoring
-from lmfx.surrogates import affine_surrogates
+from lmfx.stages import default_backend, rewrite, trace, worth_scoring
 
 __all__ = ["compress"]
 
@@ -79,7 +77,12 @@ def compress(
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
     options = SpanOptions(
-        tuple(realize), max_kernel_size, max_span_convs, max_span_convs, include=_globs(include), exclude=_globs(exclude)
+        tuple(realize),
+        max_kernel_size,
+        max_span_convs,
+        max_span_convs,
+        include=_globs(include),
+        exclude=_globs(exclude),
     )
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
     graph = trace(model, example_input)
@@ -100,19 +103,9 @@ def compress(
     frontier = solve_spans(spans, table, scores, surrogate=surrogate)
     args, kwargs = example_arguments(example_input)
     found = find_plan(graph, frontier, wanted, backend, [*args, *kwargs.values()], progress)
-    student = _student(graph, spans, found.plan, images, progress)
+    student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
     return _finish(graph, net, found.plan, spans, wanted, backend, merge, found)
-
-
-def _student(
-    graph: fx.GraphModule, spans: SpanSet, plan: MergePlan, images: Calibration, progress: bool
-) -> fx.GraphModule:
-    """The trainable form with its surrogates and its fitted convs."""
-    affine = plan.surrogate == "affine" and any(c.realization == "compose" for c in plan.candidates)
-    surrogates = affine_surrogates(spans.network, images) if affine else None
-    student = rewrite(graph, plan, surrogates)
-    return fit_plan(spans.network, student, plan, images, progress)
 
 
 def _finish(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -178,7 +178,12 @@ class _Fitter(fx.Interpreter):
     """Runs the compressed network on all calibration images, and sets each fitted conv when its input is there."""
 
     def __init__(
-        self, student: fx.GraphModule, network: Network, fits: dict[str, Candidate], targets: dict[str, Tensor], bar: Any
+        self,
+        student: fx.GraphModule,
+        network: Network,
+        fits: dict[str, Candidate],
+        targets: dict[str, Tensor],
+        bar: Any,
     ) -> None:
         super().__init__(student)
         self.network = network
@@ -190,7 +195,9 @@ class _Fitter(fx.Interpreter):
         candidate = self.fits.get(str(target))
         if candidate is not None:
             (x,) = args
-            group = FitGroup(candidate.span.entry, candidate.conv is not None and candidate.conv.groups > 1, (candidate,))
+            group = FitGroup(
+                candidate.span.entry, candidate.conv is not None and candidate.conv.groups > 1, (candidate,)
+            )
             op = group.fit(x, {candidate.span.output: self.targets[candidate.span.output]})[candidate.key]
             set_fitted(self.module.get_submodule(str(target)), op)
             self.bar.update(1)
@@ -199,9 +206,7 @@ class _Fitter(fx.Interpreter):
 
 def set_fitted(module: nn.Module, op: LinearOp) -> None:
     """Write a fitted op into the conv that stands for it (inside a `LinearSpan` where its padding is uneven)."""
-    conv: Any = module.body[0] if isinstance(module, LinearSpan) else module  # type: ignore[index]
+    conv: Any = module.body[0] if isinstance(module, LinearSpan) else module
     with torch.no_grad():
         conv.weight.copy_(op.weight)
         conv.bias.copy_(op.bias)
-
-

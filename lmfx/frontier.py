@@ -11,8 +11,8 @@ import numpy as np
 
 from lmfx.budget import Budget
 from lmfx.importance import ImportanceTable
-from lmfx.latency import LatencyTable
 from lmfx.latency import Calibration as Line
+from lmfx.latency import LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra
 from lmfx.passes.ir import Candidate, MergePlan, Series
 from lmfx.passes.solve import Chain, Entry, solve_chains
@@ -109,8 +109,8 @@ class Frontier:
         if index < 0:
             raise InfeasibleBudget(
                 f"no plan reaches {limit:.4g} ms (budget {budget!r}, original {self.original:.4g} ms): the fastest is "
-                f"predicted at {latency[0]:.4g} ms. Ask for that or more, or allow more with realize=, max_kernel_size= "
-                "or fewer exclude=",
+                f"predicted at {latency[0]:.4g} ms. Ask for that or more, or allow more with realize=, "
+                "max_kernel_size= or fewer exclude=",
                 float(latency[0]),
             )
         return index

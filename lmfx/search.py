@@ -54,7 +54,12 @@ def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
 
 
 def find_plan(
-    graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, inputs: list[Any], progress: bool = False
+    graph: fx.GraphModule,
+    frontier: Frontier,
+    budget: Budget,
+    backend: Backend,
+    inputs: list[Any],
+    progress: bool = False,
 ) -> Found:
     """The best plan whose measured latency is within `budget`. Raises `InfeasibleBudget` with the fastest measured."""
     search = _Search(graph, frontier, budget, backend, inputs)
@@ -164,7 +169,7 @@ class _Search:
         reached = min(self.ratios.values()) * self.original
         raise InfeasibleBudget(
             f"no plan reaches the budget {self.budget} ({fraction * self.original:.4g} ms of {self.original:.4g} ms on "
-            f"{self.backend.name}): the fastest measured takes {reached:.4g} ms ({reached / self.original:.1%}). Ask for "
-            "that or more, or allow more with realize=, max_kernel_size=, max_span_convs= or fewer exclude=",
+            f"{self.backend.name}): the fastest measured takes {reached:.4g} ms ({reached / self.original:.1%}). Ask "
+            "for that or more, or allow more with realize=, max_kernel_size=, max_span_convs= or fewer exclude=",
             reached,
         )

@@ -12,20 +12,41 @@ from torch import fx, nn
 
 from lmfx.calibration import as_calibration
 from lmfx.checks import check_model
+from lmfx.fitting import fit_plan
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
-from lmfx.passes.errors import InputError, TableError
-from lmfx.passes.ir import Candidate
+from lmfx.passes.errors import InputError, PlanError, TableError
+from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
-from lmfx.passes.rewrite import rewrite
+from lmfx.passes.rewrite import rewrite as rewrite_graph
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
 from lmfx.profiling import profile_spans
 from lmfx.result import Result
+from lmfx.surrogates import affine_surrogates
 
 __all__ = ["default_backend", "merge", "profile", "rewrite", "score", "solve", "spans", "trace", "worth_scoring"]
+
+
+def rewrite(
+    graph: fx.GraphModule, plan: MergePlan, *, calibration: Any = None, progress: bool = False
+) -> fx.GraphModule:
+    """The trainable form of a traced graph under a plan; `graph` is not changed, `lmfx.merge` makes the deploy form.
+
+    Fitted convs and affine surrogates are set from `calibration` (a tensor of images or a loader; without it the
+    example that the graph was traced with stands in). Raises `PlanError` if the plan was made for another graph.
+    """
+    if not isinstance(plan, MergePlan):
+        raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
+    images = as_calibration(calibration, graph.meta["lmfx"]["example"])
+    network = Network(graph)
+    composed = any(c.realization == "compose" for c in plan.candidates)
+    surrogates = affine_surrogates(network, images) if composed and plan.surrogate == "affine" else None
+    student = fit_plan(network, rewrite_graph(graph, plan, surrogates), plan, images, progress)
+    student.meta["lmfx"] = {**student.meta.get("lmfx", {}), "plan": plan}
+    return student
 
 
 def merge(student: fx.GraphModule) -> fx.GraphModule:
@@ -41,7 +62,8 @@ def merge(student: fx.GraphModule) -> fx.GraphModule:
     net = merge_spans(student)
     result = net.meta.get("lmfx", {}).get("result")
     if isinstance(result, Result):
-        net.meta["lmfx"] = {**net.meta["lmfx"], "result": replace(result, merged=True)}
+        # From the student itself: a copy of its result has neither the frontier nor the table.
+        net.meta["lmfx"] = {**student.meta["lmfx"], "result": replace(student.meta["lmfx"]["result"], merged=True)}
     return net
 
 
@@ -139,9 +161,7 @@ def solve(
     missing = [c.key for c in candidates if c.realization == "keep" and c.key not in latency]
     if missing:
         raise TableError(
-            f"the latency table has no row for {missing[0]!r} and {len(missing) - 1} more kept layers of this graph: it "
-            "was measured for another graph or with other options; profile this one"
+            f"the latency table has no row for {missing[0]!r} and {len(missing) - 1} more kept layers of this graph: "
+            "it was measured for another graph or with other options; profile this one"
         )
     return solve_spans(candidates, latency, score)
-
-

@@ -1,6 +1,6 @@
 """Affine surrogates: the best scale and bias a channel for an activation that a composed span removes.
 
-    minimise over a, b   E (a x + b - act(x))^2        a = cov(act(x), x) / var(x)      b = E act(x) - a E x
+minimise over a, b   E (a x + b - act(x))^2        a = cov(act(x), x) / var(x)      b = E act(x) - a E x
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -101,10 +102,8 @@ class Workloads:
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _texts(self, nodes: Iterable[str]) -> tuple[str, ...]:
-        return tuple(
-            f"{self.network.module(n)}" if self.network.nodes[n].op == "call_module" else str(self.network.nodes[n].target)
-            for n in nodes
-        )
+        found = (self.network.nodes[n] for n in nodes)
+        return tuple(str(self.network.module(n.name)) if n.op == "call_module" else str(n.target) for n in found)
 
     def _build(
         self, candidate: Candidate, conv: ConvConfig | None, body: tuple[str, ...], join: tuple[Layer, int] | None
@@ -134,14 +133,14 @@ class Workloads:
                     root.add_module(f"conv{i}", module)
                     last = graph.call_module(f"conv{i}", (last,))
             for name in body:
-                last = self._copy(graph, root, net.nodes[name], lambda _, at=last: at)
+                last = self._copy(graph, root, net.nodes[name], _always(last))
         if join is not None and join[0].parallel is not None:
             node, *after = (net.nodes[n] for n in self._fused(join[0]))
             branches = join[0].parallel.branches
             operands = [last if i == join[1] else outside(b.exit) for i, b in enumerate(branches)]
             last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
             for act in after:
-                last = self._copy(graph, root, act, lambda _, at=last: at)
+                last = self._copy(graph, root, act, _always(last))
         graph.output(last)
         return Workload.of(fx.GraphModule(root, graph), *specs)
 
@@ -159,10 +158,15 @@ class Workloads:
         return graph.node_copy(node, read)
 
 
+def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
+    return lambda _: value
+
+
 def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
     """A conv of this configuration without values, behind a zero pad if its padding is uneven."""
     even = all(lo == hi for lo, hi in config.padding)
-    conv = ops.conv_class(len(config.kernel_size))(
+    make: Any = ops.conv_class(len(config.kernel_size))
+    conv = make(
         config.in_channels,
         config.out_channels,
         config.kernel_size,
@@ -173,6 +177,5 @@ def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
         dtype=dtype,
         device="meta",
     )
-    flat = tuple(p for pair in reversed(config.padding) for p in pair)
-    pad = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(config.kernel_size) - 1]
-    return [conv] if even else [pad(flat, 0.0), conv]
+    pad: Any = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(config.kernel_size) - 1]
+    return [conv] if even else [pad(tuple(p for pair in reversed(config.padding) for p in pair), 0.0), conv]

@@ -44,7 +44,9 @@ class Magnitude:
         for c in candidates:
             pruned = [p for p in c.all_convs if p not in c.kept] if c.realization != "fit" else []
             lost = sum(norms.get(p, 0.0) for p in pruned) / mean
-            rows[c.key] = 0.0 if c.realization == "keep" else -lost - self.activation * (_activations(network, c) + 0.01)
+            rows[c.key] = (
+                0.0 if c.realization == "keep" else -lost - self.activation * (_activations(network, c) + 0.01)
+            )
         return ImportanceTable(rows, {"estimator": self.name, "activation": self.activation})
 
 

@@ -5,7 +5,7 @@
 The candidate's local error e = y' - y at its span's output (before the kept activation) is exact: the candidate is run
 on the original network's value. How it reaches the output is taken to first order, which makes D second order:
 
-    z' - z = J e        |J e|^2 = E over v of (v'J e)^2,  v of random signs        g = J'v from one backward pass a probe
+    z' - z = J e        |J e|^2 = E over v of (v'J e)^2,  v of random signs      g = J'v, a backward pass a probe
 
 `exact=True` runs the rest of the network instead. Fits are made from sampled pixels of three quarters of the images,
 one Gram matrix for each (span start, stride) that serves every stop and kernel, and judged on images of the last
@@ -138,9 +138,7 @@ class _Scorer:
         for chunk in self.chunks(groups):
             wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
             held = record_batches(self.gm, self.calibration, wanted)
-            jobs = [
-                (g, held[g.entry], {n: held[n] for n in {c.span.output for c in g.candidates}}) for g in chunk
-            ]
+            jobs = [(g, held[g.entry], {n: held[n] for n in {c.span.output for c in g.candidates}}) for g in chunk]
             results = (
                 (self.fitted(*job) for job in jobs) if self.executor is None else self.executor.map(_fit_job, jobs)
             )
@@ -178,7 +176,7 @@ class _Scorer:
         with torch.no_grad():
             return module.linear_op()
 
-    # --- from a local error to the divergence of the output -------------------------------------------------------------
+    # --- from a local error to the divergence of the output -----------------------------------------------------------
 
     def gradients(self, names: set[str]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], float]:
         """Values and gradients of the nodes on the scoring images, and the outputs' variance."""
