@@ -22,7 +22,7 @@ from typing import Any
 import lmfx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import digits  # noqa: E402
+import digits
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fit": {},
