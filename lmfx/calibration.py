@@ -64,8 +64,8 @@ def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES
     example = [*args, *kwargs.values()]
     if not example or not all(isinstance(v, Tensor) for v in example):
         raise InputError(
-            "calibration needs a model whose inputs are all tensors; importance='magnitude' with realize=('compose',) "
-            "needs no calibration"
+            f"the example's inputs are {', '.join(type(v).__name__ for v in example) or 'nothing'}, and images must go "
+            "through the model in batches: wrap it in a module that takes tensors only and fixes the rest"
         )
     source = example if calibration is None else calibration
     columns: list[list[Tensor]] = [[] for _ in example]
@@ -90,6 +90,11 @@ def _batches(source: Any, inputs: int, names: tuple[str, ...]) -> Iterable[list[
     if isinstance(source, Tensor):
         yield [source]
         return
+    if isinstance(source, dict) and not names:
+        raise InputError(
+            "the calibration is a dict, and the example is not: pass a tensor, or a tuple of tensors in the order of "
+            "the model's inputs"
+        )
     if isinstance(source, dict):
         missing = [n for n in names if n not in source]
         if missing:
@@ -106,7 +111,7 @@ def _batches(source: Any, inputs: int, names: tuple[str, ...]) -> Iterable[list[
     for batch in source:
         if isinstance(batch, Tensor):
             yield [batch]
-        elif isinstance(batch, dict):
+        elif isinstance(batch, dict) and names:
             yield from _batches(batch, inputs, names)
         elif isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
             yield list(batch[:inputs])
@@ -120,6 +125,13 @@ def _check(batch: list[Tensor], example: list[Tensor]) -> None:
     if len(batch) != len(example):
         raise InputError(f"a calibration batch has {len(batch)} inputs, the example has {len(example)}")
     for value, like in zip(batch, example, strict=True):
+        if not isinstance(value, Tensor):
+            raise InputError(f"a calibration batch holds a {type(value).__name__}: expected a tensor for each input")
+        if not like.dim():
+            raise InputError(
+                "an input of the example has the shape (), without a batch dimension: wrap the model in a module that "
+                "fixes it"
+            )
         if value.dim() != like.dim() or value.shape[1:] != like.shape[1:]:
             raise InputError(
                 f"a calibration batch has shape {tuple(value.shape)}, the example {tuple(like.shape)}: "
@@ -127,3 +139,7 @@ def _check(batch: list[Tensor], example: list[Tensor]) -> None:
             )
         if value.dtype != like.dtype:
             raise InputError(f"the calibration data is {value.dtype}, the example {like.dtype}: convert one of them")
+    if len({len(value) for value in batch}) > 1:
+        raise InputError(
+            f"the inputs of a calibration batch have {[len(v) for v in batch]} images: pass as many for each input"
+        )

@@ -2,17 +2,72 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Executor
+from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.passes import ops
-from lmfx.passes.errors import DeviceError, InputError, ModelError
-from lmfx.passes.trace import example_arguments
+from lmfx.passes.errors import DeviceError, InputError, ModelError, OptionError
+from lmfx.passes.spans import SpanOptions
+from lmfx.passes.trace import _copy, example_arguments
 
-__all__ = ["check_model"]
+__all__ = ["check_batched", "check_graph", "check_model", "check_run_options", "span_options"]
+
+
+def span_options(**options: Any) -> SpanOptions:
+    """`SpanOptions` from what a caller gave (lists will do for tuples). Raises `OptionError` with the option's name."""
+    known = [f.name for f in fields(SpanOptions)]
+    if unknown := [name for name in options if name not in known]:
+        raise OptionError(f"spans have no option {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in ("realize", "include", "exclude"):
+        value = options.get(name, ())
+        if isinstance(value, str) or not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+            example = f"({value!r},)" if isinstance(value, str) else "('fit',)" if name == "realize" else "('head.*',)"
+            raise OptionError(f"{name}={value!r}: pass a tuple of strings, like {example}")
+        if name in options:
+            options[name] = tuple(value)
+    if not options.get("realize", ("fit",)):
+        raise OptionError("realize=() leaves nothing to do: use some of 'compose', 'fit', 'drop'")
+    for name in ("max_span_convs", "max_fit_convs", "max_fit_unknowns"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise OptionError(f"{name}={value!r}: use a whole number from 1, or None")
+    return SpanOptions(**options)
+
+
+def check_run_options(executor: Any = None, cache_dir: Any = None) -> None:
+    """Raises `OptionError` for an executor or a cache folder that is none."""
+    if executor is not None and not isinstance(executor, Executor) and not callable(getattr(executor, "map", None)):
+        raise OptionError(
+            f"executor={executor!r} is a {type(executor).__name__}: pass a concurrent.futures.Executor, like "
+            "ThreadPoolExecutor(4)"
+        )
+    if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
+        raise OptionError(f"cache_dir={cache_dir!r} is a {type(cache_dir).__name__}: pass the path of a folder")
+
+
+def check_graph(graph: Any, what: str) -> None:
+    """Raises `InputError` for anything but a graph that `lmfx.trace` made."""
+    if not isinstance(graph, fx.GraphModule) or "example" not in graph.meta.get("lmfx", {}):
+        raise InputError(f"{what} needs a graph from lmfx.trace, not a {type(graph).__name__}: call lmfx.trace first")
+
+
+def check_batched(graph: fx.GraphModule) -> None:
+    """Raises `InputError` if a conv sees a single image: torch takes one without a batch dimension, runtimes do not."""
+    for node in graph.graph.nodes:
+        module: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        source = node.args[0] if node.args else None
+        shape = source.meta.get("shape") if isinstance(source, fx.Node) else None
+        if isinstance(module, ops.CONVS) and shape is not None and len(shape) < module.weight.dim():
+            raise InputError(
+                f"{node.target} gets a value of shape {tuple(shape)}: pass an example with the batch dimension, like "
+                "example[None]"
+            )
 
 
 def check_model(model: Any, example_input: Any) -> None:
@@ -24,12 +79,16 @@ def check_model(model: Any, example_input: Any) -> None:
         raise ModelError("the model is TorchScript, which torch.fx can not trace: pass the eager model")
     if model.training:
         raise ModelError("the model is in training mode: call model.eval() first, so that its norms are constants")
+    for name, module in model.named_modules():
+        if module.training:
+            raise ModelError(f"{name} is in training mode, the model is not: call model.eval() before compressing")
     args, kwargs = example_arguments(example_input)
     inputs = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     _check_inputs(args, kwargs, inputs, example_input)
     _check_weights(model)
     _check_devices(model, inputs)
     _check_dtypes(model, inputs)
+    model = _copied(model)  # some models keep things from a run
     if not any(isinstance(m, ops.CONVS) for m in model.modules()) and not _calls_a_conv(model, args, kwargs):
         raise ModelError(f"{type(model).__name__} has no convolution, so there is nothing to merge")
     _check_run(model, args, kwargs, inputs)
@@ -43,12 +102,24 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Te
             f"example_input is a {type(example).__name__} without a tensor: pass a tensor, a tuple or a dict of tensors"
         )
     for tensor in inputs:
+        if tensor.is_meta:
+            raise DeviceError("the example is on the meta device and has no values: move it with .to(...)")
         if tensor.numel() == 0:
             raise InputError(
                 f"the example has shape {tuple(tensor.shape)}, which holds nothing: pass at least one image"
             )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError("the example has NaN or infinite values: pass real data, or torch.randn of its shape")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return _copy(model)
+    except Exception as error:  # an attribute of the user's may refuse in any way
+        raise ModelError(
+            f"{type(model).__name__} can not be copied ({type(error).__name__}: {error}): lmfx works on a copy, so "
+            "copy.deepcopy(model) must work; remove the attribute that it stops at"
+        ) from error
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -135,6 +206,9 @@ def _check_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         ) from error
     floating = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
     if not floating:
-        raise ModelError(f"{type(model).__name__} gives no floating-point tensor (it gives {type(output).__name__})")
+        raise ModelError(
+            f"{type(model).__name__} gives no floating-point tensor (it gives {type(output).__name__}): "
+            "return what its last layer computes"
+        )
     if not all(bool(v.isfinite().all()) for v in floating):
         raise ModelError(f"{type(model).__name__} gives NaN or infinite values on the example: check its weights")

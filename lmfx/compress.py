@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from lmfx.budget import Budget
 from lmfx.calibration import as_calibration
+from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
 from lmfx.latency import Backend, Store, get_backend
@@ -18,7 +19,7 @@ from lmfx.passes.ir import MergePlan, Realization
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
 from lmfx.passes.rewrite import span_names
-from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.spans import SpanSet, enumerate_spans
 from lmfx.passes.trace import example_arguments, fingerprint
 from lmfx.profiling import profile_spans
 from lmfx.result import Result
@@ -76,14 +77,15 @@ def compress(
     backend_name = latency
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
-    options = SpanOptions(
-        tuple(realize),
-        max_kernel_size,
-        max_span_convs,
-        max_span_convs,
-        include=_globs(include),
-        exclude=_globs(exclude),
+    options = span_options(
+        realize=realize,
+        max_kernel_size=max_kernel_size,
+        max_span_convs=max_span_convs,
+        max_fit_convs=max_span_convs,
+        include=include,
+        exclude=exclude,
     )
+    check_run_options(executor, cache_dir)
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
     graph = trace(model, example_input)
     backend = get_backend(backend_name if backend_name is not None else default_backend(graph))
@@ -145,7 +147,3 @@ def _finish(
     net.train(False)
     net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"]}
     return net
-
-
-def _globs(value: Any) -> tuple[str, ...]:
-    return tuple(value) if isinstance(value, list) else value

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lmfx.export.emit import eval_mode
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.progress import progress as progress_bar
 from lmfx.values import flat_output
@@ -31,36 +32,61 @@ def distill(
 ) -> fx.GraphModule:
     """Train `student` in place to give what `teacher` gives, and return it in eval mode. `teacher` is not changed.
 
-    `batches` is gone through `epochs` times: tensors, or tuples whose first entry is the images. Adam with a cosine
-    schedule. Raises `InputError` if there is no batch, or the loss is not finite.
+    `batches` is gone through `epochs` times: tensors, tuples (the model's inputs first, labels are ignored) or dicts.
+    Adam with a cosine schedule. Raises `InputError` if there is no batch, or the loss is not finite.
     """
-    if epochs < 1 or not lr > 0:
+    for role, net in (("student", student), ("teacher", teacher)):
+        if not isinstance(net, nn.Module):
+            raise InputError(
+                f"the {role} is a {type(net).__name__}, not a module: pass what lmfx.compress(..., merge=False) gave, "
+                "and the original model"
+            )
+    if not isinstance(epochs, int) or epochs < 1 or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
         raise OptionError(f"epochs={epochs!r}, lr={lr!r}: use at least one epoch and a positive learning rate")
     data = batches if isinstance(batches, (list, tuple)) or hasattr(batches, "__len__") else list(batches)
     steps = epochs * len(data)  # type: ignore[arg-type]
     if not steps:
         raise InputError("there are no batches to distill on: pass a list of image tensors or a loader")
     trainable = [p for p in student.parameters() if p.is_floating_point() and p.requires_grad]
+    if not trainable:
+        raise InputError("no weight of the student requires a gradient: call student.requires_grad_(True)")
     optimizer = torch.optim.Adam(trainable, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    was_training = teacher.training
-    teacher.eval()
     student.eval()
-    try:
-        with progress_bar(steps, "distilling", progress) as bar:
-            for _ in range(epochs):
-                for batch in data:
-                    x = batch if isinstance(batch, Tensor) else batch[0]
-                    with torch.no_grad():
-                        wanted = flat_output(teacher(x))
-                    loss = (flat_output(student(x)) - wanted).square().mean() / wanted.var().clamp_min(1e-12)
-                    if not bool(loss.isfinite()):
-                        raise InputError(f"the distillation loss is {float(loss)}: lower lr={lr} or check the images")
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    bar.update(1)
-    finally:
-        teacher.train(was_training)
+    # Each of the teacher's modules gets its own mode back: some may be frozen in a model that trains.
+    with eval_mode(teacher), progress_bar(steps, "distilling", progress) as bar:
+        for _ in range(epochs):
+            for batch in data:
+                loss = _loss(student, teacher, batch)
+                if not bool(loss.isfinite()):
+                    raise InputError(f"the distillation loss is {loss.item()}: lower lr={lr} or check the images")
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update(1)
     return student.eval()
+
+
+def _loss(student: fx.GraphModule, teacher: nn.Module, batch: Any) -> Tensor:
+    inputs = batch if isinstance(batch, (tuple, list, dict)) else (batch,)
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    args = () if kwargs else tuple(inputs)[: sum(n.op == "placeholder" for n in student.graph.nodes)]
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if not tensors or len(tensors) < len(args):
+        raise InputError(f"a batch holds a {type((*args, None)[0]).__name__}: pass a list of image tensors or a loader")
+    try:
+        with torch.no_grad():
+            wanted = flat_output(teacher(*args, **kwargs))
+        got = flat_output(student(*args, **kwargs))
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"student and teacher do not run on a batch of shape {[tuple(v.shape) for v in tensors]} "
+            f"({str(error).splitlines()[0]}): pass inputs as the model takes them"
+        ) from error
+    if got.shape != wanted.shape:
+        raise InputError(
+            f"the student gives {got.numel()} numbers and the teacher {wanted.numel()}: pass the model that the "
+            "student was made from"
+        )
+    return (got - wanted).square().mean() / wanted.var().clamp_min(1e-12)

@@ -8,17 +8,21 @@ A candidate that is not faster than keeping its span can never be chosen, so it 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+from torch import fx
 
 from lmfx.latency import LatencyTable, Measurement, Store, Workload
 from lmfx.latency.base import Backend
 from lmfx.passes.ir import Candidate, Layer, Series
 from lmfx.passes.spans import SpanSet
+from lmfx.passes.trace import fingerprint
 from lmfx.workloads import Workloads
 
-__all__ = ["kept_latency", "profile_spans"]
+__all__ = ["digest", "kept_latency", "profile_spans"]
 
 MARGIN = 1.5  # a merged conv may reach this much more throughput than the best kept layer
 SLACK = 1.1  # a quick timing may be wrong by this much
@@ -78,7 +82,18 @@ def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
     entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
     shape = entry.meta["shape"] if entry is not None else ()
     dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""
-    return {**backend.identity(), "dtype": dtype, "batch": shape[0] if shape else 0}
+    return {
+        **backend.identity(),
+        "dtype": dtype,
+        "batch": shape[0] if shape else 0,
+        "graph": digest(spans.network.gm),
+    }
+
+
+def digest(graph: fx.GraphModule) -> str:
+    """A short digest of a traced graph and of its inputs' shapes: keys of another graph mean something else."""
+    shapes = [(n.meta.get("shape"), str(n.meta.get("dtype"))) for n in graph.graph.nodes if n.op == "placeholder"]
+    return hashlib.sha256(f"{fingerprint(graph)} {shapes}".encode()).hexdigest()[:16]
 
 
 def kept_latency(spans: SpanSet, rows: dict[str, Measurement], candidate: Candidate) -> float:

@@ -126,6 +126,8 @@ class _Search:
                     break
             else:
                 high = index
+        if low < 0 and self.ratio(0) <= fraction:
+            low = 0
         while True:
             if low < 0:
                 self.refuse(fraction)
@@ -134,7 +136,7 @@ class _Search:
             if ratio <= ACCEPT * fraction or low == 0:
                 break
             faster = [i for i, r in self.ratios.items() if i < low and r <= ACCEPT * fraction]
-            low = max(faster, default=low - max(1, len(self.frontier) // 100))
+            low = max(faster, default=low // 2)
         if ratio > fraction:
             self.refuse(fraction)
         line = self.line()
@@ -142,6 +144,10 @@ class _Search:
         predicted = first.get(low, float(line(float(self.frontier.raw.latency[low]))))
         plan = replace(frontier.plan(low), latency=predicted)
         return Found(low, plan, frontier, predicted, ratio * self.original, self.original, ratio)
+
+    def ratio(self, index: int) -> float:
+        """The last measured ratio of a plan."""
+        return self.ratios[index] if index in self.ratios else self.measure(index, FINAL_REPEATS)
 
     def guess(self, fraction: float, low: int, high: int) -> int:
         """The plan at which the line through the bracket's measured ends meets the budget, strictly inside it."""
@@ -163,9 +169,7 @@ class _Search:
         return float(self.frontier.raw.latency[index]), self.ratios[index] * self.original
 
     def refuse(self, fraction: float) -> None:
-        fastest = self.ratios.get(0)
-        if fastest is None:
-            fastest = self.measure(0, FINAL_REPEATS)
+        self.ratio(0)
         reached = min(self.ratios.values()) * self.original
         raise InfeasibleBudget(
             f"no plan reaches the budget {self.budget} ({fraction * self.original:.4g} ms of {self.original:.4g} ms on "

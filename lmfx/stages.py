@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from lmfx.calibration import as_calibration
-from lmfx.checks import check_model
+from lmfx.checks import check_batched, check_graph, check_model, check_run_options, span_options
 from lmfx.fitting import fit_plan
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
@@ -21,9 +21,9 @@ from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
 from lmfx.passes.rewrite import rewrite as rewrite_graph
-from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.spans import SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
-from lmfx.profiling import profile_spans
+from lmfx.profiling import digest, profile_spans
 from lmfx.result import Result
 from lmfx.surrogates import affine_surrogates
 
@@ -40,6 +40,7 @@ def rewrite(
     """
     if not isinstance(plan, MergePlan):
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
+    check_graph(graph, "rewrite")
     images = as_calibration(calibration, graph.meta["lmfx"]["example"])
     network = Network(graph)
     composed = any(c.realization == "compose" for c in plan.candidates)
@@ -75,18 +76,15 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     """
     check_model(model, example_input)
     graph = trace_graph(model, example_input)
+    check_batched(graph)
     graph.meta["lmfx"]["example"] = example_input
     return graph
 
 
 def spans(graph: fx.GraphModule, **options: Any) -> SpanSet:
     """Every candidate and every refusal of a traced graph. `options` are the fields of `SpanOptions`."""
-    if not isinstance(graph, fx.GraphModule) or "lmfx" not in graph.meta:
-        raise InputError(f"spans needs a graph from lmfx.trace, not a {type(graph).__name__}: call lmfx.trace first")
-    for key in ("realize", "include", "exclude"):
-        if isinstance(options.get(key), list):
-            options[key] = tuple(options[key])
-    return enumerate_spans(Network(graph), SpanOptions(**options))
+    check_graph(graph, "spans")
+    return enumerate_spans(Network(graph), span_options(**options))
 
 
 def default_backend(graph: nn.Module) -> str:
@@ -109,6 +107,8 @@ def profile(
     `options` go to the backend (`threads=1`, ...). Each row is committed to `cache_dir` as it is made, so a run that is
     stopped goes on where it was.
     """
+    check_graph(graph, "profile")
+    check_run_options(cache_dir=cache_dir)
     candidates = spans if spans is not None else globals()["spans"](graph)
     made = get_backend(backend if backend is not None else default_backend(graph), **options)
     with Store.open(cache_dir) as store:
@@ -145,6 +145,8 @@ def score(
     With `latency` only candidates that could be chosen are scored. `calibration` is a tensor of images or a loader;
     without it the example that the graph was traced with stands in. `options` go to the estimator.
     """
+    check_graph(graph, "score")
+    check_run_options(executor, cache_dir)
     candidates = spans if spans is not None else globals()["spans"](graph)
     chosen: Sequence[Candidate] = candidates.candidates if latency is None else worth_scoring(candidates, latency)
     made = get_estimator(estimator, **options)
@@ -157,6 +159,16 @@ def solve(
     graph: fx.GraphModule, latency: LatencyTable, score: ImportanceTable, *, spans: SpanSet | None = None
 ) -> Frontier:
     """Every Pareto-optimal plan from one exact solve; `.at(budget)`, `len()`, iteration, `.plot()`."""
+    check_graph(graph, "solve")
+    for table, kind, stage in ((latency, LatencyTable, "profile"), (score, ImportanceTable, "score")):
+        if not isinstance(table, kind):
+            raise TableError(f"solve needs a table of lmfx.{stage}, not a {type(table).__name__}")
+        made_for = table.identity.get("graph", digest(graph))
+        if made_for != digest(graph):
+            raise TableError(
+                f"the {kind.__name__} was made for another graph ({made_for}, this one is {digest(graph)}): {stage} "
+                "this one"
+            )
     candidates = spans if spans is not None else globals()["spans"](graph)
     missing = [c.key for c in candidates if c.realization == "keep" and c.key not in latency]
     if missing:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lmfx.calibration import Calibration
+from lmfx.passes.errors import ModelError
 
 __all__ = ["flat_output", "placeholder_values", "record", "record_batches", "resume"]
 
@@ -71,7 +72,18 @@ def resume(gm: fx.GraphModule, known: dict[fx.Node, Any]) -> Any:
     return fx.Interpreter(gm, garbage_collect_values=False).run(initial_env=dict(known), enable_io_processing=False)
 
 
-def flat_output(output: Any) -> Tensor:
-    """All floating tensors of an output as one (images, features) tensor."""
+def flat_output(output: Any, images: int | None = None) -> Tensor:
+    """All floating tensors of an output as one (images, features) tensor; without `images` as one row.
+
+    Raises `ModelError` if a tensor's first dimension is not that of the images.
+    """
     leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
-    return torch.cat([v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for v in leaves], 1)
+    if images is None:
+        return torch.cat([v.reshape(1, -1) for v in leaves], 1)
+    for v in leaves:
+        if v.dim() == 0 or len(v) != images:
+            raise ModelError(
+                f"the model's output of shape {tuple(v.shape)} has no batch dimension (of {images} images), so its "
+                "error can not be told by image: return one row an image, or use importance='magnitude'"
+            )
+    return torch.cat([v.reshape(images, -1) for v in leaves], 1)

@@ -44,6 +44,10 @@ def export_onnx(
 
     Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
     """
+    if not isinstance(net, nn.Module):
+        raise InputError(
+            f"export_onnx takes a torch.nn.Module, such as lmfx.compress gives, not a {type(net).__name__}"
+        )
     onnx = require_onnx()
     target = Path(path)
     if not target.parent.is_dir():

@@ -19,6 +19,8 @@ def get_estimator(estimator: str | Estimator = "reconstruction", **options: Any)
 
     Raises `OptionError` for a name or an option that is not known.
     """
+    if isinstance(estimator, type):
+        raise OptionError(f"the estimator is the class {estimator.__name__}: pass an object, {estimator.__name__}()")
     if not isinstance(estimator, str):
         if not isinstance(estimator, Estimator):
             raise OptionError(

@@ -16,6 +16,7 @@ from lmfx.latency.store import Store
 from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanSet
+from lmfx.profiling import digest
 
 __all__ = ["Magnitude"]
 
@@ -47,7 +48,9 @@ class Magnitude:
             rows[c.key] = (
                 0.0 if c.realization == "keep" else -lost - self.activation * (_activations(network, c) + 0.01)
             )
-        return ImportanceTable(rows, {"estimator": self.name, "activation": self.activation})
+        return ImportanceTable(
+            rows, {"estimator": self.name, "activation": self.activation, "graph": digest(network.gm)}
+        )
 
 
 def _convs(network: Network) -> list[str]:

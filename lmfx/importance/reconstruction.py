@@ -32,6 +32,7 @@ from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import build_span
 from lmfx.passes.spans import SpanSet
+from lmfx.profiling import digest
 from lmfx.progress import progress as progress_bar
 from lmfx.surrogates import affine_surrogates
 from lmfx.values import flat_output, record, record_batches, resume
@@ -98,7 +99,7 @@ class Reconstruction:
                     if store is not None:
                         store.put("importance", identity, key, value)
                     bar.update(1)
-        return ImportanceTable(rows, identity)
+        return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
 
 
 def weights_digest(gm: fx.GraphModule) -> str:
@@ -185,13 +186,13 @@ class _Scorer:
         if self.options.exact:
             with torch.no_grad():
                 values, output = record(self.gm, batch, everything, self.calibration.names)
-                z = flat_output(output)
+                z = flat_output(output, len(batch[0]))
             return values, {}, _scale(z)
         # The graph's parameters need no gradient: it starts at the first floating input.
         inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch)
         with torch.enable_grad():
             values, output = record(self.gm, inputs, names, self.calibration.names)
-            z = flat_output(output)
+            z = flat_output(output, len(batch[0]))
             ordered = [n for n in names if values[n].requires_grad]
             generator = torch.Generator().manual_seed(0)
             gradients: dict[str, list[Tensor]] = {n: [] for n in names}
@@ -228,8 +229,8 @@ class _Scorer:
             nodes[n]: v for n, v in values.items() if nodes[n] not in behind and nodes[n].op != "output"
         }
         known[nodes[c.span.output]] = new
-        z = flat_output(values[next(n for n in values if nodes[n].op == "output")])
-        return 0.5 * float((flat_output(resume(self.gm, known)) - z).double().square().sum(1).mean()) / scale
+        z = flat_output(values[next(n for n in values if nodes[n].op == "output")], len(new))
+        return 0.5 * float((flat_output(resume(self.gm, known), len(new)) - z).double().square().sum(1).mean()) / scale
 
 
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, LinearOp]:

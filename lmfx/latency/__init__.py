@@ -35,6 +35,8 @@ def get_backend(backend: str | Backend = "onnxruntime", **options: Any) -> Backe
     Raises `OptionError` for an unknown name or option, `MissingExtra` if its package is not installed, `DeviceError` if
     its device is not there.
     """
+    if isinstance(backend, type):
+        raise OptionError(f"the backend is the class {backend.__name__}: pass an object, {backend.__name__}()")
     if not isinstance(backend, str):
         if not isinstance(backend, Backend):
             raise OptionError(

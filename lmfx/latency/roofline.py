@@ -97,7 +97,13 @@ class RooflineBackend:
                     f"roofline needs a graph, and torch.fx can not trace {type(module).__name__}: {error}; "
                     "give the GraphModule that lmfx.trace makes"
                 ) from error
-        shapes = fake_shapes(gm, inputs)
+        try:
+            shapes = fake_shapes(gm, inputs)
+        except RuntimeError as error:
+            raise OptionError(
+                f"roofline needs a graph whose shapes do not depend on values ({str(error).splitlines()[0]}); measure "
+                "with latency='onnxruntime' or 'torch'"
+            ) from error
         size = _element_size(gm, inputs)
         flops: dict[fx.Node, float] = {}
         moved: dict[fx.Node, float] = {}
