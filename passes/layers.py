@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from . import linear, ops
+from .canonical import op_name
 from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .regions import find_regions
@@ -124,6 +125,24 @@ class Network:
                         main.append(name)
                         every.append(name)
         return tuple(main), tuple(every)
+
+    def meeting(self, value: fx.Node, reader: fx.Node) -> Refusal | None:
+        """Why the region that gives `value` ends at `reader`, if that is an op of several values."""
+        operands = [n for n in reader.all_input_nodes if n.op != "get_attr"]
+        if reader.op == "output" or len(operands) < 2:
+            return None
+        name = op_name(reader)
+        nodes = (reader.name, *(n.name for n in operands))
+        shape = value.meta.get("shape")
+        for other in operands:
+            side = other.meta.get("shape")
+            if name in ops.JOINS and name != "cat" and side and shape and side[2:] != shape[2:] and len(shape) > 2:
+                verb = {"add": "adds", "sub": "subtracts"}.get(name, "multiplies by")
+                tail = f"to the map of {value.name}" if name == "add" else f"at the map of {value.name}"
+                return Refusal(f"{name} {verb} a side input of shape {side} {tail}", nodes)
+        if name in ops.JOINS and not reader.kwargs:
+            return Refusal(f"the operands of {name} leave different values, so it closes no block", nodes)
+        return Refusal(f"{name or reader.name} takes several values and is no sum, concatenation or product", nodes)
 
     def geometry(self, layer: Layer) -> ConvConfig | None:
         """Stride, window and size rule of a layer, affine or not; None if its output size follows no such rule."""

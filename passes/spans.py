@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 
-from . import linear
+from . import linear, ops
 from .errors import OptionError
 from .ir import Candidate, ConvConfig, Layer, Parallel, Realization, Refusal, Series, Span
 from .layers import Network, is_identity_config
@@ -133,7 +133,7 @@ class _Finder:
     # --- the loop over spans -----------------------------------------------------------------------------------------
 
     def series(self, series: Series) -> None:
-        droppable: set[tuple[int, int]] = set()
+        first = len(self.candidates)
         for start in range(len(series.layers)):
             states: list[_State] | Refusal | None = None
             for stop in range(start + 1, len(series.layers) + 1):
@@ -143,11 +143,12 @@ class _Finder:
                 states = self.extend(states, layer)
                 if stop == start + 1:
                     self.keep(series, start, layer)
-                self.span(series, start, stop, states, droppable)
+                self.span(series, start, stop, states)
+        found = self.candidates[first:]
+        drops = {(c.span.start, c.span.stop): c.span for c in found if c.realization == "drop"}
+        self.candidates[first:] = [c for c in found if c.realization != "drop" or not self.falls_apart(c.span, drops)]
 
-    def span(
-        self, series: Series, start: int, stop: int, states: list[_State] | Refusal, droppable: set[tuple[int, int]]
-    ) -> None:
+    def span(self, series: Series, start: int, stop: int, states: list[_State] | Refusal) -> None:
         layers = series.layers[start:stop]
         span = self.make_span(series, start, stop)
         main, every = self.network.convs(layers)
@@ -162,7 +163,7 @@ class _Finder:
         if not main:
             return
         if {"fit", "drop", "compose"} & set(self.options.realize):
-            self.drop(span, layers, main, every, droppable)
+            self.drop(span, layers, main, every)
         if "fit" in self.options.realize:
             self.fit(span, series, layers, main, every)
 
@@ -207,6 +208,10 @@ class _Finder:
                     self.refusals.append(
                         Refusal(f"the value of {name} is read by {len(readers)} ops that do not rejoin", names)
                     )
+            for reader in self.network.nodes[region.exit].users:
+                refusal = self.network.meeting(self.network.nodes[region.exit], reader)
+                if refusal is not None:
+                    self.refusals.append(refusal)
 
     # --- keep, compose, drop, fit ------------------------------------------------------------------------------------
 
@@ -254,22 +259,26 @@ class _Finder:
     def changes_window(self, name: str) -> bool:
         return not self.network.module(name)._get_name().startswith(("BatchNorm", "ChannelAffine"))
 
-    def drop(
-        self,
-        span: Span,
-        layers: tuple[Layer, ...],
-        main: tuple[str, ...],
-        every: tuple[str, ...],
-        droppable: set[tuple[int, int]],
-    ) -> None:
+    def drop(self, span: Span, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]) -> None:
         net = self.network
         geometry = net.series_geometry(net.series[span.series], layers)
         if net.shape(span.entry) != net.shape(span.output) or geometry is None or set(geometry.stride) != {1}:
             return
-        splits = any((span.start, m) in droppable and (m, span.stop) in droppable for m in range(span.start, span.stop))
-        droppable.add((span.start, span.stop))
-        if not splits:
-            self.candidates.append(Candidate(span, "drop", None, *self.paths(main, every, ())))
+        self.candidates.append(Candidate(span, "drop", None, *self.paths(main, every, ())))
+
+    def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
+        """Whether two shorter drops give the same network: nothing stays at their cut, or what the end repeats."""
+        for middle in range(span.start + 1, span.stop):
+            before, after = drops.get((span.start, middle)), drops.get((middle, span.stop))
+            if before is not None and after is not None and self.repeats(before.activation, span.activation):
+                return True
+        return False
+
+    def repeats(self, first: str | None, second: str | None) -> bool:
+        if first is None or second is None:
+            return first is None
+        one, two = self.network.module(first), self.network.module(second)
+        return type(one) is type(two) and isinstance(one, ops.IDEMPOTENT) and one.extra_repr() == two.extra_repr()
 
     def fit(
         self, span: Span, series: Series, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]
