@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,6 +20,15 @@ from lmfx.passes.trace import fingerprint, trace
 from lmfx.passes.verify import relative_error
 
 Picker = Callable[[SpanSet], Iterable[Candidate]]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: several that wait for each other on a busy machine take several times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def double(model: nn.Module) -> nn.Module:

@@ -21,6 +21,9 @@ from lmfx.passes.spans import SpanOptions, enumerate_spans
 from lmfx.passes.trace import trace
 from lmfx.passes.verify import relative_error
 from tests.helpers import assert_unchanged, check_rewrite, double, linearized, run, snapshot
+from tests.helpers import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -97,7 +100,7 @@ class Build(nn.Module):
         if step.kind == "affine":
             return x * 0.5 if a["number"] else x + 1.5
         if step.kind == "join":
-            values = _same_size([branch(x) for branch in part])
+            values = [branch(x) for branch in part]
             if a["join"] == "cat":
                 return torch.cat(values, 1)
             total = values[0]
@@ -111,10 +114,6 @@ class Build(nn.Module):
                     total = torch.add(total, value)
             return total
         return part(x)
-
-
-def _same_size(values: list[Tensor]) -> list[Tensor]:
-    return values
 
 
 @st.composite

@@ -17,10 +17,13 @@ from lmfx.passes.rewrite import merge, rewrite
 from lmfx.passes.spans import SpanOptions, enumerate_spans
 from lmfx.passes.trace import trace
 from lmfx.passes.verify import relative_error
+from tests.helpers import one_thread as one_thread
 from tests.helpers import run
 
 SMALL = ("resnet18", "mobilenet_v2", "squeezenet1_1", "regnet_x_400mf", "mnasnet1_0")
 
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Random plans of wide networks would hold dense 7 x 7 kernels of a thousand channels: exact too, but slow to make.
 QUICK = SpanOptions(max_kernel_size=3)
