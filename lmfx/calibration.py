@@ -34,6 +34,12 @@ class Calibration:
         for start in range(0, total, size):
             yield tuple(t[start : min(start + size, total)] for t in self.tensors)
 
+    def whole_batches(self, size: int) -> Calibration:
+        """As many images as make whole batches of `size`; fewer than one batch are repeated to make one."""
+        count = max(len(self) // size, 1) * size
+        take = torch.arange(count) % len(self)
+        return self if count == len(self) else Calibration(tuple(t[take] for t in self.tensors), self.names)
+
     def split(self, held: int) -> tuple[Calibration, Calibration]:
         """(images to fit on, at most `held` others to judge on): each fourth; below four images both are all."""
         if len(self) < 4:

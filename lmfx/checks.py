@@ -63,7 +63,8 @@ def check_batched(graph: fx.GraphModule) -> None:
         module: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
         shape = source.meta.get("shape") if isinstance(source, fx.Node) else None
-        if isinstance(module, ops.CONVS) and shape is not None and len(shape) < module.weight.dim():
+        weight: Any = module.weight if isinstance(module, ops.CONVS) else None
+        if weight is not None and shape is not None and len(shape) < weight.dim():
             raise InputError(
                 f"{node.target} gets a value of shape {tuple(shape)}: pass an example with the batch dimension, like "
                 "example[None]"

@@ -8,7 +8,7 @@ what the convs before it really give (X), and aims at what the original network 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import span_names
 from lmfx.progress import progress as progress_bar
-from lmfx.values import placeholder_values, record_batches
+from lmfx.values import batches_for, placeholder_values, record_batches
 
 __all__ = ["FitGroup", "fit_groups", "fit_plan"]
 
@@ -168,40 +168,36 @@ def fit_plan(
     if not fits:
         return student
     targets = record_batches(network.gm, calibration, {c.span.output for c in fits.values()})
+    batches = list(batches_for(network.gm, calibration))
     with torch.no_grad(), progress_bar(len(fits), "fitting", progress) as bar:
-        runner = _Fitter(student, network, fits, targets, bar)
-        runner.run(*placeholder_values(student, calibration.tensors, calibration.names), enable_io_processing=False)
-    return student
-
-
-class _Fitter(fx.Interpreter):
-    """Runs the compressed network on all calibration images, and sets each fitted conv when its input is there."""
-
-    def __init__(
-        self,
-        student: fx.GraphModule,
-        network: Network,
-        fits: dict[str, Candidate],
-        targets: dict[str, Tensor],
-        bar: Any,
-    ) -> None:
-        super().__init__(student)
-        self.network = network
-        self.fits = fits
-        self.targets = targets
-        self.bar = bar
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        candidate = self.fits.get(str(target))
-        if candidate is not None:
-            (x,) = args
+        for node, x in _inputs(student, batches, calibration.names, set(fits)):
+            candidate = fits[str(node.target)]
             group = FitGroup(
                 candidate.span.entry, candidate.conv is not None and candidate.conv.groups > 1, (candidate,)
             )
-            op = group.fit(x, {candidate.span.output: self.targets[candidate.span.output]})[candidate.key]
-            set_fitted(self.module.get_submodule(str(target)), op)
-            self.bar.update(1)
-        return super().call_module(target, args, kwargs)
+            op = group.fit(x, {candidate.span.output: targets[candidate.span.output]})[candidate.key]
+            set_fitted(student.get_submodule(str(node.target)), op)
+            bar.update(1)
+    return student
+
+
+def _inputs(
+    student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...], targets: set[str]
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its input on
+    all images, so that the caller can set the module before it runs."""
+    runs = [fx.Interpreter(student) for _ in batches]
+    for run, batch in zip(runs, batches, strict=True):
+        run.args_iter = iter(placeholder_values(student, batch, names))
+    for node in student.graph.nodes:
+        if node.op == "output":
+            return
+        if node.op == "call_module" and str(node.target) in targets:
+            yield node, torch.cat([run.env[node.args[0]] for run in runs])
+        for run in runs:
+            run.env[node] = run.run_node(node)
+            for dead in run.user_to_last_uses.get(node, ()):
+                del run.env[dead]
 
 
 def set_fitted(module: nn.Module, op: LinearOp) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmfx.calibration import Calibration
 from lmfx.passes.layers import Network
-from lmfx.values import record
+from lmfx.values import batches_for, record
 
 __all__ = ["affine_surrogates"]
 
@@ -25,7 +25,7 @@ def affine_surrogates(network: Network, calibration: Calibration) -> dict[str, t
     before = {name: str(network.nodes[name].args[0]) for name in acts}
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    for batch in calibration.batches(BATCH, IMAGES):
+    for batch in batches_for(network.gm, calibration, BATCH, IMAGES):
         values, _ = record(network.gm, batch, {*acts, *before.values()}, calibration.names)
         for name in acts:
             x, y = values[before[name]].double(), values[name].double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,20 +12,38 @@ from torch.utils import _pytree as pytree
 from lmfx.calibration import Calibration
 from lmfx.passes.errors import ModelError
 
-__all__ = ["flat_output", "placeholder_values", "record", "record_batches", "resume"]
+__all__ = ["batches_for", "flat_output", "placeholder_values", "record", "record_batches", "resume"]
 
 BATCH = 32
 
 
+def batches_for(
+    gm: fx.GraphModule, calibration: Calibration, size: int = BATCH, limit: int | None = None
+) -> Iterator[tuple[Tensor, ...]]:
+    """The calibration inputs in batches that the graph can take: of the example's size where that is baked in."""
+    meta = gm.meta.get("lmfx", {})
+    specs = [s for s in [*meta.get("positional", ()), *meta.get("keyword", {}).values()] if isinstance(s, dict)]
+    if meta.get("tracer", "symbolic") == "symbolic" or not specs or not specs[0]["shape"]:
+        yield from calibration.batches(size, limit)
+        return
+    fixed = int(specs[0]["shape"][0])
+    whole = None if limit is None else max(limit // fixed, 1) * fixed
+    yield from calibration.whole_batches(fixed).batches(fixed, whole)
+
+
 class _Recorder(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, wanted: frozenset[str]) -> None:
+    def __init__(self, gm: fx.GraphModule, wanted: frozenset[str], differentiable: bool = False) -> None:
         super().__init__(gm)
         self.wanted = wanted
+        self.differentiable = differentiable
         self.values: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name in self.wanted:
+            # Where nothing before it needs a gradient (integer inputs, frozen weights), the gradient starts here.
+            if self.differentiable and value.is_floating_point() and not value.requires_grad:
+                value = value.detach().requires_grad_()
             self.values[n.name] = value
         return value
 
@@ -44,10 +62,14 @@ def placeholder_values(gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tu
 
 
 def record(
-    gm: fx.GraphModule, inputs: tuple[Tensor, ...], wanted: Iterable[str], names: tuple[str, ...] = ()
+    gm: fx.GraphModule,
+    inputs: tuple[Tensor, ...],
+    wanted: Iterable[str],
+    names: tuple[str, ...] = (),
+    differentiable: bool = False,
 ) -> tuple[dict[str, Tensor], Any]:
-    """The values of the nodes `wanted` and the output, for one batch."""
-    recorder = _Recorder(gm, frozenset(wanted))
+    """The values of the nodes `wanted` and the output, for one batch; if `differentiable`, with their graph."""
+    recorder = _Recorder(gm, frozenset(wanted), differentiable)
     output = recorder.run(*placeholder_values(gm, inputs, names), enable_io_processing=False)
     return recorder.values, output
 
@@ -59,7 +81,7 @@ def record_batches(
     """The values of the nodes `wanted` on all calibration images, (images, channels, size...)."""
     names = frozenset(wanted)
     parts: dict[str, list[Tensor]] = {n: [] for n in names}
-    for batch in calibration.batches(BATCH, limit):
+    for batch in batches_for(gm, calibration, limit=limit):
         values, _ = record(gm, batch, names, calibration.names)
         for name, value in values.items():
             parts[name].append(value)

@@ -35,7 +35,7 @@ from lmfx.passes.spans import SpanSet
 from lmfx.profiling import digest
 from lmfx.progress import progress as progress_bar
 from lmfx.surrogates import affine_surrogates
-from lmfx.values import flat_output, record, record_batches, resume
+from lmfx.values import batches_for, flat_output, record, record_batches, resume
 
 __all__ = ["Reconstruction"]
 
@@ -115,6 +115,15 @@ def weights_digest(gm: fx.GraphModule) -> str:
     return state.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One batch of the scoring images: values and gradients (one a probe) of nodes, and the output, (images, ...)."""
+
+    values: dict[str, Tensor]
+    gradients: dict[str, list[Tensor]]
+    output: Tensor
+
+
 class _Scorer:
     def __init__(
         self, options: Reconstruction, spans: SpanSet, calibration: Calibration, executor: Executor | None
@@ -128,13 +137,13 @@ class _Scorer:
 
     def run(self, candidates: list[Candidate]) -> Iterator[tuple[str, float]]:
         names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
-        values, gradients, scale = self.gradients(names)
+        parts, scale = self.parts(names)
         surrogates = None
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
             surrogates = affine_surrogates(self.network, self.calibration)
         others = [c for c in candidates if c.realization != "fit"]
         for c in others:
-            yield c.key, self.value(c, self.composed(c, surrogates), values, gradients, scale)
+            yield c.key, self.value(c, self.composed(c, surrogates), parts, scale)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
         for chunk in self.chunks(groups):
             wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
@@ -145,7 +154,7 @@ class _Scorer:
             )
             for group, ops in zip(chunk, results, strict=True):
                 for c in group.candidates:
-                    yield c.key, self.value(c, ops[c.key], values, gradients, scale)
+                    yield c.key, self.value(c, ops[c.key], parts, scale)
 
     @staticmethod
     def fitted(group: FitGroup, x: Tensor, ys: dict[str, Tensor]) -> dict[str, LinearOp]:
@@ -179,23 +188,29 @@ class _Scorer:
 
     # --- from a local error to the divergence of the output -----------------------------------------------------------
 
-    def gradients(self, names: set[str]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]], float]:
+    def parts(self, names: set[str]) -> tuple[list[_Part], float]:
         """Values and gradients of the nodes on the scoring images, and the outputs' variance."""
-        (batch,) = self.judged.batches(self.options.images, self.options.images)
-        everything = {n.name for n in self.gm.graph.nodes} if self.options.exact else names
-        if self.options.exact:
-            with torch.no_grad():
-                values, output = record(self.gm, batch, everything, self.calibration.names)
-                z = flat_output(output, len(batch[0]))
-            return values, {}, _scale(z)
-        # The graph's parameters need no gradient: it starts at the first floating input.
+        found, outputs = [], []
+        generator = torch.Generator().manual_seed(0)
+        for batch in batches_for(self.gm, self.judged, self.options.images, self.options.images):
+            part = self.exact_part(batch) if self.options.exact else self.part(batch, names, generator)
+            found.append(part)
+            outputs.append(part.output)
+        return found, _scale(torch.cat(outputs))
+
+    def exact_part(self, batch: tuple[Tensor, ...]) -> _Part:
+        with torch.no_grad():
+            every = {n.name for n in self.gm.graph.nodes}
+            values, output = record(self.gm, batch, every, self.calibration.names)
+            return _Part(values, {}, flat_output(output, len(batch[0])))
+
+    def part(self, batch: tuple[Tensor, ...], names: set[str], generator: torch.Generator) -> _Part:
         inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch)
         with torch.enable_grad():
-            values, output = record(self.gm, inputs, names, self.calibration.names)
+            values, output = record(self.gm, inputs, names, self.calibration.names, differentiable=True)
             z = flat_output(output, len(batch[0]))
-            ordered = [n for n in names if values[n].requires_grad]
-            generator = torch.Generator().manual_seed(0)
-            gradients: dict[str, list[Tensor]] = {n: [] for n in names}
+            ordered = list(values)
+            gradients: dict[str, list[Tensor]] = {n: [] for n in ordered}
             for probe in range(self.options.probes):
                 v = torch.randint(0, 2, z.shape, generator=generator).to(z.device, z.dtype) * 2 - 1
                 found = torch.autograd.grad(
@@ -203,34 +218,31 @@ class _Scorer:
                 )
                 for name, g in zip(ordered, found, strict=True):
                     gradients[name].append(torch.zeros_like(values[name]) if g is None else g)
-        return {n: v.detach() for n, v in values.items()}, gradients, _scale(z.detach())
+        return _Part({n: v.detach() for n, v in values.items()}, gradients, z.detach())
 
-    def value(
-        self,
-        c: Candidate,
-        op: LinearOp | None,
-        values: dict[str, Tensor],
-        gradients: dict[str, list[Tensor]],
-        scale: float,
-    ) -> float:
-        x, y = values[c.span.entry], values[c.span.output]
-        with torch.no_grad():
-            new = x if op is None else _apply(op, x)
-            if self.options.exact:
-                return -self.exact_divergence(c, new, values, scale)
-            error = new - y
-            total = sum(float((error * g).flatten(1).double().sum(1).square().mean()) for g in gradients[c.span.output])
-        return -0.5 * total / max(len(gradients[c.span.output]), 1) / scale
+    def value(self, c: Candidate, op: LinearOp | None, parts: list[_Part], scale: float) -> float:
+        total, images = 0.0, 0
+        for part in parts:
+            x, y = part.values[c.span.entry], part.values[c.span.output]
+            with torch.no_grad():
+                new = x if op is None else _apply(op, x)
+                if self.options.exact:
+                    total += self.squared_change(c, new, part)
+                else:
+                    changes = [((new - y) * g).flatten(1).double().sum(1) for g in part.gradients[c.span.output]]
+                    total += sum(float(d.square().sum()) for d in changes) / self.options.probes
+            images += len(x)
+        return -0.5 * total / images / scale
 
-    def exact_divergence(self, c: Candidate, new: Tensor, values: dict[str, Tensor], scale: float) -> float:
+    def squared_change(self, c: Candidate, new: Tensor, part: _Part) -> float:
+        """The squared change of the output, over all images, when the span's output is `new`."""
         nodes = self.network.nodes
         behind = _descendants(nodes[c.span.output])
         known: dict[fx.Node, Any] = {
-            nodes[n]: v for n, v in values.items() if nodes[n] not in behind and nodes[n].op != "output"
+            nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"
         }
         known[nodes[c.span.output]] = new
-        z = flat_output(values[next(n for n in values if nodes[n].op == "output")], len(new))
-        return 0.5 * float((flat_output(resume(self.gm, known), len(new)) - z).double().square().sum(1).mean()) / scale
+        return float((flat_output(resume(self.gm, known), len(new)) - part.output).double().square().sum())
 
 
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, LinearOp]:
