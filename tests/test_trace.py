@@ -17,6 +17,7 @@ from lmfx.passes.spans import enumerate_spans
 from lmfx.passes.trace import annotate, example_arguments, fingerprint, trace
 from lmfx.passes.verify import relative_error
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, run, snapshot
+from tests.helpers import one_thread as one_thread
 
 X = torch.randn(2, 4, 6, 9, dtype=torch.float64)
 
@@ -439,6 +440,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_torchvision_classifiers_trace_and_enumerate(name: str) -> None:
     import torchvision
