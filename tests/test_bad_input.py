@@ -197,6 +197,34 @@ def flat() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 2)).eval()
 
 
+class Broken(RooflineBackend):
+    """A backend whose clock is wrong."""
+
+    def __init__(self, reading: float) -> None:
+        super().__init__(peak_gflops=7.0)  # its rows are nobody else's
+        self.reading = reading
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "reading": str(self.reading)}
+
+    def measure(self, workloads: Any, *others: Any, **options: Any) -> Any:
+        return super().measure(workloads)
+
+    def ms(self, module: nn.Module, inputs: Any) -> float:
+        return self.reading
+
+
+@dataclass(frozen=True)
+class Tastes:
+    """An estimator with one answer to everything."""
+
+    answer: Any
+    name: str = "taste"
+
+    def score(self, spans: Any, candidates: Any, *others: Any) -> lmfx.ImportanceTable:
+        return lmfx.ImportanceTable({c.key: self.answer for c in candidates}, {})
+
+
 def other_table() -> lmfx.LatencyTable:
     """Of a longer network, so that it has a row for every key of the toy."""
     chain = [m for _ in range(8) for m in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())]
@@ -686,6 +714,22 @@ TABLES: list[Case] = [
         TableError,
         "another graph",
         "score this",
+    ),
+    (
+        "backend that measures NaN",
+        lambda e: e.compress(latency=Broken(math.nan)),
+        TableError,
+        "nan",
+        "measure it again",
+    ),
+    ("backend that measures 0", lambda e: e.compress(latency=Broken(0.0)), BudgetError, "0.0 ms", "Measure it again"),
+    ("backend that measures -1", lambda e: e.compress(latency=Broken(-1.0)), TableError, "-1.0", "measure it again"),
+    (
+        "estimator that gives NaN",
+        lambda e: e.compress(importance=Tastes(math.nan)),
+        TableError,
+        "nan",
+        "measure it again",
     ),
     ("table a dict", lambda e: lmfx.solve(e.ready.graph, {}, e.ready.scores), TableError, "a dict", "lmfx.profile"),
     ("distill on nothing", lambda e: distilling(e, []), InputError, "no batches", "pass a list"),

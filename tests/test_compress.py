@@ -396,10 +396,12 @@ def test_distillation_brings_the_student_closer_and_leaves_the_teacher_as_it_was
     modes, before = [m.training for m in model.modules()], distance(student, model.eval())
     model.train()
     model.blocks[0].norm.eval()
+    teacher = snapshot(model)
     batches: Iterator[Tensor] = (images(8, seed=s) for s in range(100, 120))
     returned = lmfx.distill(student, model, batches, epochs=2, lr=3e-3, progress=False)
     assert returned is student and not student.training
     assert [m.training for m in model.modules()] == modes
+    assert_unchanged(teacher, model)  # the statistics of its norms too
     assert distance(student, model.eval()) < 0.8 * before
     assert distance(lmfx.merge(student), model) == pytest.approx(distance(student, model), rel=1e-2)
 
