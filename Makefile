@@ -14,10 +14,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# The benchmarks, cheap ones first, then any other script of benchmarks/ (a leading _ marks a helper). What each one shows is
+# The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans is a module). What each one shows is
 # in docs/benchmarks.md.
-BENCHMARKS := coverage solver trace_time exactness accuracy budget resume compress_time
-FOUND := $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))
+BENCHMARKS := paper_table solver trace_time kill_resume estimator accuracy budget exactness
+FOUND := $(filter-out random_plans,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 ARGS ?=
 
 help: ## list the targets
@@ -67,7 +67,7 @@ bench: install ## every benchmark, one after the other (see docs/benchmarks.md)
 	@failed=''; \
 	for name in $(filter $(FOUND),$(BENCHMARKS)) $(filter-out $(BENCHMARKS),$(FOUND)); do \
 	  echo "== benchmarks/$$name.py"; \
-	  $(PY) "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"; \
+	  PYTHONPATH=. $(PY) "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 

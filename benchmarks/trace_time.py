@@ -17,10 +17,20 @@ from lmfx.passes.layers import Network
 from lmfx.passes.spans import enumerate_spans
 from lmfx.passes.trace import trace
 
-MODELS = (
-    "resnet18 resnet34 resnet50 wide_resnet50_2 mobilenet_v2 vgg16_bn regnet_x_400mf densenet121 mnasnet1_0 "
-    "resnext50_32x4d squeezenet1_1 googlenet"
-).split()
+MODELS = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "wide_resnet50_2",
+    "mobilenet_v2",
+    "vgg16_bn",
+    "regnet_x_400mf",
+    "densenet121",
+    "mnasnet1_0",
+    "resnext50_32x4d",
+    "squeezenet1_1",
+    "googlenet",
+]
 
 
 def main() -> None:
@@ -45,7 +55,10 @@ def main() -> None:
             t3 = time.process_time()
             rows.append((t3 - t0, t1 - t0, t2 - t1, t3 - t2, time.perf_counter() - wall, len(spans)))
         total, trace_s, regions_s, spans_s, wall_s, count = min(rows)
-        print(f"{name:18} {trace_s:7.2f} {regions_s:8.3f} {spans_s:7.3f} {total:7.2f} {wall_s:7.2f} {count:11d}", flush=True)
+        print(
+            f"{name:18} {trace_s:7.2f} {regions_s:8.3f} {spans_s:7.3f} {total:7.2f} {wall_s:7.2f} {count:11d}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

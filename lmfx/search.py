@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,7 @@ MARGIN = 0.99  # aim this far below the budget, and accept what is measured up t
 ACCEPT = 0.997
 STEPS = 9
 REPEATS, FINAL_REPEATS = 5, 11
+LEAST_MS, LONGEST = 250.0, 12  # of each network a measurement, at most this many times the repeats
 CLOSE = 0.98  # within this of the budget a plan is good enough
 
 
@@ -79,11 +81,14 @@ class _Search:
         self.wholes: list[float] = []
         self.ratios: dict[int, float] = {}
         self.original = 0.0
+        self.least = getattr(getattr(backend, "sampling", None), "min_ms", 1.0)
         self.steps = 0
 
     def measure(self, index: int, repeats: int = REPEATS) -> float:
         """The measured ratio of one plan to the original, both taken in turn."""
         net = timing_form(self.graph, self.frontier.plan(index))
+        # A short network is run more often: a median of five runs of 2 ms is off by several percent.
+        repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
         times = self.backend.measure_interleaved([(self.graph, self.inputs), (net, self.inputs)], repeats)
         ratio = median(b / a for a, b in zip(*times, strict=True))
         fresh = median(times[0])

@@ -14,9 +14,11 @@ quarter: on the images that it was made from, a fit with more unknowns than pixe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from lmfx.importance.base import ImportanceTable
 from lmfx.latency.store import Store
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate
+from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import build_span
@@ -39,7 +42,8 @@ from lmfx.values import batches_for, flat_output, record, record_batches, resume
 
 __all__ = ["Reconstruction"]
 
-VERSION = 2
+VERSION = 3
+EXACT_MACS = 1e12  # some ten seconds on two cores
 HELD_BYTES = 3 << 30  # values of all calibration images that may be held at once
 
 
@@ -47,12 +51,13 @@ HELD_BYTES = 3 << 30  # values of all calibration images that may be held at onc
 class Reconstruction:
     """Output divergence of each candidate, estimated on at most `images` held-out images with `probes` probes.
 
-    `exact` runs the network behind the candidate instead of the second-order estimate. `surrogate` is what a composed
-    span puts in place of the activations that it removes: "identity" (the paper) or "affine" (least squares).
+    `exact` runs the network behind the candidate instead of the second-order estimate; None does so where it is cheap
+    (a small network). `surrogate` is what a composed span puts in place of the activations that it removes: "identity"
+    (the paper) or "affine" (least squares).
     """
 
-    exact: bool = False
-    images: int = 16
+    exact: bool | None = None
+    images: int = 64
     probes: int = 2
     surrogate: str = "affine"
     name: str = "reconstruction"
@@ -77,6 +82,13 @@ class Reconstruction:
         """See `Estimator.score`. Rows are stored as they are made, under the weights and the calibration data."""
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
+        wanted = {c.key: c for c in candidates if c.realization != "keep"}
+        judged = min(self.images, len(calibration.split(self.images)[1]))
+        if self.exact is None:
+            cost = multiply_accumulates(spans.network) * judged * len(wanted) / 2  # half of the network on average
+            return replace(self, exact=cost <= EXACT_MACS).score(
+                spans, candidates, calibration, store, progress, executor
+            )
         identity = {
             "estimator": self.name,
             "version": VERSION,
@@ -88,18 +100,28 @@ class Reconstruction:
             "calibration": calibration.digest(),
         }
         rows = {c.key: 0.0 for c in candidates if c.realization == "keep"}
-        wanted = {c.key: c for c in candidates if c.realization != "keep"}
         if store is not None:
             rows.update({k: float(v) for k, v in store.get_many("importance", identity, list(wanted)).items()})
         todo = [c for c in wanted.values() if c.key not in rows]
         if todo:
             with progress_bar(len(todo), "scoring (reconstruction)", progress) as bar:
                 for key, value in _Scorer(self, spans, calibration, executor).run(todo):
+                    bar.update(1)
+                    if not math.isfinite(value):
+                        continue  # its arithmetic overflows: without a row it can not be chosen
                     rows[key] = value
                     if store is not None:
                         store.put("importance", identity, key, value)
-                    bar.update(1)
         return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
+
+
+def multiply_accumulates(network: Network) -> float:
+    """Multiply-accumulates of the convs in a network's regions, for one image."""
+    total = 0.0
+    for name in (c for region in network.regions for c in network.convs(region.series.layers)[1]):
+        conv: Any = network.module(name)
+        total += conv.weight.numel() * prod(network.shape(name)[2:])
+    return total
 
 
 def weights_digest(gm: fx.GraphModule) -> str:
