@@ -150,7 +150,7 @@ def test_the_last_word_is_a_longer_measurement(solved: tuple[fx.GraphModule, Fro
             return super().measure_interleaved(modules, repeats)
 
     find_plan(graph, frontier, Budget.parse(0.6), Counting(), [X])
-    assert taken[-1] == FINAL_REPEATS > REPEATS == taken[0]
+    assert taken[-1] > taken[1] and taken[-1] >= FINAL_REPEATS > REPEATS
 
 
 def test_predictions_after_the_search_lie_closer_to_what_was_measured(

@@ -247,7 +247,8 @@ class _Scorer:
         for part in parts:
             x, y = part.values[c.span.entry], part.values[c.span.output]
             with torch.no_grad():
-                new = x if op is None else _apply(op, x)
+                # Contiguous as a conv's output is: what follows may be a view.
+                new = x if op is None else _apply(op, x).contiguous()
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
