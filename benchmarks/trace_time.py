@@ -18,18 +18,8 @@ from lmfx.passes.spans import enumerate_spans
 from lmfx.passes.trace import trace
 
 MODELS = [
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "wide_resnet50_2",
-    "mobilenet_v2",
-    "vgg16_bn",
-    "regnet_x_400mf",
-    "densenet121",
-    "mnasnet1_0",
-    "resnext50_32x4d",
-    "squeezenet1_1",
-    "googlenet",
+    *("resnet18", "resnet34", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "mobilenet_v2", "mnasnet1_0"),
+    *("vgg16_bn", "regnet_x_400mf", "densenet121", "squeezenet1_1", "googlenet"),
 ]
 
 
