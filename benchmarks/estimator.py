@@ -3,8 +3,8 @@
     python benchmarks/estimator.py [--seed 0]
 
 Both score the same candidates on the same held-out images: the estimate from a backward pass, the exact value by
-running the rest of the network. Printed: rank correlations over all candidates and over those that a plan would use (the
-better half), the seconds of each, and the accuracy at half of the roofline latency with either.
+running the rest of the network. Printed: rank correlations over all candidates and over those that a plan would use
+(the better half), the seconds of each, and the accuracy at half of the roofline latency with either.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def distill(
     batches: Iterable[Any],
     *,
     epochs: int = 1,
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     progress: bool = True,
 ) -> fx.GraphModule:
     """Train `student` in place to give what `teacher` gives, and return it in eval mode. `teacher` is not changed.
