@@ -20,7 +20,7 @@ from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .regions import find_regions
 
-__all__ = ["Network", "is_identity_config", "module_config"]
+__all__ = ["Network", "identity_config", "is_identity_config", "module_config"]
 
 
 class Network:
@@ -82,7 +82,7 @@ class Network:
             return layer.opaque
         entry = layer.parallel.node if layer.parallel else layer.entry
         shape = self.shape(entry)
-        config = _identity(shape[1], len(shape) - 2)
+        config = identity_config(shape[1], len(shape) - 2)
         for name in self.affine_nodes(layer):
             if name == layer.conv and name in self.shared:
                 return Refusal("the conv is shared with another call, and merging would untie them", (name,))
@@ -159,7 +159,7 @@ class Network:
         own = self.config(layer)
         if isinstance(own, Refusal):
             step = module_config(self.module(layer.conv), before[1], len(before) - 2) if layer.conv else None
-            own = step if step is not None else _identity(before[1], len(before) - 2)
+            own = step if step is not None else identity_config(before[1], len(before) - 2)
         if layer.parallel is None:
             return own
         joined = self._joined_geometry(layer.parallel)
@@ -189,7 +189,7 @@ class Network:
         shape = self.shape(entry)
         if len(shape) < 3:
             return None
-        whole = _identity(shape[1], len(shape) - 2)
+        whole = identity_config(shape[1], len(shape) - 2)
         for layer in layers:
             step = self.geometry(layer)
             if step is None:
@@ -207,17 +207,18 @@ class Network:
             return _pool_config(module, before[1], ndim) if _follows_rule(module, ndim) else None
         if module is not None and isinstance(module, ops.CONVS) and ops.plain_in(module, ops.CONVS):
             return module_config(module, before[1], ndim)
-        return _identity(before[1], ndim) if before[2:] == after[2:] and before[1] == after[1] else None
+        return identity_config(before[1], ndim) if before[2:] == after[2:] and before[1] == after[1] else None
 
 
-def _identity(channels: int, ndim: int) -> ConvConfig:
+def identity_config(channels: int, ndim: int) -> ConvConfig:
+    """1 x 1, stride 1, no padding, one group a channel."""
     ones = (1,) * ndim
     return ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
 
 
 def is_identity_config(config: ConvConfig) -> bool:
     """Whether nothing but a diagonal is left: 1 x 1, stride 1, no padding, one group a channel."""
-    return config == _identity(config.in_channels, len(config.kernel_size))
+    return config == identity_config(config.in_channels, len(config.kernel_size))
 
 
 def _same_size(config: ConvConfig) -> bool:
@@ -264,7 +265,7 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
         flat = any_module.padding  # last dimension first, before and after
         pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(ndim)))
         return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels)
-    return _identity(channels, ndim)
+    return identity_config(channels, ndim)
 
 
 def _conv_config(conv: Any) -> ConvConfig:

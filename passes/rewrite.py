@@ -20,9 +20,9 @@ from . import linear, ops
 from .canonical import set_submodule
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
-from .layers import Network, module_config
+from .layers import Network, identity_config, module_config
 from .linear_span import Branches, Chain, Crop, LinearSpan
-from .spans import is_dropped
+from .states import is_dropped
 from .trace import fingerprint
 from .verify import check_graph
 
@@ -194,7 +194,7 @@ class _Builder:
     def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
         modules: list[nn.Module] = []
         shape = self.network.shape(layers[0].entry)
-        config = _unit(shape[1], len(shape) - 2)
+        config = identity_config(shape[1], len(shape) - 2)
         for i, layer in enumerate(layers):
             if layer.conv is not None and layer.conv not in self.kept:
                 continue  # pruned with its norms and its activation: the identity
@@ -226,7 +226,7 @@ class _Builder:
                 chain, config = self.chain(branch.layers, linearize_last=True)
             else:
                 shape = self.network.shape(branch.entry)
-                chain, config = Chain([]), _unit(shape[1], len(shape) - 2)
+                chain, config = Chain([]), identity_config(shape[1], len(shape) - 2)
             chains.append(chain)
             configs.append(config)
             signs.append(-1.0 if parallel.join == "sub" and i > 0 else 1.0)
@@ -235,11 +235,6 @@ class _Builder:
         crops = [Crop(c) for c in linear.branch_crops(configs)]
         whole = linear.cat_configs(configs) if parallel.join == "cat" else linear.add_configs(configs)
         return Branches(parallel.join, chains, crops, signs), whole
-
-
-def _unit(channels: int, ndim: int) -> ConvConfig:
-    ones = (1,) * ndim
-    return ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
 
 
 def without_padding(module: nn.Module) -> nn.Module:

@@ -1,15 +1,10 @@
 """Regions -> candidates and refusals: for every series and every span, what it could become, or why it can not.
 
-compose   States (configuration, kept convs) are carried from cut to cut. A conv layer offers itself or, if its conv is
-          reducible, the identity; a parallel element offers the sums of its branches' states; of the states that share
-          a configuration the one with the largest sum of L1 norms survives, so one pass gives, for each merged kernel
-          size and group structure, the best kept set that holds every irreducible conv.
+compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
+          the kept set of the largest L1 norm that holds every irreducible conv (`states`).
 fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
           that follows the span's own size rule.
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
-
-A branch of a sum whose convs are all pruned is the identity; where another branch is the identity already (a skip) it
-is dropped, so that a residual block becomes its skip and not `2x`.
 """
 
 from __future__ import annotations
@@ -17,14 +12,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import product
 
-from . import linear, ops
+from . import ops
 from .errors import OptionError
-from .ir import Candidate, ConvConfig, Layer, Parallel, Realization, Refusal, Series, Span
+from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network, is_identity_config
+from .states import State, States
 
-__all__ = ["SpanOptions", "SpanSet", "enumerate_spans", "is_dropped"]
+__all__ = ["SpanOptions", "SpanSet", "enumerate_spans"]
 
 MAX_FIT_KERNEL = 7
 
@@ -76,14 +71,6 @@ class SpanSet:
         return iter(self.candidates)
 
 
-@dataclass(frozen=True)
-class _State:
-    config: ConvConfig
-    score: float
-    kept: tuple[str, ...]
-    pruned: bool  # nothing but the identity is left, where there were convs
-
-
 def enumerate_spans(network: Network, options: SpanOptions | None = None) -> SpanSet:
     """Candidates and refusals of every series, in the order of the graph; deterministic."""
     finder = _Finder(network, options or SpanOptions())
@@ -95,52 +82,25 @@ def enumerate_spans(network: Network, options: SpanOptions | None = None) -> Spa
     return SpanSet(network, finder.options, tuple(finder.candidates), tuple(dict.fromkeys(finder.refusals)))
 
 
-def is_dropped(network: Network, parallel: Parallel, kept: frozenset[str], index: int) -> bool:
-    """Whether branch `index` vanishes when only the `kept` conv nodes stay: all pruned, beside another identity."""
-    if parallel.join != "add":
-        return False
-    pruned = [_is_pruned(network, b, kept) for b in parallel.branches]
-    empty = [not b.layers for b in parallel.branches]
-    if not pruned[index]:
-        return False
-    return any(empty) or any(pruned[:index])
-
-
-def _is_pruned(network: Network, branch: Series, kept: frozenset[str]) -> bool:
-    _, convs = network.convs(branch.layers)
-    return bool(convs) and not kept.intersection(convs) and all(_vanishes(network, lay, kept) for lay in branch.layers)
-
-
-def _vanishes(network: Network, layer: Layer, kept: frozenset[str]) -> bool:
-    """Whether a layer none of whose convs is kept is the identity (a pool or a norm without a conv stays)."""
-    if layer.parallel is None:
-        return layer.conv is not None or not network.affine_nodes(layer)
-    if network.affine_nodes(layer):
-        return False
-    left = [i for i in range(len(layer.parallel.branches)) if not is_dropped(network, layer.parallel, kept, i)]
-    branches = [layer.parallel.branches[i] for i in left]
-    return len(branches) == 1 and all(_vanishes(network, lay, kept) for lay in branches[0].layers)
-
-
 class _Finder:
     def __init__(self, network: Network, options: SpanOptions) -> None:
         self.network = network
         self.options = options
         self.candidates: list[Candidate] = []
         self.refusals: list[Refusal] = []
-        self._layer_states: dict[int, list[_State] | Refusal] = {}
+        self.states = States(network, options.max_kernel_size)
 
     # --- the loop over spans -----------------------------------------------------------------------------------------
 
     def series(self, series: Series) -> None:
         first = len(self.candidates)
         for start in range(len(series.layers)):
-            states: list[_State] | Refusal | None = None
+            states: list[State] | Refusal | None = None
             for stop in range(start + 1, len(series.layers) + 1):
                 layer = series.layers[stop - 1]
                 if stop > start + 1 and self.too_long(series, start, stop):
                     break
-                states = self.extend(states, layer)
+                states = self.states.extend(states, layer)
                 if stop == start + 1:
                     self.keep(series, start, layer)
                 self.span(series, start, stop, states)
@@ -148,7 +108,7 @@ class _Finder:
         drops = {(c.span.start, c.span.stop): c.span for c in found if c.realization == "drop"}
         self.candidates[first:] = [c for c in found if c.realization != "drop" or not self.falls_apart(c.span, drops)]
 
-    def span(self, series: Series, start: int, stop: int, states: list[_State] | Refusal) -> None:
+    def span(self, series: Series, start: int, stop: int, states: list[State] | Refusal) -> None:
         layers = series.layers[start:stop]
         span = self.make_span(series, start, stop)
         main, every = self.network.convs(layers)
@@ -227,11 +187,11 @@ class _Finder:
         return tuple(tuple(self.network.path(n) for n in names) for names in groups)
 
     def compose(
-        self, span: Span, layers: tuple[Layer, ...], states: list[_State], main: tuple[str, ...], every: tuple[str, ...]
+        self, span: Span, layers: tuple[Layer, ...], states: list[State], main: tuple[str, ...], every: tuple[str, ...]
     ) -> None:
         if len(layers) == 1 and not self.folds_something(layers[0]):
             return
-        best: dict[tuple[object, ...], _State] = {}
+        best: dict[tuple[object, ...], State] = {}
         for state in states:
             if not state.kept and is_identity_config(state.config):
                 continue  # that is `drop`
@@ -306,116 +266,6 @@ class _Finder:
                 chosen = ConvConfig(*_fields(config), groups)
                 if chosen != as_it_is:
                     self.candidates.append(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
-
-    # --- states ------------------------------------------------------------------------------------------------------
-
-    def extend(self, states: list[_State] | Refusal | None, layer: Layer) -> list[_State] | Refusal:
-        """The states of a span with one more layer."""
-        if isinstance(states, Refusal):
-            return states
-        more = self.layer_states(layer)
-        if isinstance(more, Refusal) or states is None:
-            return more
-        found = [
-            _State(linear.compose_config(a.config, b.config), a.score + b.score, a.kept + b.kept, a.pruned and b.pruned)
-            for a, b in product(states, more)
-        ]
-        return self.bounded(found, layer.nodes)
-
-    def bounded(self, states: list[_State], nodes: tuple[str, ...]) -> list[_State] | Refusal:
-        limit = self.options.max_kernel_size
-        best: dict[tuple[ConvConfig, bool], _State] = {}
-        for state in states:
-            if limit is not None and max(state.config.kernel_size) > limit:
-                continue
-            key = (state.config, state.pruned)
-            if key not in best or state.score > best[key].score:
-                best[key] = state
-        if not best:
-            smallest = min(max(s.config.kernel_size) for s in states)
-            return Refusal(f"the merged kernel would be {smallest} or more, over max_kernel_size={limit}", nodes)
-        return list(best.values())
-
-    def layer_states(self, layer: Layer) -> list[_State] | Refusal:
-        if id(layer) not in self._layer_states:
-            self._layer_states[id(layer)] = self._states_of(layer)
-        return self._layer_states[id(layer)]
-
-    def _states_of(self, layer: Layer) -> list[_State] | Refusal:
-        config = self.network.config(layer)
-        if isinstance(config, Refusal):
-            return config
-        if layer.parallel is not None:
-            joined = self.joined(layer.parallel)
-            if isinstance(joined, Refusal):
-                return joined
-            found = [
-                _State(
-                    linear.compose_config(s.config, config),
-                    s.score,
-                    s.kept,
-                    s.pruned and not self.network.affine_nodes(layer),
-                )
-                for s in joined
-            ]
-            return self.bounded(found, layer.nodes)
-        if layer.conv is None:
-            return [_State(config, 0.0, (), not self.network.affine_nodes(layer))]
-        states = [_State(config, self.network.l1(layer.conv), (layer.conv,), False)]
-        if self.network.reducible(layer):
-            channels, ndim = config.in_channels, len(config.kernel_size)
-            ones = (1,) * ndim
-            nothing = ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
-            states.append(_State(nothing, 0.0, (), True))
-        return self.bounded(states, layer.nodes)
-
-    def joined(self, parallel: Parallel) -> list[_State] | Refusal:
-        if parallel.join == "mul":
-            return Refusal("the product of two maps is not affine; only a fit can replace it", (parallel.node,))
-        if parallel.join == "cat" and self.network.nodes[parallel.node].args[1] != 1:
-            return Refusal("the concatenation is not along the channels", (parallel.node,))
-        shape = self.network.shape(parallel.node)
-        branches: list[list[_State]] = []
-        for branch in parallel.branches:
-            if self.network.shape(branch.exit)[2:] != shape[2:] or len(shape) < 3:
-                return Refusal("an operand of the join broadcasts over the map", (parallel.node,))
-            states = self.branch_states(branch)
-            if isinstance(states, Refusal):
-                return states
-            branches.append(states)
-        found = []
-        try:
-            for combination in product(*branches):
-                found.append(self.join_states(parallel, combination))
-        except OptionError as error:
-            return Refusal(str(error), (parallel.node,))
-        return self.bounded(found, (parallel.node,))
-
-    def branch_states(self, branch: Series) -> list[_State] | Refusal:
-        if not branch.layers:
-            shape = self.network.shape(branch.entry)
-            ones = (1,) * (len(shape) - 2)
-            return [
-                _State(
-                    ConvConfig(shape[1], shape[1], ones, ones, ((0, 0),) * len(ones), ones, shape[1]), 0.0, (), False
-                )
-            ]
-        states: list[_State] | Refusal | None = None
-        for layer in branch.layers:
-            states = self.extend(states, layer)
-        assert states is not None
-        return states
-
-    def join_states(self, parallel: Parallel, combination: tuple[_State, ...]) -> _State:
-        score = sum(s.score for s in combination)
-        kept = tuple(c for s in combination for c in s.kept)
-        if parallel.join == "add":
-            left = [s for i, s in enumerate(combination) if not is_dropped(self.network, parallel, frozenset(kept), i)]
-            config = linear.add_configs([s.config for s in left])
-            convs = any(b.layers for b in parallel.branches)
-            return _State(config, score, kept, convs and len(left) == 1 and not kept and is_identity_config(config))
-        join = linear.cat_configs if parallel.join == "cat" else linear.add_configs
-        return _State(join([s.config for s in combination]), score, kept, False)
 
 
 def _fields(

@@ -15,7 +15,8 @@ from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import merge, rewrite
-from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans, is_dropped
+from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.states import is_dropped
 from lmfx.passes.trace import fingerprint, trace
 from lmfx.passes.verify import relative_error
 
