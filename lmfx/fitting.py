@@ -68,6 +68,7 @@ class FitGroup:
             targets,
             depthwise=self.depthwise,
             holdout=not quick,
+            dtype=torch.float32 if quick else torch.float64,
         )
         size = ys[narrow[0].span.output].shape[2:]
         unknowns = window.unknowns(self.depthwise)

@@ -25,12 +25,12 @@ from lmfx.progress import progress as progress_bar
 
 __all__ = ["Found", "find_plan", "timing_form"]
 
-MARGIN = 0.99  # aim this far below the budget, and accept what is measured up to ACCEPT of it
-ACCEPT = 0.997
-STEPS = 9
+MARGIN = 0.98  # aim this far below the budget, and accept what is measured up to ACCEPT of it
+ACCEPT = 0.99
+STEPS, TRIES = 9, 5  # of the search, and of stepping back from a plan that was over the budget when looked at closely
 REPEATS, FINAL_REPEATS = 5, 11
 LEAST_MS, LONGEST = 250.0, 12  # of each network a measurement, at most this many times the repeats
-CLOSE = 0.98  # within this of the budget a plan is good enough
+CLOSE = 0.97  # within this of the budget a plan is good enough
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,14 @@ class _Search:
                 high = index
         if low < 0 and self.ratio(0) <= fraction:
             low = 0
-        while True:
-            if low < 0:
-                self.refuse(fraction)
-            ratio = self.measure(low, FINAL_REPEATS)
+        if low < 0:
+            self.refuse(fraction)
+        tries = 0
+        while (ratio := self.measure(low, FINAL_REPEATS)) > ACCEPT * fraction and low > 0:
             tick()
-            if ratio <= ACCEPT * fraction or low == 0:
-                break
-            faster = [i for i, r in self.ratios.items() if i < low and r <= ACCEPT * fraction]
-            low = max(faster, default=low // 2)
+            tries += 1
+            low = self.step_back(low, ratio, fraction, tries)
+        tick()
         if ratio > fraction:
             self.refuse(fraction)
         line = self.line()
@@ -168,6 +167,16 @@ class _Search:
         if self.steps >= 5:
             index = (low + high) // 2  # noise, or a line that bends: halve the bracket
         return min(max(index, low + 1), high - 1)
+
+    def step_back(self, index: int, ratio: float, fraction: float, tries: int) -> int:
+        """A faster plan than one that turned out to be over the budget: by as much as it was over, and a bit more."""
+        if tries > TRIES:
+            return index // 2
+        over = (ratio - (MARGIN - 0.01 * tries) * fraction) * self.original / self.line().b
+        sums = self.frontier.raw.latency
+        nearest = int(np.searchsorted(sums, sums[index] - over, side="right")) - 1
+        held = [i for i, r in self.ratios.items() if i < index and r <= ACCEPT * fraction]
+        return max(min(nearest, index - 1), *held, 0)
 
     def point(self, index: int) -> tuple[float, float]:
         """(sum of rows, measured whole) of a plan that was measured."""

@@ -91,15 +91,15 @@ class _Sums:
         return cls(zero(blocks, rows, rows), xy, {name: zero(out) for name, out in targets.items()})
 
     def add(self, rows: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add weighted rows (blocks, n, D) and targets (n, out)."""
+        """Add weighted rows (blocks, n, D) and targets (n, out); float32 rows are multiplied as such."""
         left = rows.transpose(1, 2)
         width = rows.shape[2]
         for i in range(0, width, BLOCK):
-            self.xx[:, i : i + BLOCK, i:].baddbmm_(left[:, i : i + BLOCK], rows[:, :, i:])
+            self.xx[:, i : i + BLOCK, i:] += left[:, i : i + BLOCK] @ rows[:, :, i:]
         for name, y in targets.items():
             blocks = y.reshape(len(y), rows.shape[0], -1).transpose(0, 1)
-            self.xy[name].baddbmm_(left, blocks)
-            self.yy[name] += y.square().sum(0)
+            self.xy[name] += left @ blocks
+            self.yy[name] += y.double().square().sum(0)
 
     def plus(self, other: _Sums) -> _Sums:
         xy = {name: value + other.xy[name] for name, value in self.xy.items()}
@@ -112,7 +112,8 @@ class Gram:
 
     `kernel_size`, `stride` and `padding` ((before, after) in each dimension) are those of the largest kernel;
     `targets` maps names to output channels. With `depthwise`, only what depthwise kernels need is kept, which is far
-    less. `holdout=False` saves the second sum, and with it half of the memory.
+    less. `holdout=False` saves the second sum, and with it half of the memory. `dtype=torch.float32` multiplies
+    chunks of samples in single precision, at twice the speed, where damping drowns the rounding.
 
     Raises OptionError if there would be more than `limit` unknowns an output channel: use `fit_cg` there.
     """
@@ -127,6 +128,7 @@ class Gram:
         *,
         depthwise: bool = False,
         holdout: bool = True,
+        dtype: torch.dtype = torch.float64,
         limit: int = MAX_UNKNOWNS,
     ) -> None:
         self.in_channels, self.kernel_size, self.stride = in_channels, tuple(kernel_size), tuple(stride)
@@ -150,6 +152,7 @@ class Gram:
             raise OptionError(f"{rows - 1} unknowns an output channel are more than {limit}; use fit_cg")
         self._shape = (in_channels if depthwise else 1, rows)
         self._holdout = holdout
+        self._dtype = dtype
         self._images = 0
         self._sums: dict[Part, _Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
         self._systems: OrderedDict[object, System] = OrderedDict()
@@ -239,17 +242,17 @@ class Gram:
         image = torch.arange(len(x), device=x.device)[:, None].expand_as(positions).flatten()
         corner, where = corner.flatten(), positions.flatten()
         flat_ys = {name: y.flatten(2) for name, y in ys.items()}
-        root = None if weights is None else weights.flatten().double().sqrt()
+        root = None if weights is None else weights.flatten().to(self._dtype).sqrt()
         blocks, rows = self._shape
         chunk = max(256, CHUNK_BYTES // (8 * blocks * rows))
         for i in range(0, len(where), chunk):
             part = slice(i, i + chunk)
-            patches = pixels[image[part, None], corner[part, None] + taps].double()  # (n, taps, channels)
+            patches = pixels[image[part, None], corner[part, None] + taps].to(self._dtype)  # (n, taps, channels)
             if self.depthwise:
                 features = F.pad(patches.permute(2, 0, 1), (0, 1), value=1.0)
             else:
                 features = F.pad(patches.flatten(1), (0, 1), value=1.0)[None]
-            values = {name: y[image[part], :, where[part]].double() for name, y in flat_ys.items()}
+            values = {name: y[image[part], :, where[part]].to(self._dtype) for name, y in flat_ys.items()}
             if not all(bool(t.sum().isfinite()) for t in (features, *values.values())):  # NaN and inf survive a sum
                 raise InputError("calibration features have NaN or infinite values; check the model and its input")
             n = float(features.shape[1])

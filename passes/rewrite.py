@@ -24,7 +24,7 @@ from .layers import Network, identity_config, module_config
 from .linear_span import Branches, Chain, Crop, LinearSpan
 from .states import is_dropped
 from .trace import fingerprint
-from .verify import check_graph
+from .verify import check_graph, drop_unread
 
 __all__ = ["build_span", "merge", "rewrite", "span_names"]
 
@@ -132,7 +132,7 @@ def _clean(gm: fx.GraphModule) -> None:
         if type(here) is type(before) and type(here) in ops.IDEMPOTENT and here.extra_repr() == before.extra_repr():
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
-    gm.delete_all_unused_submodules()
+    drop_unread(gm)
     gm.graph.lint()
     gm.recompile()
 

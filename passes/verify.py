@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import VerifyError
 
-__all__ = ["check_equivalent", "check_graph", "relative_error"]
+__all__ = ["check_equivalent", "check_graph", "drop_unread", "relative_error", "unread_tensors"]
 
 
 def check_graph(gm: fx.GraphModule) -> None:
@@ -28,11 +28,31 @@ def check_graph(gm: fx.GraphModule) -> None:
     dead = [n.name for n in gm.graph.nodes if not n.users and n.op not in ("output", "placeholder")]
     if dead:
         raise VerifyError(f"the rewritten graph computes values that nobody reads: {', '.join(dead)}")
-    read = called | {str(n.target).rpartition(".")[0] for n in gm.graph.nodes if n.op == "get_attr"}
-    for name, module in gm.named_modules(remove_duplicate=False):
-        own = next(module.parameters(recurse=False), None)
-        if own is not None and not any(name == r or name.startswith(r + ".") for r in read) and "" not in read:
-            raise VerifyError(f"module {name} has parameters that nothing reads")
+    for name, tensor in unread_tensors(gm):
+        if isinstance(tensor, nn.Parameter):
+            raise VerifyError(f"the rewritten graph has the parameter {name}, which nothing reads")
+
+
+def unread_tensors(gm: fx.GraphModule) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers that neither a called module nor a get_attr node of the graph reads."""
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    got = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    found: list[tuple[str, Tensor]] = []
+    for name, tensor in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]:
+        owners = name.split(".")[:-1]
+        inside = any(".".join(owners[: i + 1]) in called for i in range(len(owners)))
+        held = any(name == g or name.startswith(g + ".") for g in got)  # get_attr may take a module or a list whole
+        if not inside and not held:
+            found.append((name, tensor))
+    return found
+
+
+def drop_unread(gm: fx.GraphModule) -> None:
+    """Delete modules, parameters and buffers that nothing reads, also those of containers whose children live on."""
+    gm.delete_all_unused_submodules()
+    for name, _ in unread_tensors(gm):
+        owner, _, last = name.rpartition(".")
+        delattr(gm.get_submodule(owner), last)
 
 
 def relative_error(expected: Any, actual: Any) -> float:

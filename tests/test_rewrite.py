@@ -262,7 +262,7 @@ def test_a_graph_with_a_value_nobody_reads_is_found() -> None:
 def test_a_module_that_nothing_reads_is_found() -> None:
     gm = trace(linear_chain(), X)
     gm.add_module("left_over", nn.Conv2d(1, 1, 1))
-    with pytest.raises(VerifyError, match="module left_over has parameters that nothing reads"):
+    with pytest.raises(VerifyError, match="the parameter left_over.weight, which nothing reads"):
         check_graph(gm)
 
 
@@ -296,3 +296,28 @@ def test_a_linear_span_reads_as_what_it_is() -> None:
     assert isinstance(span, LinearSpan)
     assert "4, 4, kernel_size=(5, 5), stride=(1, 1), padding=((2, 2), (2, 2))" in repr(span)
     assert trainable.meta["lmfx_spans"] == {"0.merged": plan.candidates[0].key}
+
+
+def test_a_parameter_of_a_container_that_was_folded_away_does_not_stay() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.last = nn.Conv2d(3, 3, 1)
+            self.gamma = nn.Parameter(torch.full((3, 1, 1), 0.5))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.relu(self.gamma * self.conv(x)))  # type: ignore[no-any-return]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Scaled()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(x)  # type: ignore[no-any-return]
+
+    model, x = Net().eval(), torch.randn(1, 3, 9, 9)
+    net = rewrite(trace(model, x), MergePlan())
+    assert "block.gamma" not in dict(net.named_parameters())
+    torch.testing.assert_close(net(x), model(x))
