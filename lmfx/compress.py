@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from lmfx.budget import Budget
-from lmfx.calibration import as_calibration
+from lmfx.calibration import Calibration, as_calibration
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
@@ -92,7 +92,7 @@ def compress(
     spans = enumerate_spans(Network(graph), options)
     images = as_calibration(calibration, example_input)
     if wanted.kind != "ms" and wanted.value == 1:
-        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None)
+        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None, images)
     if not any(c.realization != "keep" for c in spans):
         raise ModelError(
             f"nothing in {type(model).__name__} can be merged: "
@@ -107,7 +107,7 @@ def compress(
     found = find_plan(graph, frontier, wanted, backend, [*args, *kwargs.values()], progress)
     student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
-    return _finish(graph, net, found.plan, spans, wanted, backend, merge, found)
+    return _finish(graph, net, found.plan, spans, wanted, backend, merge, found, images)
 
 
 def _finish(
@@ -119,6 +119,7 @@ def _finish(
     backend: Backend,
     merged: bool,
     found: Found | None,
+    images: Calibration,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
     changed = {name for c in plan.candidates for name in c.all_convs}
@@ -134,6 +135,7 @@ def _finish(
         refusals=spans.refusals,
         kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
         candidates=len(spans),
+        images=len(images),
         predicted=found.predicted if found else None,
         measured=found.measured if found else None,
         original=found.original if found else None,

@@ -29,6 +29,7 @@ class Result:
     refusals: tuple[Refusal, ...] = ()
     kept: tuple[str, ...] = ()  # qualified names of the convs that stay as they are
     candidates: int = 0
+    images: int | None = None  # calibration images that the scores and fits saw
     predicted: float | None = None
     measured: float | None = None
     original: float | None = None

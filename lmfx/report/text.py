@@ -18,6 +18,8 @@ __all__ = ["Report", "group_refusals", "report", "short", "size", "table"]
 ROWS = 12  # of a table, unless all is wanted
 NAMES = 4  # of a list of names
 
+FEW_IMAGES = 16
+
 
 class Report(str):
     """Text that a notebook or a prompt shows as it is, not as a quoted string."""
@@ -85,6 +87,9 @@ def _head(result: Result) -> str:
         errors += [f"Kendall tau {line.kendall_tau:.2f}"] if math.isfinite(line.kendall_tau) else []
         seen = ", ".join(errors) or "exact"
         lines.append(f"  table      network = {line.a:.4g} ms + {line.b:.4g} x sum of its rows; {seen}")
+    if result.images is not None:
+        few = "; too few to judge a fit: pass calibration=" if result.images < FEW_IMAGES and plan.candidates else ""
+        lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
