@@ -11,6 +11,7 @@ traced at each of `--sizes`; what was traced at the first size is run at the oth
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import sys
 import time
@@ -91,6 +92,7 @@ def check_model(
     kept = merge(rewrite(graph, MergePlan()))
     outcome.keep_error = max(relative_error(expected[s], kept(x)) for s, x in inputs.items())
     for seed in range(plans):
+        gc.collect()  # graphs hold themselves in cycles; a large network's copies would pile up
         try:
             _check_plan(spans_plan := random_plan(spans, random.Random(seed)), graph, inputs, expected, outcome)
             outcome.spans += sum(c.realization != "drop" for c in spans_plan.candidates)
@@ -107,8 +109,8 @@ def check_model(
 def _check_plan(
     plan: MergePlan, graph: torch.fx.GraphModule, inputs: dict[int, Tensor], expected: dict[int, Tensor], out: Outcome
 ) -> None:
-    trainable = rewrite(graph, plan)
-    merged = merge(trainable)
+    trainable = rewrite(graph, plan, share_tensors=True)
+    merged = merge(trainable, share_tensors=True)
     for size, x in inputs.items():
         result = merged(x)
         if result.shape != expected[size].shape:

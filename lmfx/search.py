@@ -6,6 +6,7 @@ time), measures it side by side with the original, and corrects the line that ma
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
@@ -52,7 +53,7 @@ def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
         replace(c, realization="fit") if c.realization == "compose" and c.conv is not None else c
         for c in plan.candidates
     )
-    return merge(rewrite(graph, replace(plan, candidates=plain)))
+    return merge(rewrite(graph, replace(plan, candidates=plain), share_tensors=True), share_tensors=True)
 
 
 def find_plan(
@@ -90,6 +91,8 @@ class _Search:
         # A short network is run more often: a median of five runs of 2 ms is off by several percent.
         repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
         times = self.backend.measure_interleaved([(self.graph, self.inputs), (net, self.inputs)], repeats)
+        del net
+        gc.collect()  # graphs hold themselves in cycles, and a large network's copies would pile up
         ratio = median(b / a for a, b in zip(*times, strict=True))
         fresh = median(times[0])
         # The machine's speed drifts, so all wholes are expressed in the first measurement's milliseconds.

@@ -30,7 +30,10 @@ __all__ = ["build_span", "merge", "rewrite", "span_names"]
 
 
 def rewrite(
-    graph: fx.GraphModule, plan: MergePlan, surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+    graph: fx.GraphModule,
+    plan: MergePlan,
+    surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    share_tensors: bool = False,
 ) -> fx.GraphModule:
     """The trainable form of `graph` under `plan`; `graph` is not changed.
 
@@ -38,7 +41,8 @@ def rewrite(
     linearized activation is the identity. Fitted convs start from the composed kernel where there is one (cut to
     their window), else from torch's own initialisation, until a fit sets them.
 
-    Raises `PlanError` if the plan was made for another graph.
+    With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
+    that only is to be timed. Raises `PlanError` if the plan was made for another graph.
     """
     if plan.fingerprint and plan.fingerprint != fingerprint(graph):
         raise PlanError(
@@ -46,7 +50,7 @@ def rewrite(
             "trace the same model with an example of the same rank, or solve again"
         )
     network = Network(graph)
-    gm = copy.deepcopy(graph)
+    gm = _copy(graph, share_tensors)
     nodes = {n.name: n for n in gm.graph.nodes}
     placed: dict[str, str] = {}
     for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
@@ -89,9 +93,12 @@ def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
     return names
 
 
-def merge(module: fx.GraphModule) -> fx.GraphModule:
-    """The deploy form: a copy in which every `LinearSpan` is one conv (behind a pad node if its padding is uneven)."""
-    gm = copy.deepcopy(module)
+def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule:
+    """The deploy form: a copy in which every `LinearSpan` is one conv (behind a pad node if its padding is uneven).
+
+    `share_tensors` as in `rewrite`.
+    """
+    gm = _copy(module, share_tensors)
     for node in list(gm.graph.nodes):
         if node.op != "call_module":
             continue
@@ -119,6 +126,11 @@ def _check(network: Network, candidate: Candidate) -> None:
     whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
     if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
         raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
+
+
+def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:
+    tensors = [*gm.parameters(), *gm.buffers()] if share_tensors else []
+    return copy.deepcopy(gm, {id(t): t for t in tensors})
 
 
 def _clean(gm: fx.GraphModule) -> None:

@@ -321,3 +321,19 @@ def test_a_parameter_of_a_container_that_was_folded_away_does_not_stay() -> None
     net = rewrite(trace(model, x), MergePlan())
     assert "block.gamma" not in dict(net.named_parameters())
     torch.testing.assert_close(net(x), model(x))
+
+
+def test_a_form_that_shares_tensors_computes_the_same_and_leaves_the_graph_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 11, 9)
+    graph = trace(model.eval(), x)
+    composed = [c for c in enumerate_spans(Network(graph)) if c.realization == "compose"]
+    plan = MergePlan((composed[0],), fingerprint(graph))
+    before = {k: v.clone() for k, v in graph.state_dict().items()}
+    own, shared = (merge(rewrite(graph, plan, share_tensors=s), share_tensors=s) for s in (False, True))
+    torch.testing.assert_close(own(x), shared(x), rtol=0, atol=0)
+    pointers = {p.data_ptr() for p in graph.parameters()}
+    assert any(p.data_ptr() in pointers for p in shared.parameters())
+    assert not any(p.data_ptr() in pointers for p in own.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in graph.state_dict().items())
