@@ -94,12 +94,7 @@ class _Search:
         del net
         gc.collect()  # graphs hold themselves in cycles, and a large network's copies would pile up
         ratio = median(b / a for a, b in zip(*times, strict=True))
-        fresh = median(times[0])
         # The machine's speed drifts, so all wholes are expressed in the first measurement's milliseconds.
-        self.original = self.original or fresh
-        if not self.sums:
-            self.sums.append(self.frontier.original_sum)
-            self.wholes.append(self.original)
         self.sums.append(float(self.frontier.raw.latency[index]))
         self.wholes.append(ratio * self.original)
         self.ratios[index] = ratio

@@ -5,8 +5,8 @@ threads and other providers are timed by the wall clock. Sessions are made from 
 optimisation.
 
 A workload is timed as what it costs *inside* a network, without the layout changes at its ends (`layout="network"`, see
-`lmfx.latency.layout`; `"isolated"` keeps them). One node at a time against ONNX Runtime's own profile of the whole
-network, rows of MobileNetV2 at 224 are off by 3 % that way, and by 25 % isolated.
+`lmfx.latency.layout`; `"isolated"` keeps them). An isolated row pays two
+layout changes that the network does not.
 """
 
 from __future__ import annotations
