@@ -1,7 +1,7 @@
 """Models by name, for the command line.
 
-torchvision:resnet34      torchvision's builder, random weights
-timm:mobilenetv2_100      timm's, random weights
+torchvision:NAME          torchvision's builder, random weights
+timm:NAME                 timm's, random weights
 package.module:factory    anything importable, also from the current folder, that gives an nn.Module
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import inspect
 import operator
 import os
 import sys
@@ -23,9 +24,7 @@ from lmfx.passes.errors import MissingExtra, ModelError
 
 __all__ = ["load_model"]
 
-FORMS = "write torchvision:resnet34, timm:mobilenetv2_100, or package.module:factory"
-# These draw their weights from a truncated normal by rejection, which takes half a minute.
-SLOW_INIT = ("googlenet", "inception_v3")
+FORMS = "write torchvision:NAME, timm:NAME, or package.module:factory"
 
 
 def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -59,9 +58,17 @@ def _torchvision(name: str) -> nn.Module:
     known = torchvision.models.list_models()
     if name not in known:
         raise ModelError(f"torchvision has no model {name!r}: {_closest(name, known)}")
-    options: dict[str, Any] = {"init_weights": False} if name in SLOW_INIT else {}
+    builder = torchvision.models.get_model_builder(name)
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        options["weights_backbone"] = None  # or the backbone's weights are downloaded
     try:
-        model: nn.Module = torchvision.models.get_model(name, weights=None, **options)
+        try:  # some draw their weights slowly, and warn that they do, unless they are told not to
+            model: nn.Module = builder(**options, init_weights=False)
+        except TypeError as error:
+            if "init_weights" not in str(error):
+                raise
+            model = builder(**options)
     except Exception as error:  # the builders of quantized models need an engine that may be missing
         raise ModelError(f"torchvision could not build {name!r}: {type(error).__name__}: {error}") from error
     return model

@@ -19,7 +19,7 @@ all on one sketch (32 random combinations) of the output channels, so that it co
 else. Then the fit is made on everything. Generalised cross-validation takes samples for independent and would damp too
 little. Where a search is too dear, ``0.4 unknowns / samples`` (at most 1) is used: lambda as a ratio of variances does
 not depend on the number of samples, and 0.4 is, within a factor of 3, what the search finds on the residual blocks of
-a ResNet-18.
+a small residual classifier.
 
 Where the sums would not fit in memory, `fit_cg` solves the same system by conjugate gradients.
 """

@@ -297,7 +297,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], str]] = {
     "images of a pickle": (("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "x.pt"), "is no .npy file"),
     "no random images": (("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "random:0"), "write random:64"),
     "export of nothing": (("export", "no"), "does not exist"),
-    "model without a colon": (("spans", "resnet18"), "write torchvision:resnet34"),
+    "model without a colon": (("spans", "resnet18"), "write torchvision:NAME"),
 }
 
 
@@ -403,12 +403,24 @@ def test_a_model_of_torchvision_has_random_weights_and_is_made_quickly() -> None
     assert not model.training
 
 
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
+def test_a_model_with_a_backbone_downloads_no_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert not load_model(f"torchvision:{name}").training
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet18", "write torchvision:resnet34"),
-        (":factory", "write torchvision:resnet34"),
-        ("toy_models:", "write torchvision:resnet34"),
+        ("resnet18", "write torchvision:NAME"),
+        (":factory", "write torchvision:NAME"),
+        ("toy_models:", "write torchvision:NAME"),
         ("toy_models:factroy", "did you mean factory"),
         ("toy_modles:factory", "there is no module 'toy_modles'"),
         ("toy_models.sub:factory", "toy_models"),
