@@ -1,0 +1,144 @@
+"""One function or method node as one plain torch.nn module: `F.conv2d(x, self.weight)` as an nn.Conv2d of its own.
+
+    %w = get_attr[conv.weight]                  ->      %c = call_module[conv](%x)       plain nn.Conv2d
+    %c = conv2d(%x, %w, None, 1, 1)
+
+A node with arguments that are not known, or that are values, has no module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import ops
+from .nodes import bind, tensor_of
+
+__all__ = ["module_of"]
+
+_CONV_ARGS = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_BN_ARGS = {
+    "function": ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    "aten": ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
+
+
+def module_of(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
+    """The module that computes what the node of the plain name `name` computes, or None if there is none."""
+    if "input" in node.kwargs and not node.args:  # F.conv2d(input=x, weight=w)
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
+    if name in ("conv1d", "conv2d", "conv3d"):
+        return _conv(gm, node, int(name[4]))
+    if name == "batch_norm":
+        return _batch_norm(gm, node)
+    if name == "linear":
+        return _linear(gm, node)
+    if name == "prelu":
+        return _prelu(gm, node)
+    if name in ops.FUNCTIONS and len(node.all_input_nodes) == 1:
+        return _simple(node, name)
+    return None
+
+
+def _conv(gm: fx.GraphModule, node: fx.Node, ndim: int) -> nn.Module | None:
+    bound = bind(node, _CONV_ARGS)
+    weight = tensor_of(gm, bound.get("weight")) if bound else None
+    if bound is None or weight is None:
+        return None
+    bias = tensor_of(gm, bound.get("bias"))
+    if bound.get("bias") is not None and bias is None:
+        return None
+    groups = bound.get("groups", 1)
+
+    def tup(key: str, default: int) -> Any:
+        value = bound.get(key, default)
+        if isinstance(value, (str, int)):
+            return value
+        return tuple(value) if len(value) == ndim else tuple(value) * ndim
+
+    conv = nn.utils.skip_init(
+        ops.conv_class(ndim),
+        weight.shape[1] * groups,
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        stride=tup("stride", 1),
+        padding=tup("padding", 0),
+        dilation=tup("dilation", 1),
+        groups=groups,
+        bias=bias is not None,
+    )
+    conv.weight = _parameter(weight)
+    if bias is not None:
+        conv.bias = _parameter(bias)
+    return conv
+
+
+def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    kind = "aten" if isinstance(node.target, torch._ops.OpOverload) or node.target is torch.batch_norm else "function"
+    names = _BN_ARGS[kind] + (("cudnn_enabled",) if kind == "aten" else ())
+    bound = bind(node, names)
+    shape = node.meta["shape"]
+    if bound is None or bound.get("training") not in (False, None) or not 2 <= len(shape) <= 5:
+        return None
+    tensors = {k: tensor_of(gm, bound.get(k)) for k in ("running_mean", "running_var", "weight", "bias")}
+    if any(bound.get(k) is not None and t is None for k, t in tensors.items()) or tensors["running_mean"] is None:
+        return None
+    cls = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(shape) - 2]
+    channels = tensors["running_mean"].numel()
+    if (tensors["weight"] is None) != (tensors["bias"] is None):
+        return None
+    norm = cls(channels, eps=bound.get("eps", 1e-5), affine=tensors["weight"] is not None)
+    norm.running_mean, norm.running_var = tensors["running_mean"], tensors["running_var"]
+    if tensors["weight"] is not None and tensors["bias"] is not None:
+        norm.weight, norm.bias = _parameter(tensors["weight"]), _parameter(tensors["bias"])
+    return norm
+
+
+def _linear(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    bound = bind(node, ("weight", "bias"))
+    weight = tensor_of(gm, bound.get("weight")) if bound else None
+    if bound is None or weight is None or weight.dim() != 2:
+        return None
+    bias = tensor_of(gm, bound.get("bias"))
+    if bound.get("bias") is not None and bias is None:
+        return None
+    linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = _parameter(weight)
+    if bias is not None:
+        linear.bias = _parameter(bias)
+    return linear
+
+
+def _prelu(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    weight = tensor_of(gm, node.args[1] if len(node.args) > 1 else node.kwargs.get("weight"))
+    if weight is None:
+        return None
+    module = nn.PReLU(weight.numel())
+    module.weight = _parameter(weight)
+    return module
+
+
+def _simple(node: fx.Node, name: str) -> nn.Module | None:
+    make, names = ops.FUNCTIONS[name]
+    bound = bind(node, names)
+    if bound is None or bound.get("return_indices"):
+        return None
+    bound.pop("return_indices", None)
+    if name in ("pad", "constant_pad_nd") and isinstance(bound.get("pad"), (list, tuple)):
+        # F.pad(x, (1, 1)) pads the last dimension of a map only: the others get zeros.
+        bound["pad"] = (*bound["pad"], *(0,) * (2 * (len(node.meta["shape"]) - 2) - len(bound["pad"])))
+    if any(isinstance(v, fx.Node) for v in bound.values()):
+        return None
+    if name == "flatten" and (node.meta["shape"] is None or bound.get("start_dim", 0) != 1):
+        return None  # nn.Flatten is the canonical form of flatten(x, 1) only
+    try:
+        return make(**bound)
+    except (TypeError, ValueError):
+        return None
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,77 @@
+"""Putting modules into a graph: a call of a module where a node was, under the path that the node came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+__all__ = ["bypass", "place", "set_submodule"]
+
+_OWNED = (".weight", ".bias", ".running_mean", ".running_var")
+
+
+def bypass(node: fx.Node) -> bool:
+    """Readers of `node` read what it reads first, and the node is gone."""
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)
+    return True
+
+
+def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> None:
+    """Put a call of `module` on the node's value operand where `node` was, under the path that the node came from."""
+    value = next(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node))
+    target = _free_name(gm, node, module, name)
+    set_submodule(gm, target, module.train(False))
+    with gm.graph.inserting_before(node):
+        new = gm.graph.create_node("call_module", target, (value,), {}, name=target.replace(".", "_"))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> str:
+    """`layer1.conv` if the weight came from `layer1.conv.weight`, else the owner's path and the op's name."""
+    for value in (*node.args[1:], *node.kwargs.values()):
+        if isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).endswith(_OWNED):
+            owner = str(value.target).rpartition(".")[0]
+            if owner and not list(gm.get_submodule(owner).children()):
+                uses = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == owner]
+                if not uses and all(isinstance(getattr(module, a, None), Tensor) for a in _attributes_read(gm, owner)):
+                    return owner
+    path = node.meta.get("path", "")
+    base = f"{path}.{name}" if path else name
+    taken, i = {n for n, _ in gm.named_modules(remove_duplicate=False)}, 0
+    top = {n for n in gm._modules} | set(dir(type(gm)))
+    candidate = base
+    while candidate in taken or candidate in top or _is_attribute(gm, candidate):
+        i += 1
+        candidate = f"{base}_{i}"
+    return candidate
+
+
+def _attributes_read(gm: fx.GraphModule, owner: str) -> set[str]:
+    """The attributes of the module `owner` that the graph still reads."""
+    targets = [str(n.target).rpartition(".") for n in gm.graph.nodes if n.op == "get_attr"]
+    return {name for parent, _, name in targets if parent == owner}
+
+
+def _is_attribute(gm: fx.GraphModule, path: str) -> bool:
+    item: Any = gm
+    for atom in path.split("."):
+        if not hasattr(item, atom):
+            return False
+        item = getattr(item, atom)
+    return True
+
+
+def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at the dotted path below `root`, making empty modules on the way."""
+    *parents, last = path.split(".")
+    for atom in parents:
+        child = root._modules.get(atom)
+        if child is None:
+            child = nn.Module()
+            root.add_module(atom, child)
+        root = child
+    root._modules[last] = module
