@@ -4,6 +4,7 @@
     at a join       the sum that ends the main branch goes with its last span  x ─ conv ─ add ─ relu
                                                                                y ──────────┘
     kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
+    kept mesh       its ops outside of the branches; every value that a branch reads is an output
 
 Runtimes fuse a residual sum and the activation behind it into the conv that ends the branch, so that branch's last
 candidates carry both, and the join's own row is zero.
@@ -141,7 +142,9 @@ class Workloads:
             last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
             for act in after:
                 last = self._copy(graph, root, act, _always(last))
-        graph.output(last)
+        read_outside = [values[n] for n in body if n in values and any(u.name not in body for u in net.nodes[n].users)]
+        results = list(dict.fromkeys([*read_outside, last])) if candidate.realization == "keep" and not join else [last]
+        graph.output(tuple(results) if len(results) > 1 else last)
         return Workload.of(fx.GraphModule(root, graph), *specs)
 
     def _copy(self, graph: fx.Graph, root: nn.Module, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:

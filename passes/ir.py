@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Realization = Literal["keep", "compose", "fit", "drop"]
-Join = Literal["add", "sub", "cat", "mul"]
+Join = Literal["add", "sub", "cat", "mul", "mesh"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,18 @@ class ConvConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Branches that leave one value and meet in one join. An empty branch (no layers) is a plain skip."""
+    """Branches that leave one value and meet in one join. An empty branch (no layers) is a plain skip.
+
+    A `mesh` is a part with one entry and one exit whose branches exchange values on the way: `branches` are the series
+    inside it that hold convolutions, wherever they begin and end, `inner` its other nodes before the last one, and
+    `refusal` says why it is no series of layers.
+    """
 
     join: Join
-    node: str  # the fx node of the join
-    branches: tuple[Series, ...]  # in operand order
+    node: str  # the fx node of the join, or the last node of the mesh
+    branches: tuple[Series, ...]  # in operand order, for a mesh in the order of the graph
+    inner: tuple[str, ...] = ()
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True)

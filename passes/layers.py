@@ -18,6 +18,7 @@ from . import linear, ops
 from .canonical import op_name
 from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
+from .observed import GROWTH, follows, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
 
 __all__ = ["Network", "identity_config", "is_identity_config", "module_config"]
@@ -59,6 +60,24 @@ class Network:
                     users.setdefault(id(parameter), []).append(node.name)
         return frozenset(name for names in users.values() if len(names) > 1 for name in names)
 
+    @cached_property
+    def maps(self) -> frozenset[str]:
+        """Nodes whose values are channels-first maps; see `observed`."""
+        return spatial_maps(self.gm)
+
+    @cached_property
+    def elsewhere(self) -> list[dict[str, tuple[int, ...]]]:
+        """The shapes of the values at larger inputs, as far as the graph runs there."""
+        return [values_at(self.gm, growth) for growth in GROWTH]
+
+    def observed(self, entry: str, exit: str) -> ConvConfig | None:
+        """The size rule between two maps, whatever lies between them, seen at the example and at larger inputs."""
+        if entry not in self.maps or exit not in self.maps:
+            return None
+        pairs = [(self.shape(entry), self.shape(exit))]
+        pairs += [(seen[entry], seen[exit]) for seen in self.elsewhere if entry in seen and exit in seen]
+        return observed_geometry(pairs)
+
     def l1(self, name: str) -> float:
         """The L1 norm of a conv node's weight."""
         if name not in self._norms:
@@ -67,8 +86,8 @@ class Network:
         return self._norms[name]
 
     def affine_nodes(self, layer: Layer) -> tuple[str, ...]:
-        """The layer's own affine nodes in order: without its activation and, for a parallel layer, without the join."""
-        skip = {layer.activation, layer.parallel.node if layer.parallel else None}
+        """The layer's own affine nodes in order: without its activation and, for a parallel layer, up to its join."""
+        skip = {layer.activation, *((*layer.parallel.inner, layer.parallel.node) if layer.parallel else ())}
         return tuple(n for n in layer.nodes if n not in skip)
 
     def config(self, layer: Layer) -> ConvConfig | Refusal:
@@ -133,13 +152,6 @@ class Network:
             return None
         name = op_name(reader)
         nodes = (reader.name, *(n.name for n in operands))
-        shape = value.meta.get("shape")
-        for other in operands:
-            side = other.meta.get("shape")
-            if name in ops.JOINS and name != "cat" and side and shape and side[2:] != shape[2:] and len(shape) > 2:
-                verb = {"add": "adds", "sub": "subtracts"}.get(name, "multiplies by")
-                tail = f"to the map of {value.name}" if name == "add" else f"at the map of {value.name}"
-                return Refusal(f"{name} {verb} a side input of shape {side} {tail}", nodes)
         if name in ops.JOINS and not reader.kwargs:
             return Refusal(f"the operands of {name} leave different values, so it closes no block", nodes)
         return Refusal(f"{name or reader.name} takes several values and is no sum, concatenation or product", nodes)
@@ -151,9 +163,15 @@ class Network:
         return self._geometries[id(layer)]
 
     def _geometry(self, layer: Layer) -> ConvConfig | None:
-        before, after = self.shape(layer.entry), self.shape(layer.exit)
-        if len(before) < 3 or len(before) != len(after):
+        if layer.entry not in self.maps or layer.exit not in self.maps:
             return None
+        before, after = self.shape(layer.entry), self.shape(layer.exit)
+        found = self._structural_geometry(layer, before, after)
+        if found is not None and follows(found, before, after):
+            return found
+        return self.observed(layer.entry, layer.exit)
+
+    def _structural_geometry(self, layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> ConvConfig | None:
         if layer.opaque is not None:
             return self._opaque_geometry(layer, before, after)
         own = self.config(layer)
@@ -170,6 +188,8 @@ class Network:
 
     def _joined_geometry(self, parallel: Parallel) -> ConvConfig | None:
         shape = self.shape(parallel.node)
+        if parallel.join == "mesh":
+            return None
         found: list[ConvConfig] = []
         for branch in parallel.branches:
             if self.shape(branch.exit)[2:] != shape[2:]:
@@ -185,19 +205,24 @@ class Network:
 
     def series_geometry(self, series: Series, layers: tuple[Layer, ...]) -> ConvConfig | None:
         """The geometry of consecutive layers of a series."""
-        entry = layers[0].entry if layers else series.entry
-        shape = self.shape(entry)
-        if len(shape) < 3:
+        entry, exit = (layers[0].entry, layers[-1].exit) if layers else (series.entry, series.exit)
+        if entry not in self.maps or exit not in self.maps:
             return None
+        shape = self.shape(entry)
         whole = identity_config(shape[1], len(shape) - 2)
         for layer in layers:
             step = self.geometry(layer)
-            if step is None:
-                return None
-            whole = linear.compose_config(whole, step)
+            if step is None:  # a cut in it is no map, as in a channels-last part: look at the ends only
+                return self.observed(entry, exit)
+            try:
+                whole = linear.compose_config(whole, step)
+            except OptionError:
+                return self.observed(entry, exit)
         return whole
 
     def _opaque_geometry(self, layer: Layer, before: tuple[int, ...], after: tuple[int, ...]) -> ConvConfig | None:
+        if len(layer.nodes) > 1:
+            return None
         (name,) = layer.nodes
         node, ndim = self.nodes[name], len(before) - 2
         if ops.resizes(node, self.gm):
@@ -207,7 +232,7 @@ class Network:
             return _pool_config(module, before[1], ndim) if _follows_rule(module, ndim) else None
         if module is not None and isinstance(module, ops.CONVS) and ops.plain_in(module, ops.CONVS):
             return module_config(module, before[1], ndim)
-        return identity_config(before[1], ndim) if before[2:] == after[2:] and before[1] == after[1] else None
+        return identity_config(before[1], ndim) if before == after else None
 
 
 def identity_config(channels: int, ndim: int) -> ConvConfig:

@@ -1,132 +1,32 @@
-"""GraphModule -> regions: series-parallel reduction of the value graph (Valdes, Tarjan, Lawler 1982), linear time.
-
-Values are vertices. A single-input op is an edge that carries itself; a join (add, sub, mul, cat) is a vertex with one
-in-edge for each operand. Reduce until nothing changes:
-
-    parallel   all in-edges of a join leave the same vertex  ->  one edge that carries Parallel(join, branches)
-    series     a vertex with one in-edge and one out-edge, read by nobody else  ->  one edge that carries both in order
+"""GraphModule -> regions: the edges of the reduced value graph (`reduction`), with their items grouped into layers.
 
     x ─conv1─bn1─relu─conv2─bn2─┐
     └───────────────────────────add─relu      ->     x ─ Parallel(add, [conv1 bn1 relu conv2 bn2], []) ─ relu
 
-Nodes come in topological order, so one pass is enough: when a join is reached its in-edges are final. Each surviving
-edge that carries a convolution is a region. A value with an extra reader (a long skip, a model output, a feature hook)
-is pinned and never reduced away, so nothing else has to be said about skips.
+Each surviving edge that carries a convolution is a region. A value with an extra reader (a long skip, a model output, a
+feature hook) is never reduced away, so nothing else has to be said about skips.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 
 from . import ops
 from .canonical import op_name
-from .ir import Join, Layer, Parallel, Refusal, Region, Series
+from .ir import Layer, Parallel, Refusal, Region, Series
+from .reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
 
 __all__ = ["find_regions", "node_kind", "refusal_of"]
 
 Kind = Literal["conv", "affine", "activation", "opaque"]
 
 
-@dataclass(eq=False)
-class _Branching:
-    """A reduced parallel element before its branches are grouped into layers."""
-
-    join: Join
-    node: fx.Node
-    branches: list[list[_Item]]
-
-
-_Item = fx.Node | _Branching
-
-
-@dataclass(eq=False)
-class _Edge:
-    source: fx.Node
-    target: fx.Node
-    items: list[_Item] = field(default_factory=list)
-
-
 def find_regions(gm: fx.GraphModule) -> tuple[Region, ...]:
     """All regions of a canonical graph, in the order of their exits. `gm` must come from `trace`."""
-    found = [e for e in _reduce(gm.graph) if any(_carries_conv(gm, item) for item in e.items)]
+    found = [e for e in Reduction(gm).edges if any(carries_conv(gm, item) for item in e.items)]
     return tuple(Region(_series(gm, str(i), e.source, e.items)) for i, e in enumerate(found))
-
-
-def _reduce(graph: fx.Graph) -> list[_Edge]:
-    into: dict[fx.Node, list[_Edge]] = {}
-    out: dict[fx.Node, list[_Edge]] = {node: [] for node in graph.nodes}
-    pins: dict[fx.Node, int] = dict.fromkeys(graph.nodes, 0)
-
-    def connect(edge: _Edge) -> None:
-        into.setdefault(edge.target, []).append(edge)
-        out[edge.source].append(edge)
-
-    def try_series(node: fx.Node) -> None:
-        if pins[node] or len(out[node]) != 1 or len(into.get(node, ())) != 1:
-            return
-        (before,), (after,) = into[node], out[node]
-        before.items.extend(after.items)
-        before.target = after.target
-        into[after.target] = [before if e is after else e for e in into[after.target]]
-        into[node], out[node] = [], []
-
-    readers = {node: _operands(node) for node in graph.nodes}
-    for node in graph.nodes:
-        operands = readers[node]
-        join = _join(node)
-        if join is not None:
-            for operand in operands:
-                connect(_Edge(operand, node))
-        elif node.op != "output" and len(operands) == 1 and _is_map(node) and _is_map(operands[0]):
-            connect(_Edge(operands[0], node, [node]))
-        else:
-            for operand in operands:
-                pins[operand] += 1
-    for node in graph.nodes:
-        join, incoming = _join(node), into.get(node, [])
-        if join is not None and incoming and all(e.source is incoming[0].source for e in incoming):
-            source = incoming[0].source
-            whole = _Edge(source, node, [_Branching(join, node, [e.items for e in incoming])])
-            out[source] = [e for e in out[source] if e not in incoming] + [whole]
-            into[node] = [whole]
-            try_series(source)
-        try_series(node)
-    return [edge for node in graph.nodes for edge in into.get(node, []) if edge.items]
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The values a node reads, with multiplicity, without parameters."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) if n.op != "get_attr" else None)
-    return found
-
-
-def _is_map(node: fx.Node) -> bool:
-    shape = node.meta.get("shape")
-    return shape is not None and len(shape) >= 2 and bool(node.meta.get("floating"))
-
-
-def _join(node: fx.Node) -> Join | None:
-    """The join that a node is, if it is one over whole values."""
-    if node.op != "call_function" or not _is_map(node) or node.kwargs:  # torch.add(x, y, alpha=2) is not a plain sum
-        return None
-    name = ops.JOINS.get(op_name(node))
-    values = _operands(node)
-    if name is None or len(values) < 2 or not all(_is_map(v) for v in values):
-        return None
-    listed = node.args[0] if name == "cat" else node.args
-    return name if isinstance(listed, (list, tuple)) and len(values) == len(listed) else None  # type: ignore[return-value]
-
-
-def _carries_conv(gm: fx.GraphModule, item: _Item) -> bool:
-    if isinstance(item, _Branching):
-        return any(_carries_conv(gm, i) for branch in item.branches for i in branch)
-    if item.op != "call_module":
-        return False
-    return any(isinstance(m, ops.CONVS) for m in gm.get_submodule(str(item.target)).modules())
 
 
 def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
@@ -141,6 +41,9 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
 
 def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     """Why a single-input node is opaque, or None if it is understood."""
+    join = join_of(node)
+    if join is not None:
+        return Refusal(_side_reason(node), (node.name, *(v.name for v in operands_of(node))))
     if node.op != "call_module":
         return Refusal(f"{op_name(node) or node.op} is not an affine op of a feature map", (node.name,))
     reasons: dict[str, str] = gm.meta.get("lmfx", {}).get("opaque", {})
@@ -159,7 +62,22 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     return Refusal(reason, (node.name,)) if reason else None
 
 
-def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[_Item]) -> Series:
+def _side_reason(node: fx.Node) -> str:
+    """A join that is an op of one map: what its other operands are."""
+    whole = next(v for v in operands_of(node) if v.meta["shape"] == node.meta["shape"])
+    shapes = ", ".join(str(v.meta["shape"]) for v in operands_of(node) if v is not whole)
+    verb, tail = {"add": ("adds", "to"), "sub": ("subtracts", "at"), "mul": ("multiplies by", "at")}[str(join_of(node))]
+    return f"{op_name(node)} {verb} a side input of shape {shapes} {tail} the map of {whole.name}"
+
+
+def _mesh_refusal(item: Branching) -> Refusal:
+    """Why a mesh is no series of layers: what in it takes several values."""
+    mixing = [n for n in item.nodes if len({v for v in operands_of(n) if v.meta.get("floating")}) > 1] or [item.node]
+    names = ", ".join(dict.fromkeys(op_name(n) or n.name for n in mixing))
+    return Refusal(f"values meet in {names} in a way that is no series of layers", tuple(n.name for n in mixing))
+
+
+def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item]) -> Series:
     layers: list[Layer] = []
     at = entry.name  # the value that enters the layer being collected
     nodes: list[fx.Node] = []
@@ -178,12 +96,20 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[_Item]) -
         nodes.clear()
 
     for item in items:
-        if isinstance(item, _Branching):
+        if isinstance(item, Branching):
             close()
-            prefix, start = f"{name}/{len(layers)}", _node(gm, at)
-            branches = tuple(_series(gm, f"{prefix}.{b}", start, inner) for b, inner in enumerate(item.branches))
-            parallel = Parallel(item.join, item.node.name, branches)
-            nodes.append(item.node)
+            prefix = f"{name}/{len(layers)}"
+            if item.join == "mesh" and not item.branches:
+                nodes.extend(item.nodes)
+                close(opaque=_mesh_refusal(item))
+                continue
+            branches = tuple(
+                _series(gm, f"{prefix}.{b}", edge.source, edge.items) for b, edge in enumerate(item.branches)
+            )
+            inner = tuple(n.name for n in item.nodes if n is not item.node)
+            refusal = _mesh_refusal(item) if item.join == "mesh" else None
+            parallel = Parallel(item.join, item.node.name, branches, inner, refusal)
+            nodes.extend(item.nodes or (item.node,))
             continue
         kind = node_kind(gm, item)
         if kind == "opaque":
@@ -200,7 +126,3 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[_Item]) -
             nodes.append(item)
     close()
     return Series(name, entry.name, at, tuple(layers))
-
-
-def _node(gm: fx.GraphModule, name: str) -> fx.Node:
-    return next(n for n in gm.graph.nodes if n.name == name)

@@ -17,6 +17,7 @@ from . import ops
 from .errors import OptionError
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network, is_identity_config
+from .observed import follows
 from .states import State, States
 
 __all__ = ["SpanOptions", "SpanSet", "enumerate_spans"]
@@ -248,7 +249,7 @@ class _Finder:
             return
         geometry = self.network.series_geometry(series, layers)
         before, after = self.network.shape(span.entry), self.network.shape(span.output)
-        if geometry is None or geometry.output_size(before[2:]) != after[2:]:
+        if geometry is None or span.output not in self.network.maps or not follows(geometry, before, after):
             blockers = [lay for lay in layers if self.network.geometry(lay) is None] or layers
             self.refusals.append(
                 Refusal("the output size follows no conv's rule, so nothing can be fitted", blockers[0].nodes)

@@ -102,6 +102,8 @@ class States:
 
     def joined(self, parallel: Parallel) -> list[State] | Refusal:
         """The states of a parallel element: one for each combination of its branches' states."""
+        if parallel.refusal is not None:
+            return parallel.refusal
         if parallel.join == "mul":
             return Refusal("the product of two maps is not affine; only a fit can replace it", (parallel.node,))
         if parallel.join == "cat" and self.network.nodes[parallel.node].args[1] != 1:

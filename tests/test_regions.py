@@ -129,7 +129,38 @@ def test_a_skip_into_the_middle_of_a_branch_is_not_series_parallel() -> None:
         z = m.b(y)
         return torch.cat([m.c(z) + y, m.d(z)], 1)  # the N graph
 
+    assert regions(body) == ["a | add mesh(b, c, d)"]
+    (layer,) = [lay for lay in network(body).series["0"].layers if lay.parallel]
+    assert layer.parallel is not None and layer.parallel.inner == ("add",)
+    assert [(b.entry, b.exit) for b in layer.parallel.branches] == [("a", "b"), ("b", "c"), ("b", "d")]
+
+
+def test_a_mesh_that_is_read_from_outside_is_none() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        z = m.b(y)
+        w = m.c(z) + y
+        return torch.cat([w, m.d(z)], 1), w.mean()
+
     assert sorted(regions(body)) == ["a", "b", "c", "d"]
+
+
+def test_a_mesh_in_a_mesh_is_a_layer_of_it() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        z = torch.maximum(m.b(m.relu(y)), m.c(y))
+        return torch.matmul(torch.softmax(z, 1), m.d(y).transpose(2, 3))
+
+    (found,) = regions(body)
+    assert found.startswith("a | ") and "mesh(relu | b, c)" in found and found.count("mesh(") == 2
+
+
+def test_a_part_without_convs_that_mixes_values_is_one_opaque_layer() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        return m.b(torch.matmul(y, torch.softmax(y.transpose(2, 3), 1)) @ torch.exp(y))
+
+    assert regions(body) == ["a | transpose softmax matmul exp matmul_1! | b"]
 
 
 def test_a_part_without_convs_is_no_region() -> None:
@@ -145,12 +176,12 @@ def test_an_opaque_op_is_a_layer_of_its_own() -> None:
     assert found == ["a relu | gn! | b"]
 
 
-def test_an_op_of_two_maps_that_is_no_join_breaks_the_region() -> None:
-    assert regions(lambda m, x: m.c(torch.maximum(m.a(x), m.b(x)))) == ["a", "b", "c"]
+def test_an_op_of_two_maps_that_is_no_join_closes_a_mesh() -> None:
+    assert regions(lambda m, x: m.c(torch.maximum(m.a(x), m.b(x)))) == ["mesh(a, b) | c"]
 
 
-def test_a_weighted_sum_breaks_the_region() -> None:
-    assert regions(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=0.5))) == ["a", "b", "c"]
+def test_a_weighted_sum_closes_a_mesh() -> None:
+    assert regions(lambda m, x: m.c(torch.add(m.a(x), m.b(x), alpha=0.5))) == ["mesh(a, b) | c"]
 
 
 def test_a_vector_made_from_the_map_itself_is_a_branch() -> None:
@@ -161,7 +192,7 @@ def test_a_vector_made_from_the_map_itself_is_a_branch() -> None:
     assert regions(body) == ["a | add(., mean!) relu | b"]
 
 
-def test_a_side_input_breaks_the_region_and_the_refusal_says_so() -> None:
+def test_a_side_input_is_an_opaque_layer_and_the_refusal_says_so() -> None:
     class Embedded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -171,7 +202,7 @@ def test_a_side_input_breaks_the_region_and_the_refusal_says_so() -> None:
             return self.b(F.silu(self.a(x) + self.lin(t)[:, :, None, None]))
 
     net = Network(trace(Embedded().eval(), (X, torch.randn(2, 5))))
-    assert [words(r.series) for r in net.regions] == ["a", "silu_1 | b"]
+    assert [words(r.series) for r in net.regions] == ["a | add! | silu_1 | b"]
     reasons = [r for r in enumerate_spans(net).refusals if "side input" in r.reason]
     assert [r.reason for r in reasons] == ["add adds a side input of shape (2, 4, 1, 1) to the map of a"]
     assert reasons[0].nodes[0] == "add"
@@ -181,7 +212,8 @@ def test_operands_that_leave_different_values_are_told() -> None:
     def body(m: Any, x: Tensor) -> Any:
         y = m.a(x)
         z = m.b(y)
-        return torch.cat([m.c(z) + y, m.d(z)], 1)
+        w = m.c(z) + y
+        return torch.cat([w, m.d(z)], 1), w
 
     reasons = [r.reason for r in enumerate_spans(network(body)).refusals]
     assert any(r == "the operands of add leave different values, so it closes no block" for r in reasons)
@@ -189,7 +221,9 @@ def test_operands_that_leave_different_values_are_told() -> None:
 
 def test_an_op_of_several_maps_that_is_no_join_is_told() -> None:
     found = enumerate_spans(network(lambda m, x: m.c(torch.maximum(m.a(x), m.b(x))))).refusals
-    assert any(r.reason == "maximum takes several values and is no sum, concatenation or product" for r in found)
+    assert any(r.reason == "values meet in maximum in a way that is no series of layers" for r in found)
+    both = enumerate_spans(network(lambda m, x: (m.c(torch.maximum(m.a(x), y := m.b(x))), y))).refusals
+    assert any(r.reason == "maximum takes several values and is no sum, concatenation or product" for r in both)
 
 
 def test_names_of_series_are_unique_and_tell_where_they_are() -> None:

@@ -253,9 +253,19 @@ def test_a_fit_has_the_size_rule_of_its_pool_at_every_size(pool: nn.Module, size
             assert candidate.conv is not None and candidate.conv.output_size((size, size + 1)) == expected
 
 
-def test_a_pool_whose_size_follows_no_conv_is_not_fitted() -> None:
+def test_a_pool_whose_rule_is_not_its_window_is_fitted_with_the_rule_that_was_seen() -> None:
     # torch leaves out a last window that begins behind the input: 1 x 1 windows, stride 2, rounded up.
-    spans = spans_of(chain(conv(), nn.ReLU(), nn.MaxPool2d(1, 2, ceil_mode=True), conv(4, 6)), X)
+    pool = nn.MaxPool2d(1, 2, ceil_mode=True)
+    spans = spans_of(chain(conv(), nn.ReLU(), pool, conv(4, 6)), X)
+    wide = [c.conv for c in spans if c.realization == "fit" and c.convs == ("0", "3")]
+    assert wide
+    for size in range(5, 40):
+        expected = tuple(pool(torch.zeros(1, 1, size, size + 3)).shape[2:])
+        assert all(c is not None and c.output_size((size, size + 3)) == expected for c in wide)
+
+
+def test_a_part_whose_size_follows_no_conv_is_not_fitted() -> None:
+    spans = spans_of(chain(conv(), nn.ReLU(), nn.Upsample(scale_factor=2), conv(4, 6)), X)
     assert not [c for c in spans if c.realization == "fit" and c.convs == ("0", "3")]
     assert any("the output size follows no conv's rule" in r for r in reasons(spans))
 

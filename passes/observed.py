@@ -1,0 +1,147 @@
+"""What the example alone does not say of a value: whether it is a channels-first map, and its size at other inputs.
+
+**Maps.** A 4-d value is a map (batch, channels, size...) if an op that only makes sense on maps writes or reads it: a
+convolution, its norm, a pool. Ops that keep the shape of their operand (activations, norms, sums) pass this on in both
+directions; ops that move dimensions (permute, reshape) do not. So the channels-last part of a network is known as none.
+
+**Other sizes.** The graph is run on fake tensors with the example's maps enlarged. A part whose output size is that of
+a convolution at the example and at the other sizes may be replaced by one. Where the graph only runs at the example's
+size (a reshape with constant sizes), that size is all there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import ops
+from .ir import ConvConfig
+from .reduction import is_map, join_of, operands_of
+
+__all__ = ["GROWTH", "follows", "observed_geometry", "spatial_maps", "values_at"]
+
+GROWTH = (32, 37, 43)  # pixels that each spatial dimension of the inputs grows by, one run each
+Shapes = dict[str, tuple[int, ...]]
+
+
+def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
+    """The names of the values that are channels-first maps with at least one spatial dimension."""
+    above: dict[fx.Node, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while above.get(node, node) is not node:
+            node = above[node]
+        return node
+
+    seeds: list[fx.Node] = []
+    for node in gm.graph.nodes:
+        if not is_map(node) or len(node.meta["shape"]) < 3:
+            continue
+        if node.op == "placeholder" or _only_on_maps(gm, node):
+            seeds += [node, *(v for v in operands_of(node) if is_map(v))]
+        elif _keeps_layout(gm, node):
+            for value in operands_of(node):
+                if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat":
+                    above[root(value)] = root(node)
+    classes = {root(node) for node in seeds}
+    return frozenset(n.name for n in gm.graph.nodes if is_map(n) and len(n.meta["shape"]) > 2 and root(n) in classes)
+
+
+_ON_MAPS = (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.MAX_POOLS, *ops.PADS, nn.GroupNorm, nn.Upsample)
+
+
+def _only_on_maps(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    return isinstance(module, _ON_MAPS) or (
+        not type(module).__module__.startswith("torch.nn") and any(isinstance(m, ops.CONVS) for m in module.modules())
+    )
+
+
+def _keeps_layout(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if ops.resizes(node, gm):
+        return False
+    return any(v.meta.get("shape") == node.meta["shape"] for v in operands_of(node)) or join_of(node) == "cat"
+
+
+def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
+    """The shape of each value when the inputs' maps are `growth` pixels larger, of those that can be had.
+
+    Nothing is computed: the graph runs on fake tensors.
+    """
+    known = gm.meta.get("lmfx", {}).get("keyword", {})
+    positional = iter(gm.meta.get("lmfx", {}).get("positional", ()))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    runner = _ShapeRunner(gm)
+    with mode, torch.no_grad():
+        for node in gm.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            spec = known.get(str(node.target), next(positional, None))
+            if node.meta.get("shape") is None:
+                runner.given[node] = spec if not isinstance(spec, dict) else node.args[0] if node.args else None
+                continue
+            shape = node.meta["shape"]
+            grows = len(shape) > 2 and node.meta["floating"]
+            size = (*shape[:2], *(n + growth for n in shape[2:])) if grows else shape
+            runner.given[node] = torch.empty(size, dtype=node.meta["dtype"])
+        runner.run()
+    return runner.shapes
+
+
+class _Unknown:
+    """Stands for a value that could not be computed."""
+
+
+class _ShapeRunner(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.given: dict[fx.Node, Any] = {}
+        self.shapes: Shapes = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().run(*args, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return None
+        if n.op == "placeholder":
+            value = self.given[n]
+        elif any(isinstance(self.env.get(v), _Unknown) for v in n.all_input_nodes):
+            value = _Unknown()
+        else:
+            try:
+                value = super().run_node(n)
+            except Exception:  # a constant size somewhere: this value is only there at the example's size
+                value = _Unknown()
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value
+
+
+def follows(config: ConvConfig, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether a map of shape `before` becomes one of the size of `after` under a convolution of this configuration."""
+    sizes = before[2:]
+    reach = zip(sizes, config.padding, config.dilation, config.kernel_size, strict=True)
+    if any(n + lo + hi < d * (k - 1) + 1 for n, (lo, hi), d, k in reach):
+        return False
+    return before[0] == after[0] and config.output_size(sizes) == after[2:]
+
+
+def observed_geometry(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> ConvConfig | None:
+    """The stride and size rule that all (shape before, shape after) pairs of a part follow, as a conv of one tap or,
+    where the size is rounded down, of `stride` taps; None if there is none. The first pair is the example's."""
+    (first, last), *_ = pairs
+    if len(first) != len(last) or len(first) < 3:
+        return None
+    stride = tuple(max(1, round(n / m)) for n, m in zip(first[2:], last[2:], strict=True))
+    ndim = len(stride)
+    for kernel in ((1,) * ndim, stride):  # ceil(n / s), floor(n / s)
+        config = ConvConfig(first[1], last[1], kernel, stride, ((0, 0),) * ndim, (1,) * ndim)
+        if all(follows(config, before, after) for before, after in pairs):
+            return config
+    return None
