@@ -47,7 +47,11 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
                 if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat":
                     above[root(value)] = root(node)
     classes = {root(node) for node in seeds}
-    return frozenset(n.name for n in gm.graph.nodes if is_map(n) and len(n.meta["shape"]) > 2 and root(n) in classes)
+    return frozenset(
+        n.name
+        for n in gm.graph.nodes
+        if n.op != "output" and is_map(n) and len(n.meta["shape"]) > 2 and root(n) in classes
+    )
 
 
 _ON_MAPS = (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.MAX_POOLS, *ops.PADS, nn.GroupNorm, nn.Upsample)
