@@ -1,4 +1,4 @@
-"""Affine surrogates: the best scale and bias a channel for an activation that a composed span removes.
+"""Affine surrogates: the best scale and bias a channel for an activation or a norm that a composed span removes.
 
 minimise over a, b   E (a x + b - act(x))^2        a = cov(act(x), x) / var(x)      b = E act(x) - a E x
 """
@@ -20,7 +20,7 @@ BATCH = 8
 
 @torch.no_grad()
 def affine_surrogates(network: Network, calibration: Calibration) -> dict[str, tuple[Tensor, Tensor]]:
-    """Activation node -> (scale, bias), each (channels,), for every activation of a feature map inside a region."""
+    """Activation node -> (scale, bias), each (channels,), for every activation and norm that a span may remove."""
     acts = [lay.activation for s in network.series.values() for lay in s.layers if lay.activation is not None]
     before = {name: str(network.nodes[name].args[0]) for name in acts}
     sums: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ candidates carry both, and the join's own row is zero.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -134,25 +135,33 @@ class Workloads:
                     root.add_module(f"conv{i}", module)
                     last = graph.call_module(f"conv{i}", (last,))
             for name in body:
-                last = self._copy(graph, root, net.nodes[name], _always(last))
+                last = self._copy(graph, root, net.nodes[name], _always(last), values=conv is None)
         if join is not None and join[0].parallel is not None:
             node, *after = (net.nodes[n] for n in self._fused(join[0]))
             branches = join[0].parallel.branches
             operands = [last if i == join[1] else outside(b.exit) for i, b in enumerate(branches)]
             last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
             for act in after:
-                last = self._copy(graph, root, act, _always(last))
+                last = self._copy(graph, root, act, _always(last), values=conv is None)
         read_outside = [values[n] for n in body if n in values and any(u.name not in body for u in net.nodes[n].users)]
         results = list(dict.fromkeys([*read_outside, last])) if candidate.realization == "keep" and not join else [last]
         graph.output(tuple(results) if len(results) > 1 else last)
         return Workload.of(fx.GraphModule(root, graph), *specs)
 
-    def _copy(self, graph: fx.Graph, root: nn.Module, node: fx.Node, read: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    def _copy(
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        node: fx.Node,
+        read: Callable[[fx.Node], fx.Node],
+        values: bool = True,
+    ) -> fx.Node:
+        """A copy of a node with its module; without `values` one without values, like the conv that it stands behind."""
         if node.op in ("call_module", "get_attr"):
             item: nn.Module | torch.Tensor = operator.attrgetter(str(node.target))(self.network.gm)
             name = str(node.target).replace(".", "_")
             if isinstance(item, nn.Module):
-                root.add_module(name, item)
+                root.add_module(name, item if values else copy.deepcopy(item).to("meta"))
             else:
                 root.register_buffer(name, item.detach())
             new = graph.node_copy(node, read)

@@ -2,7 +2,8 @@
 
     conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, zero pads
-    activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it
+    activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it. A norm whose
+                                                  statistics come from the map (GroupNorm) is treated like one
     join         several maps in, one out         add, sub, cat, mul
 
 Everything else is opaque: it may be kept, or replaced whole by a fitted conv, but not composed.
@@ -24,6 +25,7 @@ __all__ = [
     "CONVS",
     "IDEMPOTENT",
     "IDENTITIES",
+    "INSTANCE_NORMS",
     "JOINS",
     "MAX_POOLS",
     "PADS",
@@ -31,6 +33,7 @@ __all__ = [
     "conv_class",
     "has_hooks",
     "is_plain",
+    "normalizes",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +57,7 @@ class ChannelAffine(nn.Module):
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 AVG_POOLS: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 MAX_POOLS: tuple[type[nn.Module], ...] = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 PADS: tuple[type[nn.Module], ...] = (
@@ -104,6 +108,20 @@ IDENTITY_FUNCTIONS = frozenset(
     | {"stochastic_depth", "drop_path", "drop_block2d", "drop_block3d"}
 )
 JOINS: dict[str, str] = {"add": "add", "sub": "sub", "cat": "cat", "concat": "cat", "concatenate": "cat", "mul": "mul"}
+
+
+def normalizes(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether `module` is a norm of maps of this shape whose statistics come from the map itself.
+
+    GroupNorm, InstanceNorm, and a LayerNorm over the channels of channels-first maps: a class of its own that overrides
+    what nn.LayerNorm computes, known by its size, where that can not be the last dimension's.
+    """
+    if has_hooks(module) or len(shape) < 3:
+        return False
+    if isinstance(module, nn.LayerNorm):
+        size = tuple(module.normalized_shape)
+        return not is_plain(module, nn.LayerNorm) and size == (shape[1],) and shape[-1] != shape[1]
+    return isinstance(module, (nn.GroupNorm, *INSTANCE_NORMS))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -34,7 +34,7 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
     if refusal_of(gm, node) is not None:
         return "opaque"
     module = gm.get_submodule(str(node.target))
-    if ops.plain_in(module, ops.ACTIVATIONS):
+    if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, node.meta["shape"]):
         return "activation"
     return "conv" if ops.plain_in(module, ops.CONVS) else "affine"
 
@@ -53,7 +53,7 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     shape = node.meta.get("shape")
     if shape is None or len(shape) < 3:
         return Refusal(f"{type(module).__name__} works on a vector, not on a feature map", (node.name,))
-    if ops.plain_in(module, ops.ACTIVATIONS):
+    if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, shape):
         return None
     reason = ops.affine_refusal(module)
     ranked = ops.plain_in(module, (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS))

@@ -38,7 +38,7 @@ def rewrite(
     """The trainable form of `graph` under `plan`; `graph` is not changed.
 
     `surrogates` maps activation nodes to (scale, bias) of shape (channels,) that linearize them; without it every
-    linearized activation is the identity. Fitted convs start from the composed kernel where there is one (cut to
+    linearized activation is the identity, and every linearized norm its own scale and bias. Fitted convs start from the composed kernel where there is one (cut to
     their window), else from torch's own initialisation, until a fit sets them.
 
     With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
@@ -222,9 +222,20 @@ class _Builder:
                 if not isinstance(module, ops.PADS):
                     modules.append(without_padding(module))
             last = i == len(layers) - 1 and not linearize_last
-            if layer.activation in self.surrogates and not last:
-                modules.append(ops.ChannelAffine(*self.surrogates[str(layer.activation)]))
+            surrogate = None if last or layer.activation is None else self.surrogate(layer.activation)
+            if surrogate is not None:
+                modules.append(surrogate)
         return Chain(modules), config
+
+    def surrogate(self, activation: str) -> nn.Module | None:
+        """What stands for an activation inside the span; without a fitted one a norm keeps its own scale and bias."""
+        if activation in self.surrogates:
+            return ops.ChannelAffine(*self.surrogates[activation])
+        module: Any = self.network.module(activation)
+        scale, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not ops.normalizes(module, self.network.shape(activation)) or scale is None:
+            return None
+        return ops.ChannelAffine(scale, torch.zeros_like(scale) if bias is None else bias)
 
     def network_config(self, module: nn.Module, config: ConvConfig) -> ConvConfig:
         return module_config(module, config.out_channels, len(config.kernel_size))

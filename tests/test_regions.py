@@ -172,8 +172,18 @@ def test_a_part_without_convs_is_no_region() -> None:
 
 
 def test_an_opaque_op_is_a_layer_of_its_own() -> None:
-    found = regions(lambda m, x: m.b(m.gn(m.relu(m.a(x)))), gn=nn.GroupNorm(2, 4))
-    assert found == ["a relu | gn! | b"]
+    found = regions(lambda m, x: m.b(m.p(m.relu(m.a(x)))), p=nn.MaxPool2d(2))
+    assert found == ["a relu | p! | b"]
+
+
+class ChannelsNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True), ChannelsNorm(4)])
+def test_a_norm_of_the_map_ends_a_layer_like_an_activation(norm: nn.Module) -> None:
+    assert regions(lambda m, x: m.b(m.relu(m.n(m.a(x)))), n=norm) == ["a n | relu | b"]
 
 
 def test_an_op_of_two_maps_that_is_no_join_closes_a_mesh() -> None:
@@ -262,9 +272,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "n",
         "keeps no running statistics",
     ),
-    "GroupNorm": (lambda m, x: m.n(m.a(x)), {"n": nn.GroupNorm(2, 4)}, "n", "GroupNorm is not affine"),
     "LayerNorm": (lambda m, x: m.n(m.a(x)), {"n": nn.LayerNorm(6)}, "n", "LayerNorm is not affine"),
-    "InstanceNorm": (lambda m, x: m.n(m.a(x)), {"n": nn.InstanceNorm2d(4)}, "n", "InstanceNorm2d is not affine"),
     "max pool": (lambda m, x: m.p(m.a(x)), {"p": nn.MaxPool2d(2)}, "p", "MaxPool2d is not affine"),
     "average pool that rounds up": (
         lambda m, x: m.p(m.a(x)),
