@@ -156,7 +156,7 @@ class Workloads:
         read: Callable[[fx.Node], fx.Node],
         values: bool = True,
     ) -> fx.Node:
-        """A copy of a node with its module; without `values` one without values, like the conv that it stands behind."""
+        """A copy of a node with its module; without `values` on the meta device, like the conv before it."""
         if node.op in ("call_module", "get_attr"):
             item: nn.Module | torch.Tensor = operator.attrgetter(str(node.target))(self.network.gm)
             name = str(node.target).replace(".", "_")
