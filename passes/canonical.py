@@ -21,6 +21,7 @@ from .arithmetic import SCALAR, arithmetic, concatenation
 from .functional import module_of
 from .nodes import op_name
 from .placing import bypass, place, set_submodule
+from .selections import select_channels
 
 __all__ = ["canonicalize", "op_name", "set_submodule"]
 
@@ -32,8 +33,8 @@ def canonicalize(gm: fx.GraphModule) -> int:
 
     Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor).
     """
-    changed = 0
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed = select_channels(gm)
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             changed += _module(gm, node)
@@ -64,10 +65,12 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return _drop_identity(node)
     if name == _EXPORTED_NORM:
         return _exported_norm(gm, node)
-    if name == "clone" and len(node.args) == 1:
+    if _is_copy(gm, node, name):
         return bypass(node)
     if node.meta.get("shape") is None:
         return False
+    if name in ("view", "_unsafe_view"):
+        return _reshape(node)
     if name in ("cat", "concat", "concatenate"):
         return concatenation(node)
     if name in SCALAR:
@@ -91,6 +94,25 @@ def _drop_identity(node: fx.Node) -> bool:
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     node.graph.erase_node(node)
     return True
+
+
+def _reshape(node: fx.Node) -> bool:
+    """A view is a reshape in a graph where nothing is in place, and a reshape asks nothing of its operand's memory."""
+    if node.kwargs or len(node.args) < 2 or any(isinstance(a, torch.dtype) for a in node.args):
+        return False
+    if node.op == "call_function" and len(node.args) != 2:
+        return False
+    node.target = "reshape" if node.op == "call_method" else torch.reshape
+    return True
+
+
+def _is_copy(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
+    """Whether a node only gives its operand a memory of its own, which no reader needs."""
+    if name == "clone":
+        return len(node.args) == 1
+    readers = (gm.get_submodule(str(n.target)) for n in node.users if n.op == "call_module")
+    known = (type(m).__module__.startswith("torch.nn.") or isinstance(m, ops.AFFINE) for m in readers)
+    return name == "contiguous" and all(known)  # a module that nobody knows may ask for contiguous memory
 
 
 def _exported_norm(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -35,10 +35,12 @@ _VIEWS = frozenset({
     "view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split", "getitem", "narrow",
     "select", "expand", "t", "unflatten", "contiguous", "view_as", "expand_as", "movedim", "swapaxes", "unbind",
     "tensor_split", "detach", "diagonal", "unfold", "alias", "slice", "split_with_sizes", "_unsafe_view", "to",
+    "swapdims", "moveaxis", "hsplit", "vsplit", "dsplit", "channel_shuffle", "native_channel_shuffle", "unsafe_chunk",
+    "unsafe_split", "unsafe_split_with_sizes",
     "type_as", "real", "imag", "float", "double", "half", "pixel_shuffle", *ops.IDENTITY_FUNCTIONS,
 })
 # fmt: on
-_VIEW_MODULES = (*ops.IDENTITIES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
+_VIEW_MODULES = (*ops.IDENTITIES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 # F.relu(x, True): where the flag stands among the positional arguments.
 _FLAG_POSITION = {

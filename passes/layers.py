@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -290,7 +291,10 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
         flat = any_module.padding  # last dimension first, before and after
         pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(ndim)))
         return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels)
-    return identity_config(channels, ndim)
+    config = identity_config(channels, ndim)
+    if isinstance(module, ops.ChannelSelect) and module.index != tuple(range(channels)):
+        return replace(config, out_channels=len(module.index), groups=1)
+    return config
 
 
 def _conv_config(conv: Any) -> ConvConfig:

@@ -15,6 +15,11 @@ has ``gcd(g1, g2)`` blocks. Sizes agree because ``floor((floor(a / s1) + c) / s2
 
 **add, cat** align the windows of branches of equal stride and sum, or stack, the zero-extended kernels.
 
+**select** (the channels `index` of what an op gives) takes rows of the dense kernel, **spread** (an op that reads only
+the channels `index` of its input) puts its columns where these channels are:
+
+    W'[k, i, t] = W[index[k], i, t]            W'[o, index[m], t] += W[o, m, t]
+
 The integer rules (padding, dilation, groups, and why output sizes agree) are those of `shapes`, and the tensors follow
 them.
 
@@ -56,6 +61,8 @@ __all__ = [
     "from_conv",
     "from_pad",
     "identity",
+    "select",
+    "spread",
     "to_conv",
     "undilate",
 ]
@@ -290,6 +297,41 @@ def cat(ops: Sequence[LinearOp]) -> LinearOp:
     weight = torch.cat([_embed(op, config) for op in ops])
     bias = torch.cat([op.bias for op in ops])
     return LinearOp(weight, bias, config.stride, config.padding, config.dilation, config.groups)
+
+
+def select(op: LinearOp, index: Sequence[int]) -> LinearOp:
+    """The op, then the output channels `index` of it. Dense, unless the index is the identity."""
+    if tuple(index) == tuple(range(op.out_channels)):
+        return op
+    if not index or min(index) < 0 or max(index) >= op.out_channels:
+        raise OptionError(f"can not select the channels {list(index)} of the {op.out_channels} that an op gives")
+    rows = torch.tensor(index, device=op.weight.device)
+    part = op.weight[rows]
+    weight = part.new_zeros(len(rows), op.in_channels, *op.kernel_size)
+    weight[torch.arange(len(rows), device=rows.device)[:, None], _fan_in(op)[rows]] = part
+    return LinearOp(weight, op.bias[rows], op.stride, op.padding, op.dilation)
+
+
+def spread(op: LinearOp, index: Sequence[int], channels: int) -> LinearOp:
+    """The op on the channels `index` of an input of `channels` channels. Dense, unless the index is the identity."""
+    if len(index) != op.in_channels or min(index) < 0 or max(index) >= channels:
+        raise OptionError(
+            f"an op of {op.in_channels} input channels can not read the channels {list(index)} of {channels}"
+        )
+    if tuple(index) == tuple(range(channels)):
+        return op
+    columns = torch.tensor(index, device=op.weight.device)[_fan_in(op)]
+    rows = torch.arange(op.out_channels, device=columns.device)[:, None].expand_as(columns)
+    weight = op.weight.new_zeros(op.out_channels, channels, *op.kernel_size)
+    weight = weight.index_put((rows, columns), op.weight, accumulate=True)  # a channel may be read twice
+    return LinearOp(weight, op.bias, op.stride, op.padding, op.dilation)
+
+
+def _fan_in(op: LinearOp) -> Tensor:
+    """The input channels that each output channel reads, (out, in / groups)."""
+    inner = op.weight.shape[1]
+    block = torch.arange(op.out_channels, device=op.weight.device) // (op.out_channels // op.groups)
+    return block[:, None] * inner + torch.arange(inner, device=op.weight.device)
 
 
 def densify(op: LinearOp, groups: int = 1) -> LinearOp:

@@ -24,21 +24,28 @@ __all__ = ["Branches", "Chain", "Crop", "LinearSpan"]
 
 
 class Chain(nn.Sequential):
-    """Affine modules one after the other, none of which pads. Empty: the identity."""
+    """Affine modules and selections one after the other, none of which pads. Empty: the identity."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__(*modules)
 
-    def linear_op(self, channels: int, ndim: int) -> LinearOp:
-        """This chain as one op, in float64."""
+    def linear_op(self, channels: int, ndim: int, device: torch.device | None = None) -> LinearOp:
+        """This chain as one op, in float64, on `device` where no parameter says another."""
         op: LinearOp | None = None
+        chosen: tuple[int, ...] | None = None  # the channels of the input that the first op reads
         for module in self:
-            width = channels if op is None else op.out_channels
-            step = _linear_op(module, width, ndim)
-            op = step if op is None else linear.compose(op, step)
+            if isinstance(module, ops.ChannelSelect) and op is None:
+                chosen = module.index if chosen is None else tuple(chosen[i] for i in module.index)
+            elif isinstance(module, ops.ChannelSelect) and op is not None:
+                op = linear.select(op, module.index)
+            elif op is None:
+                op = _linear_op(module, channels if chosen is None else len(chosen), ndim, device)
+                op = op if chosen is None else linear.spread(op, chosen, channels)
+            else:
+                op = linear.compose(op, _linear_op(module, op.out_channels, ndim, device))
         if op is None:
-            like = next(self.parameters(), None)
-            return linear.identity(channels, ndim, None if like is None else like.device)
+            op = linear.identity(channels, ndim, device)
+            return op if chosen is None else linear.select(op, chosen)
         return op
 
 
@@ -79,14 +86,14 @@ class Branches(nn.Module):
             total = total + value if sign > 0 else total - value
         return total
 
-    def linear_op(self, channels: int, ndim: int) -> LinearOp:
+    def linear_op(self, channels: int, ndim: int, device: torch.device | None = None) -> LinearOp:
         """The join as one op, in float64. Each branch's padding is what its crop stands for."""
         found = []
         starts = [max(before) for before in zip(*([b for b, _ in c.amounts] for c in self._crops()), strict=True)]
         ends = [max(after) for after in zip(*([a for _, a in c.amounts] for c in self._crops()), strict=True)]
         for chain, crop in zip(self.chains, self._crops(), strict=True):
             assert isinstance(chain, Chain)
-            op = chain.linear_op(channels, ndim)
+            op = chain.linear_op(channels, ndim, device)
             pads = tuple((s - b, e - a) for (b, a), s, e in zip(crop.amounts, starts, ends, strict=True))
             found.append(LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups))
         # Only the alignment matters here: the span pads once, at its entry.
@@ -101,15 +108,15 @@ class Branches(nn.Module):
         return f"{self.join}, signs={self.signs}"
 
 
-def _linear_op(module: nn.Module, channels: int, ndim: int) -> LinearOp:
+def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:
     if isinstance(module, (Chain, Branches)):
-        return module.linear_op(channels, ndim)
+        return module.linear_op(channels, ndim, device)
     if isinstance(module, ops.CONVS):
         return linear.from_conv(module)
     if isinstance(module, ops.BATCH_NORMS):
         return linear.from_batch_norm(module, ndim)
     if isinstance(module, ops.AVG_POOLS):
-        return linear.from_avg_pool(module, channels)
+        return linear.from_avg_pool(module, channels, device)
     if isinstance(module, ops.ChannelAffine):
         return linear.diagonal(module.scale.double().expand(channels), module.bias.double().expand(channels), ndim)
     raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
@@ -134,7 +141,8 @@ class LinearSpan(nn.Module):
 
     def linear_op(self) -> LinearOp:
         """The span as one op in float64, padding included."""
-        op = self.body.linear_op(self.config.in_channels, len(self.padding))
+        like = next(self.parameters(), None)
+        op = self.body.linear_op(self.config.in_channels, len(self.padding), None if like is None else like.device)
         return LinearOp(op.weight, op.bias, op.stride, self.padding, op.dilation, op.groups)
 
     def reparameterize(self) -> nn.Module:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor, fx
 
 from . import ops
 
-__all__ = ["bind", "op_name", "tensor_of"]
+__all__ = ["NotConstant", "bind", "constant", "op_name", "tensor_of"]
 
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
+
+_ARITHMETIC = (operator.floordiv, operator.mul, operator.add, operator.sub, operator.neg, operator.mod, int)
+
+
+class NotConstant(Exception):
+    """An argument depends on more than constants and numbers of channels."""
 
 
 def op_name(node: fx.Node) -> str:
@@ -43,3 +50,47 @@ def tensor_of(gm: fx.GraphModule, value: Any) -> Tensor | None:
     for atom in str(value.target).split("."):
         item = getattr(item, atom, None)
     return item if isinstance(item, Tensor) else None
+
+
+def constant(gm: fx.GraphModule, value: Any) -> Any:
+    """An argument with its numbers of channels and its constant integer tensors filled in; `NotConstant` if not all."""
+
+    def fill(item: fx.Node) -> Any:
+        while op_name(item) in ("clone", "lift_fresh_copy", "detach") and isinstance(item.args[0], fx.Node):
+            item = item.args[0]  # torch.export copies the constants that it lifts
+        tensor = tensor_of(gm, item)
+        if tensor is None:
+            return _number(item)
+        if tensor.is_floating_point():
+            raise NotConstant
+        return tensor.detach().cpu()
+
+    return fx.map_arg(value, fill)
+
+
+def _number(value: Any) -> int:
+    """A whole number that is computed from constants and numbers of channels alone."""
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, fx.Node):
+        raise NotConstant
+    name, args = op_name(value), value.args
+    if value.target in _ARITHMETIC and not value.kwargs:
+        numbers = [_number(a) for a in args]
+        return int(value.target(*numbers))
+    if name in ("size", "sym_size") and len(args) == 2:
+        return _channels(args[0], args[1])
+    shape = args[0] if name == "getitem" else None
+    if isinstance(shape, fx.Node) and (
+        (op_name(shape) == "getattr" and shape.args[1] == "shape")
+        or (op_name(shape) == "size" and len(shape.args) == 1)
+    ):
+        return _channels(shape.args[0], args[1])
+    raise NotConstant
+
+
+def _channels(value: Any, dim: Any) -> int:
+    shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
+    if shape is None or len(shape) < 3 or not isinstance(dim, int) or dim % len(shape) != 1:
+        raise NotConstant
+    return int(shape[1])

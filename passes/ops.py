@@ -2,6 +2,7 @@
 
     conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, zero pads
+    selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
     activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it. A norm whose
                                                   statistics come from the map (GroupNorm) is treated like one
     join         several maps in, one out         add, sub, cat, mul
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from .modules import ChannelAffine, ChannelSelect
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +33,7 @@ __all__ = [
     "MAX_POOLS",
     "PADS",
     "ChannelAffine",
+    "ChannelSelect",
     "conv_class",
     "has_hooks",
     "is_plain",
@@ -37,22 +41,6 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class ChannelAffine(nn.Module):
-    """y = scale * x + bias with one pair a channel; `scale` and `bias` have shape (channels,) or (1,) for all alike."""
-
-    def __init__(self, scale: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(scale.detach().clone())
-        self.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        tail = (1,) * (x.dim() - 2)
-        return x * self.scale.view(-1, *tail) + self.bias.view(-1, *tail)
-
-    def extra_repr(self) -> str:
-        return str(self.scale.numel())
 
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +56,7 @@ PADS: tuple[type[nn.Module], ...] = (
     nn.ZeroPad2d,
     nn.ZeroPad3d,
 )
-AFFINE: tuple[type[nn.Module], ...] = (*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine)
+AFFINE: tuple[type[nn.Module], ...] = (*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine, ChannelSelect)
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU,
     nn.ReLU6,
@@ -179,7 +167,7 @@ def affine_refusal(module: nn.Module) -> str | None:
         if min(pad.padding) < 0:
             return "the pad crops"
         return None if pad.value == 0 else f"the pad fills with {pad.value}"
-    if isinstance(module, ChannelAffine):
+    if isinstance(module, (ChannelAffine, ChannelSelect)):
         return None
     return f"{type(module).__name__} is not affine"
 

@@ -18,9 +18,12 @@ def bypass(node: fx.Node) -> bool:
     return True
 
 
-def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> None:
-    """Put a call of `module` on the node's value operand where `node` was, under the path that the node came from."""
-    value = next(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node))
+def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value: fx.Node | None = None) -> None:
+    """Put a call of `module` where `node` was, under the path that the node came from.
+
+    It reads `value`, or else the node's first operand.
+    """
+    value = value or next(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node))
     target = _free_name(gm, node, module, name)
     set_submodule(gm, target, module.train(False))
     with gm.graph.inserting_before(node):

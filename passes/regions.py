@@ -112,7 +112,8 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item]) ->
             nodes.extend(item.nodes or (item.node,))
             continue
         kind = node_kind(gm, item)
-        if kind == "opaque":
+        alone = item.op == "call_module" and isinstance(gm.get_submodule(str(item.target)), ops.ChannelSelect)
+        if kind == "opaque" or alone:  # behind a selection a span may start
             close()
             nodes.append(item)
             close(opaque=refusal_of(gm, item))

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from lmfx.export import UnsupportedOp, build_engine, emit, export_onnx, to_onnx_bytes
 from lmfx.passes.errors import ExportError, InputError, MissingExtra, OptionError
+from lmfx.passes.modules import ChannelAffine, ChannelSelect
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -26,8 +27,9 @@ def graph(*modules: nn.Module) -> fx.GraphModule:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-    traced = fx.symbolic_trace(net.eval())
-    return traced
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda m, name: not isinstance(m, nn.Sequential)  # type: ignore[method-assign]
+    return fx.GraphModule(net.eval(), tracer.trace(net))
 
 
 def joined(function: Any, *args: Any, **kwargs: Any) -> fx.GraphModule:
@@ -117,6 +119,12 @@ OTHERS = [
     nn.ConstantPad2d((1, 2, 0, 3), 1.5),
     nn.ConstantPad2d((-1, 2, 0, -3), 0.0),
     nn.ZeroPad2d(2),
+    ChannelSelect(range(1, 5)),
+    ChannelSelect(range(1, 6, 2)),
+    ChannelSelect([0, 2, 4, 1, 3, 5]),
+    ChannelSelect([3, 3, 0]),
+    ChannelAffine(torch.randn(6), torch.randn(6)),
+    ChannelAffine(torch.randn(1), torch.randn(1)),
 ]
 
 

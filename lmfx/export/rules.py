@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.emit import UnsupportedOp
+from lmfx.passes.ops import ChannelAffine, ChannelSelect
 
 if TYPE_CHECKING:
     from lmfx.export.emitter import Emitter
@@ -186,6 +187,28 @@ def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
 # the rest
 
 
+def _select(e: Emitter, node: fx.Node, m: ChannelSelect) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    name = e.value(source)
+    if m.span is not None:
+        start, stop, step = ([i] for i in m.span)
+        return e.node("Slice", name, e.ints(start), e.ints(stop), e.ints([1]), e.ints(step))
+    if m.groups is None:
+        return e.node("Gather", name, e.ints(m.index), axis=1)
+    batch, channels, *size = e.shape(source)
+    rows = e.node("Reshape", name, e.ints((batch, m.groups, channels // m.groups, *size)))
+    turned = e.node("Transpose", rows, perm=[0, 2, 1, *range(3, len(size) + 3)])
+    return e.node("Reshape", turned, e.ints((batch, channels, *size)))
+
+
+def _affine(e: Emitter, node: fx.Node, m: ChannelAffine) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    scale, bias = (t.view(-1, *(1,) * (len(e.shape(source)) - 2)) for t in (m.scale, m.bias))
+    return e.node("Add", e.node("Mul", e.value(source), e.tensor(scale)), e.tensor(bias))
+
+
 def _linear(e: Emitter, node: fx.Node, m: nn.Linear) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -264,6 +287,8 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Emitter, fx.Node, Any], str]] = {
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), _adaptive(True)),
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _adaptive(False)),
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), _same),
+    ChannelAffine: _affine,
+    ChannelSelect: _select,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.Linear: _linear,
