@@ -24,6 +24,9 @@ from lmfx.latency.workload import Workload
 from lmfx.passes import ops
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
 from lmfx.passes.layers import Network
+from lmfx.passes.rewrite import kept_nodes
+from lmfx.passes.sides import side_conv
+from lmfx.passes.states import side_inputs
 
 __all__ = ["Workloads"]
 
@@ -60,7 +63,8 @@ class Workloads:
         if candidate.realization == "keep":
             return self._build(candidate, conv, body, join)
         joined = None if join is None else (join[1], *self._texts(self._fused(join[0])))
-        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined)
+        sides = tuple(self.network.shape(n) for n in self._sides(candidate))
+        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides)
         if key not in self._cache:
             self._cache[key] = self._build(candidate, conv, body, join)
         return self._cache[key]
@@ -101,6 +105,13 @@ class Workloads:
         here, before = self.network.module(act), self.network.module(candidate.span.entry)
         return type(here) is type(before) and isinstance(here, ops.IDEMPOTENT)
 
+    def _sides(self, candidate: Candidate) -> tuple[str, ...]:
+        """The nodes whose vectors a composed span takes from the side."""
+        if candidate.realization != "compose" or not self.network.vectors:
+            return ()
+        layers = self.network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+        return side_inputs(self.network, layers, kept_nodes(self.network, candidate))
+
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _texts(self, nodes: Iterable[str]) -> tuple[str, ...]:
@@ -129,11 +140,16 @@ class Workloads:
             for name in body:
                 last = values[name] = self._copy(graph, root, net.nodes[name], read)
         else:
-            last = outside(span.entry)
+            last, dtype = outside(span.entry), net.nodes[span.entry].meta["dtype"]
             if conv is not None:
-                for i, module in enumerate(_meta_conv(conv, net.nodes[span.entry].meta["dtype"])):
+                for i, module in enumerate(_meta_conv(conv, dtype)):
                     root.add_module(f"conv{i}", module)
                     last = graph.call_module(f"conv{i}", (last,))
+            for i, name in enumerate(self._sides(candidate)):
+                assert conv is not None
+                matrix = torch.empty(conv.out_channels, net.shape(name)[1], dtype=dtype, device="meta")
+                root.add_module(f"side{i}", side_conv(matrix, len(conv.kernel_size), None))
+                last = graph.call_function(torch.add, (last, graph.call_module(f"side{i}", (outside(name),))))
             for name in body:
                 last = self._copy(graph, root, net.nodes[name], _always(last), values=conv is None)
         if join is not None and join[0].parallel is not None:

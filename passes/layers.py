@@ -21,6 +21,7 @@ from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .observed import GROWTH, follows, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
+from .sides import side_vector
 
 __all__ = ["Network", "identity_config", "is_identity_config", "module_config"]
 
@@ -50,6 +51,12 @@ class Network:
         """The qualified module name behind a node."""
         node = self.nodes[name]
         return str(node.target) if node.op == "call_module" else str(node.meta.get("path", "")) or node.name
+
+    @cached_property
+    def vectors(self) -> dict[str, str]:
+        """Nodes that add a vector from the side to a map, and the nodes of these vectors."""
+        found = {n.name: side_vector(n) for n in self.gm.graph.nodes}
+        return {name: side[0].name for name, side in found.items() if side is not None}
 
     @cached_property
     def shared(self) -> frozenset[str]:
@@ -106,12 +113,19 @@ class Network:
         for name in self.affine_nodes(layer):
             if name == layer.conv and name in self.shared:
                 return Refusal("the conv is shared with another call, and merging would untie them", (name,))
-            step = module_config(self.module(name), config.out_channels, len(shape) - 2)
+            step = self.step(name, config)
             try:
                 config = linear.compose_config(config, step)
             except OptionError as error:
                 return Refusal(str(error), (name,))
         return config
+
+    def step(self, name: str, before: ConvConfig) -> ConvConfig:
+        """The configuration of one affine node behind ops of configuration `before`."""
+        channels, ndim = before.out_channels, len(before.kernel_size)
+        if self.nodes[name].op != "call_module":
+            return identity_config(channels, ndim)  # a vector that is added from the side
+        return module_config(self.module(name), channels, ndim)
 
     def reducible(self, layer: Layer) -> bool:
         """Whether the layer's conv may be pruned, with all the layer's affine ops: the layer becomes the identity."""

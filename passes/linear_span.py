@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import linear, ops
 from .ir import ConvConfig
 from .linear import LinearOp
+from .sides import Maps, SideAdd, merge_maps, side_conv, through
 
 __all__ = ["Branches", "Chain", "Crop", "LinearSpan"]
 
@@ -29,11 +30,35 @@ class Chain(nn.Sequential):
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__(*modules)
 
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        for module in self:
+            x = module(x, *sides) if isinstance(module, _SIDED) else module(x)
+        return x
+
+    def side_maps(self, channels: int, ndim: int, device: torch.device | None) -> Maps:
+        """The matrix by which each side input is seen behind this chain, in float64."""
+        maps: Maps = {}
+        for module in self:
+            own: Maps = {}
+            if isinstance(module, SideAdd):
+                own = module.maps(device)
+            elif isinstance(module, ops.ChannelSelect):
+                maps, channels = {i: m[list(module.index)] for i, m in maps.items()}, len(module.index)
+            else:
+                if isinstance(module, (Chain, Branches)):
+                    own = module.side_maps(channels, ndim, device)
+                op = _linear_op(module, channels, ndim, device)
+                maps, channels = through(maps, op), op.out_channels
+            maps = merge_maps([maps, own], [channels, channels], "add", (1.0, 1.0))
+        return maps
+
     def linear_op(self, channels: int, ndim: int, device: torch.device | None = None) -> LinearOp:
         """This chain as one op, in float64, on `device` where no parameter says another."""
         op: LinearOp | None = None
         chosen: tuple[int, ...] | None = None  # the channels of the input that the first op reads
         for module in self:
+            if isinstance(module, SideAdd):
+                continue  # see `side_maps`
             if isinstance(module, ops.ChannelSelect) and op is None:
                 chosen = module.index if chosen is None else tuple(chosen[i] for i in module.index)
             elif isinstance(module, ops.ChannelSelect) and op is not None:
@@ -77,8 +102,8 @@ class Branches(nn.Module):
         self.chains = nn.ModuleList(chains)
         self.crops = nn.ModuleList(crops)
 
-    def forward(self, x: Tensor) -> Tensor:
-        values = [chain(crop(x)) for chain, crop in zip(self.chains, self.crops, strict=True)]
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        values = [chain(crop(x), *sides) for chain, crop in zip(self.chains, self.crops, strict=True)]
         if self.join == "cat":
             return torch.cat(values, 1)
         total = values[0] if self.signs[0] > 0 else -values[0]
@@ -101,11 +126,23 @@ class Branches(nn.Module):
         none = ((0, 0),) * ndim
         return LinearOp(whole.weight, whole.bias, whole.stride, none, whole.dilation, whole.groups)
 
+    def side_maps(self, channels: int, ndim: int, device: torch.device | None) -> Maps:
+        """The matrix by which each side input is seen behind the join, in float64."""
+        chains = [c for c in self.chains if isinstance(c, Chain)]
+        parts = [c.side_maps(channels, ndim, device) for c in chains]
+        if not any(parts):
+            return {}
+        widths = [c.linear_op(channels, ndim, device).out_channels for c in chains]
+        return merge_maps(parts, widths, self.join, self.signs)
+
     def _crops(self) -> list[Crop]:
         return [c for c in self.crops if isinstance(c, Crop)]
 
     def extra_repr(self) -> str:
         return f"{self.join}, signs={self.signs}"
+
+
+_SIDED = (Chain, Branches, SideAdd)
 
 
 def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:
@@ -125,18 +162,22 @@ def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device
 class LinearSpan(nn.Module):
     """A span whose activations are gone: affine, trainable, and equal to one conv.
 
-    `config` is the merged conv's configuration, `padding` its zeros before and after in each spatial dimension.
+    `config` is the merged conv's configuration, `padding` its zeros before and after in each spatial dimension, `sides`
+    the names of the graph's nodes whose vectors it takes beside its input (`sides`).
     """
 
-    def __init__(self, body: Chain, padding: Sequence[tuple[int, int]], config: ConvConfig) -> None:
+    def __init__(
+        self, body: Chain, padding: Sequence[tuple[int, int]], config: ConvConfig, sides: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.body = body
         self.padding = tuple(padding)
         self.config = config
+        self.sides = tuple(sides)
         self._flat = [p for pair in reversed(self.padding) for p in pair]
 
-    def forward(self, x: Tensor) -> Tensor:
-        value: Tensor = self.body(F.pad(x, self._flat) if any(self._flat) else x)
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        value: Tensor = self.body(F.pad(x, self._flat) if any(self._flat) else x, *sides)
         return value
 
     def linear_op(self) -> LinearOp:
@@ -151,6 +192,15 @@ class LinearSpan(nn.Module):
         with torch.no_grad():
             op = self.linear_op()
         return linear.to_conv(op, None if like is None else like.dtype, None if like is None else like.device)
+
+    def side_convs(self) -> list[nn.Module]:
+        """For each of `sides` the 1 x 1 convolution of its vector that is added to the merged conv's output."""
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        ndim = len(self.padding)
+        with torch.no_grad():
+            device = None if like is None else like.device
+            maps = self.body.side_maps(self.config.in_channels, ndim, device)
+            return [side_conv(maps[i], ndim, like) for i in range(len(self.sides))]
 
     def extra_repr(self) -> str:
         c = self.config

@@ -17,6 +17,7 @@ from . import ops
 from .canonical import op_name
 from .ir import Layer, Parallel, Refusal, Region, Series
 from .reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
+from .sides import side_vector
 
 __all__ = ["find_regions", "node_kind", "refusal_of"]
 
@@ -30,7 +31,9 @@ def find_regions(gm: fx.GraphModule) -> tuple[Region, ...]:
 
 
 def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
-    """What a single-input node is to the compiler."""
+    """What an op of one map is to the compiler."""
+    if side_vector(node) is not None:
+        return "affine"
     if refusal_of(gm, node) is not None:
         return "opaque"
     module = gm.get_submodule(str(node.target))
@@ -40,7 +43,9 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
 
 
 def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
-    """Why a single-input node is opaque, or None if it is understood."""
+    """Why an op of one map is opaque, or None if it is understood."""
+    if side_vector(node) is not None:
+        return None
     join = join_of(node)
     if join is not None:
         return Refusal(_side_reason(node), (node.name, *(v.name for v in operands_of(node))))

@@ -20,13 +20,14 @@ from . import linear, ops
 from .canonical import set_submodule
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
-from .layers import Network, identity_config, module_config
+from .layers import Network, identity_config
 from .linear_span import Branches, Chain, Crop, LinearSpan
-from .states import is_dropped
+from .sides import SideAdd, side_vector
+from .states import is_dropped, side_inputs
 from .trace import fingerprint
 from .verify import check_graph, drop_unread
 
-__all__ = ["build_span", "merge", "rewrite", "span_names"]
+__all__ = ["build_span", "kept_nodes", "merge", "rewrite", "span_names"]
 
 
 def rewrite(
@@ -64,10 +65,11 @@ def rewrite(
             nodes[candidate.span.output] = entry  # the next span may begin here
             continue
         module = build_span(network, candidate, surrogates)
+        sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
         like = next(graph.parameters(), None)
         set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
         with gm.graph.inserting_after(output):
-            new = gm.graph.create_node("call_module", name, (entry,), {}, name=name.replace(".", "_"))
+            new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
         new.meta = {**output.meta, "path": name}
         output.replace_all_uses_with(new)
         nodes[candidate.span.output] = new
@@ -107,6 +109,7 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
         if not isinstance(span, LinearSpan):
             continue
         conv = span.reparameterize().train(module.training)
+        _merge_sides(gm, node, span)
         if isinstance(conv, nn.Sequential):
             pad_name = f"{node.target}_pad"
             set_submodule(gm, pad_name, conv[0])
@@ -118,6 +121,25 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
     _clean(gm)
     check_graph(gm)
     return gm
+
+
+def _merge_sides(gm: fx.GraphModule, node: fx.Node, span: LinearSpan) -> None:
+    """Add the 1 x 1 convolution of each vector from the side behind the merged conv's node."""
+    value, sides = node.args[0], node.args[1:]
+    node.args = (value,)
+    last = node
+    for i, (vector, conv) in enumerate(zip(sides, span.side_convs(), strict=True)):
+        name = f"{node.target}_side{i}"
+        set_submodule(gm, name, conv.train(gm.training))
+        with gm.graph.inserting_after(last):
+            seen = gm.graph.create_node("call_module", name, (vector,), {}, name=name.replace(".", "_"))
+        with gm.graph.inserting_after(seen):
+            total = gm.graph.call_function(torch.add, (last, seen))
+        for user in [u for u in last.users if u is not total]:
+            user.replace_input_with(last, total)
+        seen.meta = {**node.meta, "shape": None, "path": name}
+        total.meta = dict(node.meta)
+        last = total
 
 
 def _check(network: Network, candidate: Candidate) -> None:
@@ -160,10 +182,14 @@ def build_span(
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     assert candidate.conv is not None
     if candidate.realization == "compose":
-        wanted = set(candidate.kept)
-        kept = frozenset(n for n in network.convs(layers)[1] if network.path(n) in wanted)
-        return _Builder(network, kept, surrogates or {}).span(layers, candidate.conv)
+        return _Builder(network, kept_nodes(network, candidate), surrogates or {}).span(layers, candidate.conv)
     return fitted_conv(network, candidate.conv)
+
+
+def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
+    """The conv nodes that a composed candidate keeps."""
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    return frozenset(n for n in network.convs(layers)[1] if network.path(n) in set(candidate.kept))
 
 
 def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
@@ -199,10 +225,12 @@ class _Builder:
         self.network = network
         self.kept = kept
         self.surrogates = surrogates
+        self.sides: tuple[str, ...] = ()
 
     def span(self, layers: tuple[Layer, ...], config: ConvConfig) -> LinearSpan:
+        self.sides = side_inputs(self.network, layers, self.kept)
         chain, seen = self.chain(layers, linearize_last=False)
-        return LinearSpan(chain, seen.padding, seen)
+        return LinearSpan(chain, seen.padding, seen, self.sides)
 
     def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
         modules: list[nn.Module] = []
@@ -217,9 +245,13 @@ class _Builder:
                 if branches is not None:
                     modules.append(branches)
             for name in self.network.affine_nodes(layer):
+                config = linear.compose_config(config, self.network.step(name, config))
+                side = side_vector(self.network.nodes[name])
+                if side is not None:
+                    vector, sign = side
+                    modules.append(SideAdd(self.sides.index(vector.name), config.out_channels, sign))
+                    continue
                 module = self.network.module(name)
-                step = self.network_config(module, config)
-                config = linear.compose_config(config, step)
                 if not isinstance(module, ops.PADS):
                     modules.append(without_padding(module))
             last = i == len(layers) - 1 and not linearize_last
@@ -237,9 +269,6 @@ class _Builder:
         if not ops.normalizes(module, self.network.shape(activation)) or scale is None:
             return None
         return ops.ChannelAffine(scale, torch.zeros_like(scale) if bias is None else bias)
-
-    def network_config(self, module: nn.Module, config: ConvConfig) -> ConvConfig:
-        return module_config(module, config.out_channels, len(config.kernel_size))
 
     def branches(self, parallel: Parallel) -> tuple[nn.Module | None, ConvConfig]:
         chains, configs, signs = [], [], []

@@ -218,6 +218,8 @@ class _Finder:
         return isinstance(config, ConvConfig) and any(self.changes_window(n) for n in conv_only)
 
     def changes_window(self, name: str) -> bool:
+        if self.network.nodes[name].op != "call_module":
+            return False
         return not self.network.module(name)._get_name().startswith(("BatchNorm", "ChannelAffine"))
 
     def drop(self, span: Span, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]) -> None:

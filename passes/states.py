@@ -20,7 +20,7 @@ from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Series
 from .layers import Network, identity_config, is_identity_config
 
-__all__ = ["State", "States", "is_dropped"]
+__all__ = ["State", "States", "is_dropped", "side_inputs"]
 
 MOST_COMBINATIONS = 20_000  # of the branches' states at one join
 
@@ -182,3 +182,17 @@ def _vanishes(network: Network, layer: Layer, kept: frozenset[str]) -> bool:
     left = [i for i in range(len(layer.parallel.branches)) if not is_dropped(network, layer.parallel, kept, i)]
     branches = [layer.parallel.branches[i] for i in left]
     return len(branches) == 1 and all(_vanishes(network, lay, kept) for lay in branches[0].layers)
+
+
+def side_inputs(network: Network, layers: tuple[Layer, ...], kept: frozenset[str]) -> tuple[str, ...]:
+    """The nodes whose vectors enter from the side where only the `kept` conv nodes stay, in the order of the graph."""
+    found: list[str] = []
+    for layer in layers if network.vectors else ():
+        if layer.conv is not None and layer.conv not in kept:
+            continue
+        if layer.parallel is not None:
+            for i, branch in enumerate(layer.parallel.branches):
+                if not is_dropped(network, layer.parallel, kept, i):
+                    found += side_inputs(network, branch.layers, kept)
+        found += [network.vectors[name] for name in network.affine_nodes(layer) if name in network.vectors]
+    return tuple(dict.fromkeys(found))

@@ -22,7 +22,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups
@@ -33,8 +33,9 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
-from lmfx.passes.rewrite import build_span
+from lmfx.passes.rewrite import build_span, kept_nodes
 from lmfx.passes.spans import SpanSet
+from lmfx.passes.states import side_inputs
 from lmfx.profiling import digest
 from lmfx.progress import progress as progress_bar
 from lmfx.surrogates import affine_surrogates
@@ -159,13 +160,14 @@ class _Scorer:
 
     def run(self, candidates: list[Candidate]) -> Iterator[tuple[str, float]]:
         names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
+        names |= {side for c in candidates if c.realization == "compose" for side in _sides(self.network, c)}
         parts, scale = self.parts(names)
         surrogates = None
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
             surrogates = affine_surrogates(self.network, self.calibration)
         others = [c for c in candidates if c.realization != "fit"]
         for c in others:
-            yield c.key, self.value(c, self.composed(c, surrogates), parts, scale)
+            yield c.key, self.value(c, *self.composed(c, surrogates), parts, scale)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
         for chunk in self.chunks(groups):
             wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
@@ -176,7 +178,7 @@ class _Scorer:
             )
             for group, ops in zip(chunk, results, strict=True):
                 for c in group.candidates:
-                    yield c.key, self.value(c, ops[c.key], parts, scale)
+                    yield c.key, self.value(c, ops[c.key], {}, parts, scale)
 
     @staticmethod
     def fitted(group: FitGroup, x: Tensor, ys: dict[str, Tensor]) -> dict[str, LinearOp]:
@@ -200,13 +202,16 @@ class _Scorer:
         batch = {n: self.network.shape(n) for n in names}
         return sum(len(self.calibration) * 4 * int(torch.Size(s[1:]).numel()) for s in batch.values())
 
-    def composed(self, c: Candidate, surrogates: dict[str, tuple[Tensor, Tensor]] | None) -> LinearOp | None:
+    def composed(
+        self, c: Candidate, surrogates: dict[str, tuple[Tensor, Tensor]] | None
+    ) -> tuple[LinearOp | None, dict[str, nn.Module]]:
+        """The merged conv of a candidate, None for the identity, and the convs of its vectors from the side."""
         if c.realization == "drop":
-            return None
+            return None, {}
         module = build_span(self.network, c, surrogates)
         assert isinstance(module, LinearSpan)
         with torch.no_grad():
-            return module.linear_op()
+            return module.linear_op(), dict(zip(module.sides, module.side_convs(), strict=True))
 
     # --- from a local error to the divergence of the output -----------------------------------------------------------
 
@@ -242,13 +247,17 @@ class _Scorer:
                     gradients[name].append(torch.zeros_like(values[name]) if g is None else g)
         return _Part({n: v.detach() for n, v in values.items()}, gradients, z.detach())
 
-    def value(self, c: Candidate, op: LinearOp | None, parts: list[_Part], scale: float) -> float:
+    def value(
+        self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], parts: list[_Part], scale: float
+    ) -> float:
         total, images = 0.0, 0
         for part in parts:
             x, y = part.values[c.span.entry], part.values[c.span.output]
             with torch.no_grad():
                 # Contiguous as a conv's output is: what follows may be a view.
                 new = x if op is None else _apply(op, x).contiguous()
+                for name, conv in sides.items():
+                    new = new + conv(part.values[name])
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
@@ -266,6 +275,13 @@ class _Scorer:
         }
         known[nodes[c.span.output]] = new
         return float((flat_output(resume(self.gm, known), len(new)) - part.output).double().square().sum())
+
+
+def _sides(network: Network, c: Candidate) -> tuple[str, ...]:
+    if not network.vectors:
+        return ()
+    layers = network.series[c.span.series].layers[c.span.start : c.span.stop]
+    return side_inputs(network, layers, kept_nodes(network, c))
 
 
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, LinearOp]:
