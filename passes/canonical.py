@@ -18,6 +18,7 @@ from torch import fx
 
 from . import ops
 from .arithmetic import SCALAR, arithmetic, concatenation
+from .cats import share_prefixes
 from .functional import module_of
 from .nodes import op_name
 from .placing import bypass, place, set_submodule
@@ -41,6 +42,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += share_prefixes(gm)
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
