@@ -182,7 +182,8 @@ def test_a_weighted_sum_is_not_a_plain_sum() -> None:
     model = net(lambda m, x: torch.add(m.c(x), x, alpha=2), c=conv())
     gm = check_trace(model, X, ["Conv2d", "add"])
     spans = enumerate_spans(Network(gm))
-    assert not any(layer.parallel for region in spans.network.regions for layer in region.series.layers)
+    layers = [layer for region in spans.network.regions for layer in region.series.layers]
+    assert not any(layer.parallel and layer.parallel.join != "mesh" for layer in layers)
     check_rewrite(model, X, lambda s: [c for c in s if c.realization == "fit"][:1])
 
 
