@@ -1,0 +1,152 @@
+"""The whole zoo of torchvision, timm and diffusers, network by network: traced? convs? exact? compressed? exported?
+
+    python benchmarks/zoo.py                                  everything, two processes at a time; again: goes on
+    python benchmarks/zoo.py --models 'timm/*net*' --fresh    some, whatever was found before
+    python benchmarks/zoo.py --families regnet --stages compress
+    python benchmarks/zoo.py --write                          and replace these networks' lines in the committed table
+
+Each network runs in a process of its own with a time and a memory limit (`zoo_runner`), through the stages of
+`zoo_stages`. The result is compared with the committed table, benchmarks/results/zoo.csv: what got worse is printed and
+makes the exit code 1. `out/zoo.jsonl` keeps every row with its times; only rows of the same sources are taken again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import hashlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one thread a process
+
+import torch
+
+from benchmarks.zoo_models import TABLE, families
+from benchmarks.zoo_runner import Row, read_rows, run_all
+from benchmarks.zoo_stages import HEAVY, STAGES, examine
+from benchmarks.zoo_table import cells, compare, read_table, summary, write_table
+from lmfx.progress import progress
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def sources() -> str:
+    """A digest of all code that a row depends on."""
+    files = [*ROOT.glob("passes/*.py"), *ROOT.glob("lmfx/**/*.py"), *ROOT.glob("benchmarks/zoo_[ms]*.py")]
+    digest = hashlib.sha256()
+    for file in sorted({f.resolve() for f in (*files, ROOT / "benchmarks" / "random_plans.py")}):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def chosen(known: dict[str, str], models: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    """The models that a glob of `models` and a glob of `kinds` (families) match."""
+    return [
+        name
+        for name, family in known.items()
+        if any(fnmatch.fnmatchcase(name, g) for g in models) and any(fnmatch.fnmatchcase(family, g) for g in kinds)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, compare, print; returns 1 if something got worse than the committed table has it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["*"], metavar="GLOB", help="such as 'timm/*' (default: all)")
+    parser.add_argument("--families", nargs="+", default=["*"], metavar="GLOB", help="second column of the table")
+    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES, help="besides trace and regions")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--stage-seconds", type=int, default=120, help="limit of one stage")
+    parser.add_argument("--seconds", type=int, default=400, help="limit of one network")
+    parser.add_argument("--memory-gb", type=float, default=7.0, help="limit of one process")
+    parser.add_argument("--rows", type=Path, default=ROOT / "out" / "zoo.jsonl", help="rows as they are finished")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table to compare with")
+    parser.add_argument("--fresh", action="store_true", help="take no finished row of an earlier run")
+    parser.add_argument("--write", action="store_true", help="put the new lines into the table")
+    options = parser.parse_args(arguments)
+    known = families()
+    old = read_table(options.table)
+    names = chosen(known, options.models, options.families)
+    if not names:
+        parser.error("no network matches")
+    source = f"{sources()} {' '.join(sorted(options.stages))}"
+    done = {} if options.fresh else {n: r for n, r in read_rows(options.rows, source).items() if n in names}
+    rows = done | run(names, done, old, options, source)
+    new = {name: cells(rows[name], known[name]) for name in names}
+    report(rows, new)
+    worse = compare(old, new)
+    if worse:
+        print(f"\nworse than {options.table}:\n  " + "\n  ".join(worse))
+    if options.write:
+        with_names = {n: {"model": n, "family": f} for n, f in known.items()}
+        write_table(options.table, {**with_names, **old, **new})
+    return bool(worse)
+
+
+def run(
+    names: Sequence[str],
+    done: dict[str, Row],
+    old: dict[str, dict[str, str]],
+    options: argparse.Namespace,
+    source: str,
+) -> dict[str, Row]:
+    """The rows that are not done yet. Large networks come first, one at a time."""
+    preload()
+    size = {n: float(old.get(n, {}).get("parameters_m") or 0) for n in names}
+    todo = sorted((n for n in names if n not in done), key=lambda n: -size[n])
+    with progress(len(names), "zoo") as bar:
+        bar.update(len(done))
+
+        def tick(row: Row) -> None:
+            bar.set_postfix_str(row["model"])
+            bar.update(1)
+
+        return run_all(
+            todo,
+            lambda name: examine(name, tuple(options.stages), options.stage_seconds),
+            options.rows,
+            source,
+            jobs=options.jobs,
+            seconds=options.seconds,
+            memory_gb=options.memory_gb,
+            heavy=lambda name: size[name] * 1e6 > HEAVY / 2,
+            tick=tick,
+        )
+
+
+def preload() -> None:
+    """Import what every network needs, once, before the processes are forked."""
+    torch.set_num_threads(1)
+    import diffusers.models  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+    import timm  # noqa: F401
+    import torchvision  # noqa: F401
+
+    gc.freeze()  # the collector leaves the shared pages alone
+
+
+def report(rows: dict[str, Row], new: dict[str, dict[str, str]]) -> None:
+    """Print the summary, why convs are refused, and every failure."""
+    print(summary(new))
+    reasons: Counter[str] = Counter()
+    for row in rows.values():
+        reasons.update(row.get("reasons", {}))
+    print("\nrefusals, all networks:")
+    for text, count in reasons.most_common(25):
+        print(f"  {count:7,} {text}")
+    print("\nfailures:")
+    for name, line in new.items():
+        for stage in ("trace", "exact", "compress", "onnx"):
+            if line[stage].startswith("error"):
+                print(f"  {name}: {stage} {line[stage][:300]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
