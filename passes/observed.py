@@ -11,6 +11,9 @@ size (a reshape with constant sizes), that size is all there is.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +43,7 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
     for node in gm.graph.nodes:
         if not is_map(node) or len(node.meta["shape"]) < 3:
             continue
-        if node.op == "placeholder" or _only_on_maps(gm, node):
+        if _only_on_maps(gm, node):
             seeds += [node, *(v for v in operands_of(node) if is_map(v))]
         elif _keeps_layout(gm, node):
             for value in operands_of(node):
@@ -81,7 +84,8 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
     positional = iter(gm.meta.get("lmfx", {}).get("positional", ()))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     runner = _ShapeRunner(gm)
-    with mode, torch.no_grad():
+    maps = spatial_maps(gm)
+    with mode, torch.no_grad(), _no_logging():
         for node in gm.graph.nodes:
             if node.op != "placeholder":
                 continue
@@ -90,11 +94,21 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
                 runner.given[node] = spec if not isinstance(spec, dict) else node.args[0] if node.args else None
                 continue
             shape = node.meta["shape"]
-            grows = len(shape) > 2 and node.meta["floating"]
-            size = (*shape[:2], *(n + growth for n in shape[2:])) if grows else shape
+            size = (*shape[:2], *(n + growth for n in shape[2:])) if node.name in maps else shape
             runner.given[node] = torch.empty(size, dtype=node.meta["dtype"])
         runner.run()
     return runner.shapes
+
+
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """torch logs each op that a fake tensor refuses, which here is a question and no failure."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 class _Unknown:

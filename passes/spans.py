@@ -18,6 +18,7 @@ from .errors import OptionError
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network, is_identity_config
 from .observed import follows
+from .reduction import join_of
 from .states import State, States
 
 __all__ = ["SpanOptions", "SpanSet", "enumerate_spans"]
@@ -166,8 +167,10 @@ class _Finder:
                 readers = self.network.nodes[name].users
                 if len(readers) > 1:
                     names = (name, *(u.name for u in readers))
+                    far = [u for u in readers if join_of(u) is not None]
+                    skip = f"; {far[-1].name} takes it as a long skip" if far else ""
                     self.refusals.append(
-                        Refusal(f"the value of {name} is read by {len(readers)} ops that do not rejoin", names)
+                        Refusal(f"the value of {name} is read by {len(readers)} ops that do not rejoin{skip}", names)
                     )
             for reader in self.network.nodes[region.exit].users:
                 refusal = self.network.meeting(self.network.nodes[region.exit], reader)

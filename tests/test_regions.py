@@ -202,20 +202,38 @@ def test_a_vector_made_from_the_map_itself_is_a_branch() -> None:
     assert regions(body) == ["a | add(., mean!) relu | b"]
 
 
-def test_a_side_input_is_an_opaque_layer_and_the_refusal_says_so() -> None:
-    class Embedded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.lin = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(5, 4)
+class Embedded(nn.Module):
+    def __init__(self, join: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.lin = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(5, 4)
+        self.join = join
 
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.b(F.silu(self.a(x) + self.lin(t)[:, :, None, None]))
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.b(F.silu(self.join(self.a(x), self.lin(t)[:, :, None, None])))
 
-    net = Network(trace(Embedded().eval(), (X, torch.randn(2, 5))))
-    assert [words(r.series) for r in net.regions] == ["a | add! | silu_1 | b"]
+
+def test_a_vector_that_is_added_from_the_side_belongs_to_the_convs_layer() -> None:
+    net = Network(trace(Embedded(torch.add).eval(), (X, torch.randn(2, 5))))
+    assert [words(r.series) for r in net.regions] == ["a add silu_1 | b"]
+    assert not [r for r in enumerate_spans(net).refusals if "side input" in r.reason]
+
+
+def test_a_gate_from_the_side_is_an_opaque_layer_and_the_refusal_says_so() -> None:
+    net = Network(trace(Embedded(torch.mul).eval(), (X, torch.randn(2, 5))))
+    assert [words(r.series) for r in net.regions] == ["a | mul! | silu_1 | b"]
     reasons = [r for r in enumerate_spans(net).refusals if "side input" in r.reason]
-    assert [r.reason for r in reasons] == ["add adds a side input of shape (2, 4, 1, 1) to the map of a"]
-    assert reasons[0].nodes[0] == "add"
+    assert [r.reason for r in reasons] == ["mul multiplies by a side input of shape (2, 4, 1, 1) at the map of a"]
+    assert reasons[0].nodes[0] == "mul"
+
+
+def test_a_long_skip_is_named() -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        w = m.b(y)
+        return torch.cat([m.c(w), y], 1), m.d(w)
+
+    reasons = [r.reason for r in enumerate_spans(network(body)).refusals]
+    assert "the value of a is read by 2 ops that do not rejoin; cat takes it as a long skip" in reasons
 
 
 def test_operands_that_leave_different_values_are_told() -> None:
