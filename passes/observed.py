@@ -12,7 +12,7 @@ size (a reshape with constant sizes), that size is all there is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from . import ops
 from .ir import ConvConfig
 from .reduction import is_map, join_of, operands_of
 
-__all__ = ["GROWTH", "follows", "observed_geometry", "spatial_maps", "values_at"]
+__all__ = ["GROWTH", "fake_shapes", "follows", "observed_geometry", "spatial_maps", "values_at"]
 
 GROWTH = (32, 37, 43)  # pixels that each spatial dimension of the inputs grows by, one run each
 Shapes = dict[str, tuple[int, ...]]
@@ -82,22 +82,37 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
     """
     known = gm.meta.get("lmfx", {}).get("keyword", {})
     positional = iter(gm.meta.get("lmfx", {}).get("positional", ()))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    runner = _ShapeRunner(gm)
     maps = spatial_maps(gm)
-    with mode, torch.no_grad(), _no_logging():
-        for node in gm.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            spec = known.get(str(node.target), next(positional, None))
-            if node.meta.get("shape") is None:
-                runner.given[node] = spec if not isinstance(spec, dict) else node.args[0] if node.args else None
-                continue
-            shape = node.meta["shape"]
-            size = (*shape[:2], *(n + growth for n in shape[2:])) if node.name in maps else shape
-            runner.given[node] = torch.empty(size, dtype=node.meta["dtype"])
-        runner.run()
+    given: list[Any] = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        spec = known.get(str(node.target), next(positional, None))
+        shape = node.meta.get("shape")
+        if shape is None:
+            given.append(spec if not isinstance(spec, dict) else node.args[0] if node.args else None)
+            continue
+        size = (*shape[:2], *(n + growth for n in shape[2:])) if node.name in maps else shape
+        given.append((size, node.meta["dtype"]))
+    return {node.name: shape for node, shape in fake_shapes(gm, given, partial=True).items()}
+
+
+def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False) -> dict[fx.Node, tuple[int, ...]]:
+    """The shape of every tensor in a graph (in eval mode), without computing anything.
+
+    `inputs` are `(shape, dtype)` pairs, or values that are no tensors. With `partial` values that can not be had for
+    these inputs are left out, with all that is computed from them; else what an op raises is raised.
+    """
+    runner = _ShapeRunner(gm, partial)
+    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _no_logging():
+        runner.run(*(_fake(value, device) for value in inputs), enable_io_processing=False)
     return runner.shapes
+
+
+def _fake(value: Any, device: torch.device) -> Any:
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
+    return torch.empty(value[0], dtype=value[1], device=device) if pair else value
 
 
 @contextmanager
@@ -116,29 +131,31 @@ class _Unknown:
 
 
 class _ShapeRunner(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, partial: bool) -> None:
         super().__init__(gm)
-        self.given: dict[fx.Node, Any] = {}
-        self.shapes: Shapes = {}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return super().run(*args, enable_io_processing=False)
+        self.partial = partial
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
             return None
-        if n.op == "placeholder":
-            value = self.given[n]
-        elif any(isinstance(self.env.get(v), _Unknown) for v in n.all_input_nodes):
-            value = _Unknown()
-        else:
-            try:
-                value = super().run_node(n)
-            except Exception:  # a constant size somewhere: this value is only there at the example's size
-                value = _Unknown()
+        if any(isinstance(self.env.get(v), _Unknown) for v in n.all_input_nodes):
+            return _Unknown()
+        try:
+            value = self.value(n)
+        except Exception:  # a constant size somewhere: this value is only there at the example's size
+            if not self.partial:
+                raise
+            return _Unknown()
         if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
+            self.shapes[n] = tuple(value.shape)
         return value
+
+    def value(self, n: fx.Node) -> Any:
+        source = n.args[0] if n.op == "call_module" and len(n.args) == 1 else None
+        if isinstance(source, fx.Node) and ops.keeps_shape(self.fetch_attr(str(n.target))):
+            return self.env[source]
+        return super().run_node(n)
 
 
 def follows(config: ConvConfig, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

@@ -140,6 +140,14 @@ def rank(module: nn.Module) -> int:
     raise TypeError(f"{type(module).__name__} has no number of spatial dimensions")
 
 
+def keeps_shape(module: nn.Module) -> bool:
+    """Whether the output has the shape and dtype of the one input, so that no shape needs to be computed.
+
+    Fake tensors decompose norms into many small ops, which costs more than everything else in a graph.
+    """
+    return plain_in(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, *ACTIVATIONS, ChannelAffine))
+
+
 def conv_class(ndim: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:
     """The torch conv module for 1 to 3 spatial dimensions."""
     return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]

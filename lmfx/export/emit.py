@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.passes.errors import ExportError, MissingExtra
+from lmfx.passes.observed import fake_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +31,7 @@ __all__ = [
     "UnsupportedOp",
     "emit",
     "eval_mode",
-    "fake_shapes",
+    "eval_shapes",
     "fallback_bytes",
     "input_specs",
     "off_meta",
@@ -98,23 +99,10 @@ def input_specs(inputs: Sequence[Any]) -> tuple[InputSpec, ...]:
     )
 
 
-def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[int, ...]]:
+def eval_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[int, ...]]:
     """The shape of every tensor in a graph in eval mode, without computing anything."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, torch.Tensor):
-                shapes[n] = tuple(value.shape)
-            return value
-
-    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
-    with eval_mode(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        Shapes(gm).run(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in input_specs(inputs)))
-    return shapes
+    with eval_mode(gm):
+        return fake_shapes(gm, input_specs(inputs))
 
 
 @contextlib.contextmanager

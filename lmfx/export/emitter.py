@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from lmfx.export.emit import IR_VERSION, OPSET, InputSpec, UnsupportedOp, fake_shapes, require_onnx
+from lmfx.export.emit import IR_VERSION, OPSET, InputSpec, UnsupportedOp, eval_shapes, require_onnx
 from lmfx.export.rules import FUNCTION_RULES, MODULE_RULES
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Emitter:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of a node's value."""
         if self._shapes is None:
-            self._shapes = fake_shapes(self.gm, self.specs)
+            self._shapes = eval_shapes(self.gm, self.specs)
         return self._shapes[node]
 
     # the walk

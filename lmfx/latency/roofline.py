@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import fake_shapes
+from lmfx.export.emit import eval_shapes
 from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
@@ -100,7 +100,7 @@ class RooflineBackend:
                     "give the GraphModule that lmfx.trace makes"
                 ) from error
         try:
-            shapes = fake_shapes(gm, inputs)
+            shapes = eval_shapes(gm, inputs)
         except RuntimeError as error:
             raise OptionError(
                 f"roofline needs a graph whose shapes do not depend on values ({str(error).splitlines()[0]}); measure "
