@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.passes import ops
+from lmfx.passes.copies import eval_copy
 from lmfx.passes.errors import DeviceError, InputError, ModelError, OptionError
 from lmfx.passes.spans import SpanOptions
-from lmfx.passes.trace import _copy, example_arguments
+from lmfx.passes.trace import example_arguments
 
 __all__ = ["check_batched", "check_graph", "check_model", "check_run_options", "span_options"]
 
@@ -115,7 +116,7 @@ def _check_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Te
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return _copy(model)
+        return eval_copy(model)
     except Exception as error:  # an attribute of the user's may refuse in any way
         raise ModelError(
             f"{type(model).__name__} can not be copied ({type(error).__name__}: {error}): lmfx works on a copy, so "

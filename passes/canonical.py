@@ -32,7 +32,8 @@ _EXPORTED_NORM = "_native_batch_norm_legit_no_training"
 def canonicalize(gm: fx.GraphModule) -> int:
     """Rewrite the graph of `gm` (the caller's own copy) in place; returns the number of nodes changed.
 
-    Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor).
+    Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor), and `meta["same"]` if its
+    value is its first operand itself.
     """
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed = select_channels(gm)
@@ -68,6 +69,8 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
     if name == _EXPORTED_NORM:
         return _exported_norm(gm, node)
     if _is_copy(gm, node, name):
+        return bypass(node)
+    if name in ops.CASTS and node.meta.get("same"):
         return bypass(node)
     if node.meta.get("shape") is None:
         return False

@@ -36,6 +36,8 @@ def module_of(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
         return _batch_norm(gm, node)
     if name == "linear":
         return _linear(gm, node)
+    if name in ("group_norm", "layer_norm"):
+        return _norm(gm, node, name)
     if name == "prelu":
         return _prelu(gm, node)
     if name in ops.FUNCTIONS and len(node.all_input_nodes) == 1:
@@ -94,6 +96,34 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     norm.running_mean, norm.running_var = tensors["running_mean"], tensors["running_var"]
     if tensors["weight"] is not None and tensors["bias"] is not None:
         norm.weight, norm.bias = _parameter(tensors["weight"]), _parameter(tensors["bias"])
+    return norm
+
+
+def _norm(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
+    """Norms that compute their statistics: F.group_norm(x, groups, ...), F.layer_norm(x, shape, ...), and aten's."""
+    first = "num_groups" if name == "group_norm" else "normalized_shape"
+    # torch.layer_norm and aten's have one more flag behind, which says nothing in eval mode.
+    bound = bind(node, (first, "weight", "bias", "eps", "cudnn_enabled"))
+    if bound is None or isinstance(bound.get(first), (fx.Node, type(None))):
+        return None
+    tensors = {k: tensor_of(gm, bound.get(k)) for k in ("weight", "bias")}
+    if any(bound.get(k) is not None and t is None for k, t in tensors.items()):
+        return None
+    weight, bias = tensors["weight"], tensors["bias"]
+    if weight is None and bias is not None:
+        return None
+    eps, affine = bound.get("eps", 1e-5), weight is not None
+    norm: nn.GroupNorm | nn.LayerNorm
+    if name == "group_norm":
+        if affine and bias is None:
+            return None
+        norm = nn.GroupNorm(bound[first], node.meta["shape"][1], eps=eps, affine=affine)
+    else:
+        norm = nn.LayerNorm(tuple(bound[first]), eps=eps, elementwise_affine=affine, bias=bias is not None)
+    if weight is not None:
+        norm.weight = _parameter(weight)
+    if bias is not None:
+        norm.bias = _parameter(bias)
     return norm
 
 

@@ -78,7 +78,7 @@ def make_pure(graph_module: fx.GraphModule) -> int:
             continue
         if source is not None:
             base[node] = source
-        if "out" in node.kwargs:
+        if node.kwargs.get("out") is not None:
             raise TraceError(f"{node.name} writes into out=, which fx can not express as a pure op")
         if name == "setitem":
             raise TraceError(f"{node.name} writes into a part of a tensor, which fx can not express as a pure op")

@@ -25,6 +25,7 @@ __all__ = [
     "AFFINE",
     "AVG_POOLS",
     "BATCH_NORMS",
+    "CASTS",
     "CONVS",
     "IDEMPOTENT",
     "IDENTITIES",
@@ -95,6 +96,8 @@ IDENTITY_FUNCTIONS = frozenset(
     {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "feature_dropout"}
     | {"stochastic_depth", "drop_path", "drop_block2d", "drop_block3d"}
 )
+# The identity where the value has the type already, which the example tells.
+CASTS = frozenset({"to", "type_as", "float", "double", "half", "bfloat16", "_to_copy"})
 JOINS: dict[str, str] = {"add": "add", "sub": "sub", "cat": "cat", "concat": "cat", "concatenate": "cat", "mul": "mul"}
 
 

@@ -40,9 +40,13 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
             owner = str(value.target).rpartition(".")[0]
             if owner and not list(gm.get_submodule(owner).children()):
                 uses = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == owner]
+                if uses and _same(gm.get_submodule(owner), module):
+                    return owner  # the second call of one module
                 if not uses and all(isinstance(getattr(module, a, None), Tensor) for a in _attributes_read(gm, owner)):
                     return owner
     path = node.meta.get("path", "")
+    if node.meta.get("leaf") and _may_stand_at(gm, path, module):
+        return path  # what torch.export saw of a module without parameters
     base = f"{path}.{name}" if path else name
     taken, i = {n for n, _ in gm.named_modules(remove_duplicate=False)}, 0
     top = {n for n in gm._modules} | set(dir(type(gm)))
@@ -51,6 +55,22 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
         i += 1
         candidate = f"{base}_{i}"
     return candidate
+
+
+def _same(old: nn.Module, new: nn.Module) -> bool:
+    """Whether two modules are alike and share every parameter and buffer."""
+    if type(old) is not type(new) or repr(old) != repr(new):
+        return False
+    tensors = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (old, new)]
+    return tensors[0].keys() == tensors[1].keys() and all(tensors[0][k] is tensors[1][k] for k in tensors[0])
+
+
+def _may_stand_at(gm: fx.GraphModule, path: str, module: nn.Module) -> bool:
+    """Whether the path is free, or holds an equal module that another call put there."""
+    held: Any = gm
+    for atom in path.split("."):
+        held = getattr(held, atom, None)
+    return held is None or (isinstance(held, nn.Module) and _same(held, module))
 
 
 def _attributes_read(gm: fx.GraphModule, owner: str) -> set[str]:

@@ -10,26 +10,41 @@
 The input is never changed: tracing works on a copy in eval mode, a fresh one for each tracer. Every node carries
 `meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and
 the graph is compared with the model on the example before it is returned.
+
+The first tracer that works and hides no convolution in an opaque submodule is taken, else the one that hides fewest.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from .canonical import canonicalize
+from .copies import eval_copy
 from .errors import TraceError
+from .exported import trace_export
+from .fold import fold_constants
 from .inplace import make_pure
-from .tracers import TRACERS, Example
+from .interface import Example, bind, plain_output
+from .shape_tracer import trace_shapes
+from .tracers import Traced, first_line, trace_symbolic
 
-__all__ = ["annotate", "example_arguments", "fingerprint", "trace"]
+__all__ = ["TRACERS", "annotate", "example_arguments", "fingerprint", "trace"]
 
+TRACERS: dict[str, Callable[[nn.Module, Example], Traced]] = {
+    "symbolic": trace_symbolic,
+    "shapes": trace_shapes,
+    "export": trace_export,
+}
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# What fake tensors say when the values of the data decide, which torch.export can not know either.
+_DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 
 
 def example_arguments(example_input: Any) -> Example:
@@ -45,44 +60,69 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     """A canonical GraphModule that computes what `model` computes in eval mode.
 
     `example_input` is a tensor, a tuple of positional arguments or a dict of keyword arguments. Tracers are tried in
-    the order given (`symbolic`, `shapes`, `export`); the first whose graph agrees numerically with the model is taken.
-    `graph.meta["lmfx"]` holds the tracer's name, the reasons of opaque submodules and the example's shapes.
+    the order given (`symbolic`, `shapes`, `export`); of those whose graph agrees numerically with the model, the one
+    that hides fewest convolutions in opaque submodules is taken, and the first of equals. The graph takes what the
+    model takes and gives what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the
+    reasons of opaque submodules and the example's shapes.
 
-    Raises `TraceError` if none agrees, with the reason of each.
+    Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
+    forward does not take.
     """
     example = example_arguments(example_input)
-    reference = _run(_copy(model), example)
-    reasons = []
+    bind(model, example)
+    reference = _run(eval_copy(model), example)
+    reasons: list[str] = []
+    best: tuple[int, fx.GraphModule] | None = None
     for name in tracers:
-        source = _copy(model)
+        if name == "export" and any(kind in reason for kind in _DATA_DEPENDENT for reason in reasons):
+            reasons.append(f"{name}: not tried, because the control flow depends on data")
+            continue
         try:
-            gm, opaque = TRACERS[name](source, example)
-            gm.train(False)
-            make_pure(gm)
-            annotate(gm, example)
-            canonicalize(gm)
-            result = annotate(gm, example)
+            gm = _graph_of(name, model, example, reference)
         except Exception as error:  # any tracer may fail in any way; the next one is tried
-            text = str(error).strip().splitlines()
-            reasons.append(f"{name}: {type(error).__name__}: {text[0] if text else ''}")
+            reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
-        difference = _difference(reference, result)
-        if difference is not None:
-            reasons.append(f"{name}: the graph does not compute what the model computes ({difference})")
-            continue
-        args, kwargs = example
-        gm.meta["lmfx"] = {
-            "tracer": name,
-            "opaque": opaque,
-            "positional": [_spec(a) for a in args],
-            "keyword": {k: _spec(v) for k, v in kwargs.items()},
-        }
-        return gm
+        hidden = _hidden_convs(gm)
+        if best is None or hidden < best[0]:
+            best = hidden, gm
+        if not hidden:
+            break
+    if best is not None:
+        return best[1]
     detail = "\n  ".join(reasons)
     raise TraceError(
         f"{type(model).__name__} could not be traced:\n  {detail}\n"
         "Pass the traceable part of the model (its backbone), or make the data-dependent part a module of its own."
     )
+
+
+def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> fx.GraphModule:
+    """The canonical graph that one tracer gives. Raises anything that the tracer raises, or `TraceError`."""
+    traced = TRACERS[name](model, example)
+    gm = traced.gm
+    gm.train(False)
+    make_pure(gm)
+    annotate(gm, example)
+    fold_constants(gm)
+    canonicalize(gm)
+    difference = _difference(reference, annotate(gm, example))
+    if difference is not None:
+        raise TraceError(f"the graph does not compute what the model computes ({difference})")
+    args, kwargs = example
+    gm.meta["lmfx"] = {
+        "tracer": name,
+        "opaque": traced.opaque,
+        "positional": [_spec(a) for a in args],
+        "keyword": {k: _spec(v) for k, v in kwargs.items()},
+    }
+    return gm
+
+
+def _hidden_convs(gm: fx.GraphModule) -> int:
+    """Convolutions inside the submodules that the tracer could not follow."""
+    opaque = gm.meta["lmfx"]["opaque"]
+    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"} & set(opaque)
+    return sum(isinstance(m, _ConvNd) for name in called for m in gm.get_submodule(name).modules())
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
@@ -105,14 +145,13 @@ def annotate(gm: fx.GraphModule, example: Example) -> Any:
 
 def _placeholder_values(gm: fx.GraphModule, example: Example) -> list[Any]:
     args, kwargs = example
-    names = [str(n.target).lstrip("*") for n in gm.graph.nodes if n.op == "placeholder"]
-    defaults = {str(n.target).lstrip("*"): n.args[0] for n in gm.graph.nodes if n.op == "placeholder" and n.args}
-    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    values = []
-    for name in names:
-        value = given.get(name)
-        values.append(value.clone() if isinstance(value, Tensor) else value)
-    return values
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return [_clone(given.get(name)) for name in names]
+
+
+def _clone(value: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
 class _Annotator(fx.Interpreter):
@@ -132,6 +171,8 @@ class _Annotator(fx.Interpreter):
         tensor = value if isinstance(value, Tensor) else None
         n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
         n.meta["dtype"] = tensor.dtype if tensor is not None else None
+        first = n.args[0] if n.args else None
+        n.meta["same"] = tensor is not None and isinstance(first, fx.Node) and self.env.get(first) is tensor
         n.meta["floating"] = tensor is not None and tensor.is_floating_point()
         if "path" not in n.meta:
             stack = n.meta.get("nn_module_stack")
@@ -159,52 +200,16 @@ def _spec(value: Any) -> Any:
     return value
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode with plain parameters (parametrizations such as weight norm are evaluated)."""
-    # Old-style weight_norm keeps a computed tensor as an attribute, which deepcopy refuses.
-    computed: dict[int, Any] = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    clone = copy.deepcopy(model, computed).eval()
-    for module in list(clone.modules()):
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            _evaluate_parametrizations(module)
-        hooks: list[Any] = list(module._forward_pre_hooks.values())
-        for hook in hooks:
-            if type(hook).__name__ == "WeightNorm":
-                torch.nn.utils.remove_weight_norm(module, hook.name)
-            elif type(hook).__name__ == "SpectralNorm":
-                torch.nn.utils.remove_spectral_norm(module, hook.name)
-    return clone
-
-
-def _evaluate_parametrizations(module: Any) -> None:
-    """Put plain parameters in place of parametrized ones.
-
-    torch's `remove_parametrizations` deletes properties of the module's class, which a deep copy shares with its
-    original: it would break the caller's model.
-    """
-    names = list(module.parametrizations)
-    values = {name: getattr(module, name).detach().clone() for name in names}
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value))
-
-
 def _run(model: nn.Module, example: Example) -> Any:
-    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+    args, kwargs = _clone(example)
     with torch.no_grad():
         return model(*args, **kwargs)
 
 
 def _difference(expected: Any, actual: Any) -> str | None:
     """None if two outputs agree to the rounding of their dtype, else what differs."""
-    left = [v for v in pytree.tree_leaves(_plain(expected)) if isinstance(v, Tensor)]
-    right = [v for v in pytree.tree_leaves(_plain(actual)) if isinstance(v, Tensor)]
+    left = [v for v in pytree.tree_leaves(plain_output(expected)) if isinstance(v, Tensor)]
+    right = [v for v in pytree.tree_leaves(plain_output(actual)) if isinstance(v, Tensor)]
     if len(left) != len(right):
         return f"{len(left)} tensors became {len(right)}"
     for a, b in zip(left, right, strict=True):
@@ -224,8 +229,3 @@ def _difference(expected: Any, actual: Any) -> str | None:
         if error > _TOLERANCE.get(a.dtype, 1e-3):
             return f"relative error {error:.2e}"
     return None
-
-
-def _plain(value: Any) -> Any:
-    """Dataclass-like outputs as plain containers."""
-    return dict(value) if isinstance(value, dict) else value

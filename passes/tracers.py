@@ -4,31 +4,41 @@
     shapes     the same with proxies that carry a fake tensor, so that shapes, `len` and `if` resolve
     export     torch.export, functionalized: sees every alias, specialised to the example's shape
 
-A submodule that torch.fx cannot trace becomes a leaf by itself, with the reason kept, and the trace goes on.
+A submodule that torch.fx cannot trace becomes a leaf by itself, with the reason kept, and the trace goes on: the model
+is traced again, from a fresh copy, with that submodule as a leaf from the start. A model may keep what it computes
+(a mask, a table of positions) in an attribute, and what an interrupted forward leaves there is a proxy.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, fx, nn
 
 from . import ops
+from .copies import eval_copy
 from .errors import TraceError
+from .interface import Example, ModelCodeGen, Structure, bind, strip
 
-__all__ = ["TRACERS", "Example", "trace_export", "trace_shapes", "trace_symbolic"]
+__all__ = ["MutableProxy", "SymbolicTracer", "Traced", "first_line", "record", "trace_symbolic", "unpacked"]
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 _NORM_NAMES = ("norm", "frn", "evonorm")
+_LAYOUT = frozenset({"permute", "transpose", "movedim", "swapaxes"})
 
 
-class _MutableProxy(fx.Proxy):
+@dataclass(frozen=True)
+class Traced:
+    """A raw graph, and the reason of each submodule that was not traced."""
+
+    gm: fx.GraphModule
+    opaque: dict[str, str]
+
+
+class MutableProxy(fx.Proxy):
     """A proxy that records `x += y` as what it is, instead of as an out-of-place add."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
@@ -50,202 +60,180 @@ class _MutableProxy(fx.Proxy):
 class SymbolicTracer(fx.Tracer):
     """torch.fx with leaves chosen by what a module is, not by where its class was defined."""
 
-    def __init__(self) -> None:
+    follows_numbers = True  # a number that the example gives is a value of the graph, not a constant
+
+    def __init__(self, model: nn.Module, example: Example, leaves: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.opaque: dict[str, str] = {}
+        self.binding = bind(model, example)
+        self.leaves = leaves
+        self.failed: dict[str, str] = {}
+        self.fixed: dict[str, Any] = {}
+        self.structure: Structure | None = None
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.names = {id(tensor): (name, tensor) for name, tensor in named}
+        self.paths: dict[int, str] = {}
+
+    # --- inputs and outputs -------------------------------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One placeholder for each argument of the example, and the output in plain containers."""
+
+        def forward(root: Any) -> Any:
+            values = {name: self.placeholder(name, value) for name, value in self.binding.given.items()}
+            plain, self.structure = strip(self.binding.call(root.forward, values))
+            return plain
+
+        forward.__annotations__.clear()  # torch.fx would write them into the generated code
+        return forward, [self.root]
+
+    def placeholder(self, name: str, value: Any) -> Any:
+        """What the model gets for an argument: a proxy, a container of proxies, or the constant itself."""
+        proxy = self.create_proxy("placeholder", name, (), {})
+        if isinstance(value, Tensor):
+            return proxy
+        if isinstance(value, (tuple, list, dict)) and _holds_tensor(value):
+            return unpacked(proxy, value)
+        if self.follows_numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return proxy
+        self.fixed[name] = value
+        return value
+
+    def create_arg(self, a: Any) -> Any:
+        """Parameters and buffers by their names, found in constant time."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        known = self.names.get(id(a))
+        if known is not None and known[1] is a:
+            return self.create_node("get_attr", known[0], (), {})
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters as they are: what a forward computes from them alone is a constant, and their shapes are known."""
+        return attr_val
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The qualified name, found in constant time; `NameError` if the module is none of the model's."""
+        if not self.paths:
+            self.paths = {id(m): name for name, m in self.root.named_modules()}
+        name = self.paths.get(id(mod))
+        return super().path_of_module(mod) if name is None else name
+
+    # --- leaves -------------------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        if ops.has_hooks(module):
+        """Whether a module is one op: a plain torch.nn one, one with hooks, one that is the identity."""
+        if ops.has_hooks(module) or qualified_name in self.leaves:
             return True
         if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             return False
-        name = type(module).__name__.lower()
-        if name in {n.lower() for n in ops.IDENTITY_NAMES}:
+        if type(module).__name__ in ops.IDENTITY_NAMES:
             return True
         if type(module).__module__.startswith("torch.nn."):
             return True
-        understood = (*ops.CONVS, *ops.AFFINE, *ops.ACTIVATIONS, *ops.MAX_POOLS, *ops.IDENTITIES, nn.Linear)
-        if any(ops.is_plain(module, kind) for kind in understood):
-            return True
-        norm_like = any(part in name for part in _NORM_NAMES) and not list(module.children())
-        return norm_like and not any(isinstance(m, ops.CONVS) for m in module.modules())
+        return ops.plain_in(module, _UNDERSTOOD)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _MutableProxy(node, self)
+        """Proxies that record in-place operators."""
+        return MutableProxy(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        """Trace into a module, or record a call of it if that can not be done."""
         qualified = self.path_of_module(m)
         if self.is_leaf_module(m, qualified):
             return super().call_module(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
-        stack = copy.copy(self.module_stack)
+        stack = list(self.module_stack.items())
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever the forward does with a proxy may raise anything
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
-                self.graph.erase_node(node)
-            self.module_stack = stack
-            self.opaque[qualified] = f"torch.fx cannot trace {type(m).__name__}: {_first_line(error)}"
-            return self.create_proxy("call_module", qualified, args, kwargs)
+            if not _is_norm(m):
+                self.failed[qualified] = f"torch.fx cannot trace {type(m).__name__}: {first_line(error)}"
+        else:
+            if not _is_norm(m) or _is_chain(self.graph, last):
+                return result
+        while (node := next(iter(reversed(self.graph.nodes)))) is not last:
+            self.graph.erase_node(node)
+        self.module_stack.clear()
+        self.module_stack.update(stack)
+        self.leaves |= {qualified}
+        return super().call_module(m, forward, args, kwargs)
 
 
-def _first_line(error: BaseException) -> str:
+_UNDERSTOOD = (
+    *ops.CONVS,
+    *ops.AFFINE,
+    *ops.ACTIVATIONS,
+    *ops.MAX_POOLS,
+    *ops.IDENTITIES,
+    nn.Linear,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm without parts of its own, by its class's name or base."""
+    name = type(module).__name__.lower()
+    return not list(module.children()) and any(part in name for part in _NORM_NAMES)
+
+
+def _is_chain(graph: fx.Graph, last: fx.Node) -> bool:
+    """Whether what was recorded after `last` reads one value each and keeps the layout.
+
+    Such a norm is worth more as its ops (a norm with constant statistics is a scale and a bias, `F.group_norm` is a
+    module); a norm that computes its statistics by hand, or permutes, says more as one op.
+    """
+    for node in reversed(graph.nodes):
+        if node is last:
+            return True
+        if str(node.target if node.op == "call_method" else getattr(node.target, "__name__", "")) in _LAYOUT:
+            return False
+        if len([n for n in node.all_input_nodes if n.op != "get_attr"]) > 1:
+            return False
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
 
 
-def trace_symbolic(model: nn.Module, example: Example) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Trace with torch.fx; parameters that the example does not give keep their defaults."""
-    tracer = SymbolicTracer()
-    graph = tracer.trace(model, concrete_args=_absent_arguments(model, example))
-    return fx.GraphModule(model, graph, type(model).__name__), tracer.opaque
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        return any(_holds_tensor(v) for v in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
-def _absent_arguments(model: nn.Module, example: Example) -> dict[str, Any] | None:
-    """Default values of the forward's parameters that are not passed, so that they are constants in the graph."""
-    parameters = inspect.signature(model.forward).parameters
-    args, kwargs = example
-    given = set(list(parameters)[: len(args)]) | set(kwargs)
-    absent = {
-        name: p.default
-        for name, p in parameters.items()
-        if name not in given and p.default is not inspect.Parameter.empty and p.kind is not p.VAR_KEYWORD
-    }
-    return absent or None
+def unpacked(proxy: Any, value: Any) -> Any:
+    """A container like `value`, whose tensors are items of `proxy`."""
+    if isinstance(value, dict):
+        return {k: unpacked(proxy[k], v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [unpacked(proxy[i], v) for i, v in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return proxy if isinstance(value, Tensor) else value
 
 
-class _ShapeProxy(_MutableProxy):
-    """A proxy that knows the fake value behind it, and answers questions about it with constants."""
-
-    fake: Any
-
-    def __len__(self) -> int:
-        return len(self.fake)
-
-    def __bool__(self) -> bool:
-        return bool(self.fake)
-
-    def __int__(self) -> int:
-        return int(self.fake)
-
-    def __index__(self) -> int:
-        return operator.index(self.fake)
-
-    @property
-    def shape(self) -> Any:
-        return self.fake.shape
-
-    @property
-    def ndim(self) -> int:
-        return int(self.fake.ndim)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.fake.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.fake.device
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.fake.size() if dim is None else self.fake.size(dim)
-
-    def dim(self) -> int:
-        return int(self.fake.dim())
-
-    def numel(self) -> int:
-        return int(self.fake.numel())
-
-    def is_floating_point(self) -> bool:
-        return bool(self.fake.is_floating_point())
+def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Traced:
+    """Trace fresh copies of `model` until nothing fails that was not a leaf from the start."""
+    opaque: dict[str, str] = {}
+    while True:
+        source = eval_copy(model)
+        tracer = kind(source, example, frozenset(opaque))
+        with torch.no_grad():  # what is computed from parameters alone is a constant
+            graph = tracer.trace(source)
+        if not tracer.failed:
+            break
+        if tracer.failed.keys() <= opaque.keys():
+            raise TraceError(f"{', '.join(tracer.failed)} can not be traced, not even as opaque modules")
+        opaque |= tracer.failed
+    graph.set_codegen(ModelCodeGen(tracer.binding, tracer.fixed, tracer.structure))
+    return Traced(fx.GraphModule(source, graph, type(model).__name__), opaque)
 
 
-class ShapeTracer(SymbolicTracer):
-    """A tracer whose proxies carry fake tensors, computed op by op beside the graph."""
-
-    def __init__(self, model: nn.Module, example: Example) -> None:
-        super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        args, kwargs = example
-        names = list(inspect.signature(model.forward).parameters)
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.inputs = {k: self._fake(v) for k, v in given.items()}
-
-    def _fake(self, value: Any) -> Any:
-        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ShapeProxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *more, **named)
-        unwrap = lambda p: p.fake if isinstance(p, _ShapeProxy) else p  # noqa: E731
-        a, k = fx.node.map_aggregate(args, unwrap), fx.node.map_aggregate(kwargs, unwrap)
-        with self.mode, torch.no_grad():
-            if kind == "call_function":
-                fake = target(*a, **k)
-            elif kind == "call_method":
-                fake = getattr(a[0], target)(*a[1:], **k)
-            elif kind == "call_module":
-                fake = _unpatched(lambda: self.root.get_submodule(target)(*a, **k))
-            elif kind == "get_attr":
-                fake = self._fake(_unpatched(lambda: operator.attrgetter(target)(self.root)))
-            elif kind == "placeholder":
-                fake = self.inputs.get(target.lstrip("*"))
-            else:
-                fake = None
-        constant = fake is not None and not isinstance(fake, (torch.Tensor, tuple, list, dict))
-        if constant and kind in ("call_function", "call_method"):
-            return fake  # a number, a shape, a flag: a constant of this trace
-        assert isinstance(proxy, _ShapeProxy)
-        proxy.fake = fake
-        return proxy
-
-
-_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
-
-
-def _unpatched(action: Callable[[], Any]) -> Any:
-    """Do something with real modules while torch.fx has `__call__` and `__getattr__` of nn.Module patched."""
-    patched = nn.Module.__call__, nn.Module.__getattr__
-    nn.Module.__call__, nn.Module.__getattr__ = _CALL, _GETATTR  # type: ignore[method-assign]
-    try:
-        return action()
-    finally:
-        nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore[method-assign]
-
-
-def trace_shapes(model: nn.Module, example: Example) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Trace with shape-carrying proxies; the graph is specialised to the example's shape."""
-    tracer = ShapeTracer(model, example)
-    graph = tracer.trace(model, concrete_args=_absent_arguments(model, example))
-    return fx.GraphModule(model, graph, type(model).__name__), tracer.opaque
-
-
-def trace_export(model: nn.Module, example: Example) -> tuple[fx.GraphModule, dict[str, str]]:
-    """Trace with torch.export, functionalized but not decomposed."""
-    args, kwargs = example
-    with torch.no_grad():  # autograd forbids some in-place ops that inference allows
-        program = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
-    exported = program.module()
-    if not isinstance(exported, fx.GraphModule):
-        raise TraceError("torch.export gave no graph module")
-    for node in list(exported.graph.nodes):
-        if node.op == "call_module" and "guards" in str(node.target):
-            exported.graph.erase_node(node)
-    output = next(n for n in exported.graph.nodes if n.op == "output")
-    plain_inputs = not kwargs and all(isinstance(a, torch.Tensor) for a in args)
-    if plain_inputs and len(output.args[0]) == 1 and program.call_spec.out_spec.is_leaf():
-        # One tensor out of plain tensors: no need of the exported program's flattening of inputs and outputs.
-        output.args = (output.args[0][0],)
-        exported.graph.set_codegen(fx.graph.CodeGen())
-    return fx.GraphModule(exported, exported.graph, type(model).__name__), {}
-
-
-TRACERS: dict[str, Callable[[nn.Module, Example], tuple[fx.GraphModule, dict[str, str]]]] = {
-    "symbolic": trace_symbolic,
-    "shapes": trace_shapes,
-    "export": trace_export,
-}
+def trace_symbolic(model: nn.Module, example: Example) -> Traced:
+    """Trace with torch.fx; the graph runs at other batches and sizes. `model` is not changed."""
+    return record(SymbolicTracer, model, example)

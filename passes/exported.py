@@ -1,0 +1,157 @@
+"""torch.export as the second way in, for what torch.fx can not follow: writes through views, wrapped functions.
+
+    model                 self.layer.conv(x)[:, 1:].mul_(2)
+    exported, aten        %w = get_attr[layer.conv.weight] ; conv2d ; slice ; mul ; slice_scatter
+    canonical (later)     call_module[layer.conv] ; ...
+
+The program is functionalized but not decomposed, parameters keep their names, and inputs and outputs are flat. Here it
+gets the model's own face: one placeholder for each argument, and the output in plain containers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .copies import eval_copy
+from .errors import TraceError
+from .interface import Example, ModelCodeGen, Structure, bind, strip
+from .tracers import Traced
+
+__all__ = ["trace_export"]
+
+
+def trace_export(model: nn.Module, example: Example) -> Traced:
+    """Trace with torch.export; the graph is specialised to the example. `model` is not changed."""
+    binding = bind(model, example)
+    source = _Flat(eval_copy(model), example)
+    tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
+    with torch.no_grad(), _silent():  # autograd forbids some in-place ops that inference allows
+        program = torch.export.export(source, tensors, strict=False).run_decompositions({})
+        exported: Any = program.module()
+    graph: fx.Graph = exported.graph
+    for node in list(graph.nodes):
+        if node.op == "call_module" and "guards" in str(node.target):
+            graph.erase_node(node)
+    flat = [n for n in graph.nodes if n.op == "placeholder"]
+    if len(flat) != len(tensors):
+        raise TraceError(f"torch.export gave a graph of {len(flat)} inputs for {len(tensors)} tensors")
+    fixed = _name_inputs(graph, flat, binding.given)
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (_refill(source.captured.output, iter(output.args[0])),)
+    graph.set_codegen(ModelCodeGen(binding, fixed, source.captured.structure))
+    _unprefix(graph)
+    gm = fx.GraphModule(exported.model, graph, type(model).__name__)
+    return Traced(gm, {})
+
+
+class _Flat(nn.Module):
+    """The model with the tensors of the example as its inputs and the tensors of its output as its outputs."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves, self.spec = pytree.tree_flatten(example)
+        self.captured = _Captured()  # torch.export puts attributes of modules back, but not those of other objects
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        args, kwargs = pytree.tree_unflatten(
+            [next(given) if isinstance(v, Tensor) else v for v in self.leaves], self.spec
+        )
+        plain, self.captured.structure = strip(self.model(*args, **kwargs))
+        self.captured.output = pytree.tree_map(lambda v: _HOLE if isinstance(v, Tensor) else v, plain)
+        return [v for v in pytree.tree_leaves(plain) if isinstance(v, Tensor)]
+
+
+class _Captured:
+    """The model's output, with holes for its tensors, and its structure."""
+
+    output: Any = None
+    structure: Structure | None = None
+
+
+# Strides are not kept by later passes (a contiguous copy is the identity to them), so views may have to copy.
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+class _Hole:
+    """Where a tensor stands in a plain output."""
+
+
+_HOLE = _Hole()
+
+
+def _refill(plain: Any, values: Iterator[Any]) -> Any:
+    return pytree.tree_map(lambda v: next(values) if v is _HOLE else v, plain)
+
+
+def _name_inputs(graph: fx.Graph, flat: list[fx.Node], given: dict[str, Any]) -> dict[str, Any]:
+    """One placeholder for each argument, with the flat ones read from it; returns the arguments that are constants."""
+    fixed: dict[str, Any] = {}
+    rest = iter(flat)
+    with graph.inserting_before(flat[0] if flat else None):
+        for name, value in given.items():
+            holder = graph.placeholder(name)
+            paths = pytree.tree_flatten_with_path(value)[0]
+            if not any(isinstance(v, Tensor) for _, v in paths):
+                fixed[name] = value
+            for path, leaf in paths:
+                if isinstance(leaf, Tensor):
+                    next(rest).replace_all_uses_with(_item(graph, holder, path))
+    for node in flat:
+        graph.erase_node(node)
+    return fixed
+
+
+def _item(graph: fx.Graph, holder: fx.Node, path: tuple[Any, ...]) -> fx.Node:
+    for key in path:
+        if isinstance(key, pytree.GetAttrKey):
+            holder = graph.call_function(getattr, (holder, key.name))
+        else:
+            holder = graph.call_function(operator.getitem, (holder, key.idx if hasattr(key, "idx") else key.key))
+    return holder
+
+
+def _unprefix(graph: fx.Graph) -> None:
+    """`model.layer.conv.weight` is `layer.conv.weight`, and so are the paths of modules."""
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
+        if node.op == "get_attr":
+            node.target = str(node.target).removeprefix("model.")
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            entries = {k: (_path(v[0]), v[1]) for k, v in stack.items() if _path(v[0])}
+            node.meta["nn_module_stack"] = entries
+            kinds = [str(kind) for _, kind in entries.values()]
+            node.meta["leaf"] = bool(kinds) and "torch.nn." in kinds[-1]
+
+
+def _path(path: str) -> str:
+    """`layer.conv` for `L['self'].model.layer.conv` and `model.layer.conv`; empty for the model itself."""
+    parts = path.partition("@")[0].split(".")  # layer@1 is the second call of layer
+    return ".".join(parts[parts.index("model") + 1 :]) if "model" in parts else ""
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No logging, warnings or prints of torch.export, which shows whole graphs when it fails."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        logging.disable(level)

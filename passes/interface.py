@@ -1,0 +1,241 @@
+"""The face of a model: its parameters as placeholders of the graph, and its output in the model's own structure.
+
+    def forward(self, sample, t, context=None, return_dict=True):     # the model, traced with (sample, 10)
+        ...
+        return Output(sample=y)
+
+    def forward(self, sample, t, context=None, return_dict=True):     # the graph
+        _expect(t=t, context=context, return_dict=return_dict)        # constants of this trace
+        ...
+        return _restore({"sample": y})
+
+Only tensors (and, where the tracer can follow them, numbers) are values of the graph. Everything else that the example
+gave, and every default, is a constant of the trace: the graph takes it as the model does, and refuses another value
+instead of computing with the old one. In the graph an output is plain: tuples, lists and dicts of nodes. What a caller
+gets is restored to what the model gives: named tuples, dataclasses, subclasses of dict with attribute access, and
+everything that `torch.utils._pytree` knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+
+__all__ = ["Binding", "Example", "ModelCodeGen", "Structure", "bind", "plain_output", "strip"]
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An example by the names of the forward's parameters, and what the forward takes besides."""
+
+    signature: inspect.Signature
+    arguments: dict[str, Any]
+    given: dict[str, Any]  # one entry a placeholder
+    absent: dict[str, Any]  # parameters that keep their default
+
+    def call(self, function: Callable[..., Any], values: dict[str, Any]) -> Any:
+        """`function` with `values` in place of the example's, by the names of `given`."""
+        arguments: dict[str, Any] = {}
+        for name, value in self.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                arguments[name] = tuple(values[f"{name}_{i}"] for i in range(len(value)))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                arguments[name] = {key: values[key] for key in value}
+            else:
+                arguments[name] = values[name]
+        bound = inspect.BoundArguments(self.signature, arguments)
+        return function(*bound.args, **bound.kwargs)
+
+
+def bind(model: nn.Module, example: Example) -> Binding:
+    """The example by parameter names. Raises `InputError` if the model's forward does not take it."""
+    args, kwargs = example
+    signature = inspect.signature(model.forward)
+    try:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise InputError(f"{type(model).__name__}.forward does not take this example: {error}") from error
+    given: dict[str, Any] = {}
+    for name, value in arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            given.update({f"{name}_{i}": v for i, v in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        else:
+            given[name] = value
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    absent = {
+        name: p.default for name, p in signature.parameters.items() if name not in arguments and p.kind not in variable
+    }
+    return Binding(signature, arguments, given, absent)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How one container of an output is made again from a plain tuple, list or dict of its parts."""
+
+    make: Callable[[Any], Any] | None
+    parts: Any  # a Structure or None for each part, in the plain container
+
+    def restore(self, plain: Any) -> Any:
+        """The container with `plain`'s leaves."""
+        if isinstance(plain, dict):
+            made: Any = {k: _restore(self.parts[k], v) for k, v in plain.items()}
+        else:
+            made = type(plain)(_restore(s, v) for s, v in zip(self.parts, plain, strict=True))
+        return made if self.make is None else self.make(made)
+
+
+def _restore(structure: Structure | None, plain: Any) -> Any:
+    return plain if structure is None else structure.restore(plain)
+
+
+@dataclass(frozen=True)
+class _Make:
+    """Makes a `kind` from the plain dict or tuple of its parts."""
+
+    kind: Any
+    how: str
+    spec: Any = None
+
+    def __call__(self, plain: Any) -> Any:
+        if self.how == "fields":  # also of dataclasses whose __init__ asks for something else
+            made: Any = self.kind.__new__(self.kind)
+            for key, value in plain.items():
+                object.__setattr__(made, key, value)
+            return made
+        if self.how == "keywords":
+            return self.kind(**plain)
+        if self.how == "mapping":
+            made = self.kind()
+            made.update(plain)
+            return made
+        if self.how == "tuple":
+            return self.kind(*plain)
+        return pytree.tree_unflatten(list(plain), self.spec)
+
+
+def strip(value: Any) -> tuple[Any, Structure | None]:
+    """(the output in plain tuples, lists and dicts, how to restore it; None if it is plain already)."""
+    kind = type(value)
+    if kind in (tuple, list):
+        return _strip_parts(kind, list(value), None)
+    if isinstance(value, dict):
+        items = {k: strip(v) for k, v in value.items()}
+        make = None
+        if kind is not dict:
+            how = "keywords" if dataclasses.is_dataclass(kind) else "mapping"
+            make = _Make(kind, how)
+        return _joined({k: p for k, (p, _) in items.items()}, {k: s for k, (_, s) in items.items()}, make)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return _strip_parts(tuple, list(value), _Make(kind, "tuple"))
+    if isinstance(value, (Tensor, fx.Proxy)) or value is None:
+        return value, None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: strip(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        plain = {k: p for k, (p, _) in parts.items()}
+        return _joined(plain, {k: s for k, (_, s) in parts.items()}, _Make(kind, "fields"))
+    children, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    if spec.is_leaf():
+        return value, None
+    return _strip_parts(list, children, _Make(kind, "pytree", spec))
+
+
+def _strip_parts(kind: type, values: list[Any], make: _Make | None) -> tuple[Any, Structure | None]:
+    parts = [strip(v) for v in values]
+    return _joined(kind(p for p, _ in parts), [s for _, s in parts], make)
+
+
+def _joined(plain: Any, parts: Any, make: _Make | None) -> tuple[Any, Structure | None]:
+    below = parts.values() if isinstance(parts, dict) else parts
+    if make is None and all(s is None for s in below):
+        return plain, None
+    return plain, Structure(make, parts)
+
+
+def plain_output(value: Any) -> Any:
+    """An output in plain tuples, lists and dicts, so that its tensors can be told without knowing its classes."""
+    return strip(value)[0]
+
+
+@dataclass(eq=False)
+class _Expect:
+    """Raises `InputError` if an argument is not what the graph was traced with."""
+
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **seen: Any) -> None:
+        for name, value in seen.items():
+            expected = self.constants[name]
+            if value is not expected and not _equal(value, expected):
+                raise InputError(
+                    f"the graph was traced with {name}={expected!r} and computes nothing else, not {name}={value!r}: "
+                    "trace the model with this value"
+                )
+
+    def __getitem__(self, name: str) -> Any:
+        return self.constants[name]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+
+
+class ModelCodeGen(fx.graph.CodeGen):
+    """Generates a forward that takes what the model's takes and gives what it gives.
+
+    `fixed` are given arguments that are constants of the trace, `absent` parameters that kept their default.
+    """
+
+    def __init__(self, binding: Binding, fixed: dict[str, Any], structure: Structure | None) -> None:
+        super().__init__()
+        self.expect = _Expect({**fixed, **binding.absent})
+        self.structure = structure
+        names = list(binding.signature.parameters)
+        ordered = [n for n in names if n in binding.given or n in binding.absent]
+        # Parameters with a default can stand behind the others by position; elsewhere they need their keyword.
+        tail = ordered[max((ordered.index(n) + 1 for n in binding.given if n in ordered), default=0) :]
+        plain = set(binding.given) <= set(names) and all(
+            binding.signature.parameters[n].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for n in ordered
+        )
+        self.behind = tail if plain else []
+        self.keywords = [n for n in binding.absent if n not in self.behind]
+        self.checked = [*fixed, *binding.absent]
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        """The signature, and a check of all that is constant."""
+        default = lambda name: f"{name}=_lmfx_expect[{name!r}]"  # noqa: E731
+        names = [*free_vars, *(default(n) for n in self.behind)]
+        if self.keywords:
+            names += ["*", *(default(n) for n in self.keywords)]
+        text = super().gen_fn_def(names, maybe_return_annotation, **options)
+        if self.checked:
+            text += f"\n    _lmfx_expect({', '.join(f'{n}={n}' for n in self.checked)})"
+        return text
+
+    def generate_output(self, output_args: Any, **options: Any) -> str:
+        """`return _lmfx_restore(...)` around the plain output."""
+        text = super().generate_output(output_args, **options)
+        if self.structure is None:
+            return text
+        return f"return _lmfx_restore({text.removeprefix('return ')})"
+
+    def process_outputs(self, outputs: Any) -> Any:
+        """The plain output in the model's own structure."""
+        return _restore(self.structure, outputs)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        """What the generated code calls."""
+        return [("_lmfx_expect", self.expect), ("_lmfx_restore", self.process_outputs)]
