@@ -14,12 +14,12 @@ Joins are normalised to torch.add, torch.sub, torch.mul and torch.cat over value
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from . import ops
 from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
-from .functional import module_of
+from .functional import global_pool, module_of
 from .nodes import op_name
 from .placing import bypass, place, set_submodule
 from .selections import select_channels
@@ -80,9 +80,13 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return concatenation(node)
     if name in SCALAR:
         return arithmetic(gm, node, name)
+    if name == "mean":
+        return _mean(gm, node)
     module = module_of(gm, node, name)
     if module is None:
         return False
+    if isinstance(module, (*ops.PADS, *ops.MIRRORS)) and not any(module.padding):  # type: ignore[arg-type]
+        return bypass(node)
     place(gm, node, module, name)
     return True
 
@@ -108,6 +112,24 @@ def _reshape(node: fx.Node) -> bool:
     if node.op == "call_function" and len(node.args) != 2:
         return False
     node.target = "reshape" if node.op == "call_method" else torch.reshape
+    return True
+
+
+def _mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """x.mean((2, 3)) of a map is a pool to one pixel, flattened."""
+    pool = global_pool(node)
+    if pool is None:
+        return False
+    source, shape = node.all_input_nodes[0], node.meta["shape"]
+    if len(shape) > 2:
+        place(gm, node, pool, "mean")
+        return True
+    with gm.graph.inserting_before(node):
+        pooled = gm.graph.call_function(torch.mean, (source,))
+    pooled.meta = {**node.meta, "shape": (*shape, *(1,) * (len(source.meta["shape"]) - 2))}
+    node.args, node.kwargs = (pooled,), {}
+    place(gm, pooled, pool, "mean")
+    place(gm, node, nn.Flatten(), "flatten")
     return True
 
 

@@ -8,6 +8,7 @@ A node with arguments that are not known, or that are values, has no module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,92 @@ from torch import Tensor, fx, nn
 from . import ops
 from .nodes import bind, tensor_of
 
-__all__ = ["module_of"]
+__all__ = ["global_pool", "module_of"]
 
 _CONV_ARGS = ("weight", "bias", "stride", "padding", "dilation", "groups")
 _BN_ARGS = {
     "function": ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     "aten": ("weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}
+
+
+# Functions that are one module once their arguments are constants: name -> (module class, parameter names in order).
+Maker = Callable[..., nn.Module]
+
+
+def _relu6_or_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
+    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
+
+
+def _clamp(min: float | None = None, max: float | None = None) -> nn.Module | None:
+    if isinstance(min, (int, float)) and max is None and min == 0:
+        return nn.ReLU()
+    if isinstance(min, (int, float)) and isinstance(max, (int, float)) and min < max:
+        return _relu6_or_hardtanh(float(min), float(max))
+    return None
+
+
+_MIRROR = {"reflect": 0, "replicate": 3, "circular": 6}  # where in ops.MIRRORS
+
+
+def _pad(pad: Any, mode: str = "constant", value: float | None = 0.0) -> nn.Module | None:
+    if not all(isinstance(p, int) for p in pad) or len(pad) not in (2, 4, 6):
+        return None
+    ndim = len(pad) // 2
+    if mode != "constant":
+        mirror: Any = ops.MIRRORS[_MIRROR[mode] + ndim - 1]
+        return mirror(tuple(pad))
+    return (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[ndim - 1](tuple(pad), float(value or 0.0))
+
+
+def _pool(cls: type[nn.Module]) -> Maker:
+    def make(kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
+        return cls(kernel_size, stride or None, *args, **kwargs)
+
+    return make
+
+
+_AVG = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_MAX = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_KINDS = ("Reflection", "Replication")
+FUNCTIONS: dict[str, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = {
+    "relu": (nn.ReLU, ()),
+    "relu6": (nn.ReLU6, ()),
+    "hardtanh": (_relu6_or_hardtanh, ("min_val", "max_val")),
+    "clamp": (_clamp, ("min", "max")),
+    "clip": (_clamp, ("min", "max")),
+    "clamp_min": (_clamp, ("min",)),
+    "silu": (nn.SiLU, ()),
+    "gelu": (nn.GELU, ("approximate",)),
+    "elu": (nn.ELU, ("alpha",)),
+    "selu": (nn.SELU, ()),
+    "celu": (nn.CELU, ("alpha",)),
+    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
+    "sigmoid": (nn.Sigmoid, ()),
+    "logsigmoid": (nn.LogSigmoid, ()),
+    "tanh": (nn.Tanh, ()),
+    "hardswish": (nn.Hardswish, ()),
+    "hardsigmoid": (nn.Hardsigmoid, ()),
+    "mish": (nn.Mish, ()),
+    "softplus": (nn.Softplus, ("beta", "threshold")),
+    "softsign": (nn.Softsign, ()),
+    "threshold": (nn.Threshold, ("threshold", "value")),
+    "pad": (_pad, ("pad", "mode", "value")),
+    "constant_pad_nd": (lambda pad, value=0.0: _pad(pad, "constant", value), ("pad", "value")),
+    **{f"{kind.lower()}_pad{n}d": (getattr(nn, f"{kind}Pad{n}d"), ("padding",)) for kind in _KINDS for n in (1, 2, 3)},
+    "avg_pool1d": (_pool(nn.AvgPool1d), _AVG[:-1]),
+    "avg_pool2d": (_pool(nn.AvgPool2d), _AVG),
+    "avg_pool3d": (_pool(nn.AvgPool3d), _AVG),
+    "max_pool1d": (_pool(nn.MaxPool1d), _MAX),
+    "max_pool2d": (_pool(nn.MaxPool2d), _MAX),
+    "max_pool3d": (_pool(nn.MaxPool3d), _MAX),
+    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d, ("output_size",)),
+    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ("output_size",)),
+    "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d, ("output_size",)),
+    "adaptive_max_pool1d": (nn.AdaptiveMaxPool1d, ("output_size",)),
+    "adaptive_max_pool2d": (nn.AdaptiveMaxPool2d, ("output_size",)),
+    "adaptive_max_pool3d": (nn.AdaptiveMaxPool3d, ("output_size",)),
+    "flatten": (lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim), ("start_dim", "end_dim")),
 }
 
 
@@ -40,7 +121,7 @@ def module_of(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
         return _norm(gm, node, name)
     if name == "prelu":
         return _prelu(gm, node)
-    if name in ops.FUNCTIONS and len(node.all_input_nodes) == 1:
+    if name in FUNCTIONS and len(node.all_input_nodes) == 1:
         return _simple(node, name)
     return None
 
@@ -152,14 +233,17 @@ def _prelu(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _simple(node: fx.Node, name: str) -> nn.Module | None:
-    make, names = ops.FUNCTIONS[name]
+    make, names = FUNCTIONS[name]
     bound = bind(node, names)
     if bound is None or bound.get("return_indices"):
         return None
     bound.pop("return_indices", None)
     if name in ("pad", "constant_pad_nd") and isinstance(bound.get("pad"), (list, tuple)):
         # F.pad(x, (1, 1)) pads the last dimension of a map only: the others get zeros.
-        bound["pad"] = (*bound["pad"], *(0,) * (2 * (len(node.meta["shape"]) - 2) - len(bound["pad"])))
+        rank = len(node.meta["shape"])
+        bound["pad"] = (*bound["pad"], *(0,) * (2 * (rank - 2) - len(bound["pad"])))
+        if bound.get("mode", "constant") != "constant" and len(bound["pad"]) != 2 * (rank - 2):
+            return None  # an unbatched map
     if any(isinstance(v, fx.Node) for v in bound.values()):
         return None
     if name == "flatten" and (node.meta["shape"] is None or bound.get("start_dim", 0) != 1):
@@ -168,6 +252,22 @@ def _simple(node: fx.Node, name: str) -> nn.Module | None:
         return make(**bound)
     except (TypeError, ValueError):
         return None
+
+
+def global_pool(node: fx.Node) -> nn.Module | None:
+    """The pool to one pixel that a mean over all of a map's dimensions but the first two is, or None."""
+    source = node.args[0] if node.args else None
+    before = source.meta.get("shape") if isinstance(source, fx.Node) and source.meta.get("floating") else None
+    bound = bind(node, ("dim", "keepdim", "dtype"))
+    if bound is None or bound.get("dtype") is not None or before is None or not 3 <= len(before) <= 5:
+        return None
+    dims = bound.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or not all(isinstance(d, int) for d in dims):
+        return None
+    if sorted(d % len(before) for d in dims) != list(range(2, len(before))):
+        return None
+    return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[len(before) - 3](1)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

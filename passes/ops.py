@@ -12,7 +12,6 @@ Everything else is opaque: it may be kept, or replaced whole by a fitted conv, b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +31,7 @@ __all__ = [
     "INSTANCE_NORMS",
     "JOINS",
     "MAX_POOLS",
+    "MIRRORS",
     "PADS",
     "ChannelAffine",
     "ChannelSelect",
@@ -56,6 +56,17 @@ PADS: tuple[type[nn.Module], ...] = (
     nn.ZeroPad1d,
     nn.ZeroPad2d,
     nn.ZeroPad3d,
+)
+MIRRORS: tuple[type[nn.Module], ...] = (
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
 )
 AFFINE: tuple[type[nn.Module], ...] = (*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine, ChannelSelect)
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -170,14 +181,16 @@ def affine_refusal(module: nn.Module) -> str | None:
         padding = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
         if pool.ceil_mode:
             return "the average pool rounds its output size up"
-        if any(padding) and not pool.count_include_pad:
+        if any(padding) and not pool.count_include_pad and not getattr(pool, "divisor_override", None):
             return "the average pool does not count its padding"
-        return "the average pool overrides its divisor" if getattr(pool, "divisor_override", None) else None
+        return None
     if plain_in(module, PADS):
         pad: Any = module
         if min(pad.padding) < 0:
             return "the pad crops"
         return None if pad.value == 0 else f"the pad fills with {pad.value}"
+    if plain_in(module, MIRRORS):
+        return f"{type(module).__name__} fills with pixels of the map, not with zeros"
     if isinstance(module, (ChannelAffine, ChannelSelect)):
         return None
     return f"{type(module).__name__} is not affine"
@@ -222,74 +235,6 @@ def function_name(node: fx.Node) -> str:
     return FUNCTION_NAMES.get(target) or str(getattr(target, "__name__", target))
 
 
-# Functions that are one module once their arguments are constants: name -> (module class, parameter names in order).
-Maker = Callable[..., nn.Module]
-
-
-def _relu6_or_hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
-    return nn.ReLU6() if (min_val, max_val) == (0, 6) else nn.Hardtanh(min_val, max_val)
-
-
-def _clamp(min: float | None = None, max: float | None = None) -> nn.Module | None:
-    if isinstance(min, (int, float)) and max is None and min == 0:
-        return nn.ReLU()
-    if isinstance(min, (int, float)) and isinstance(max, (int, float)) and min < max:
-        return _relu6_or_hardtanh(float(min), float(max))
-    return None
-
-
-def _pad(pad: Any, mode: str = "constant", value: float | None = 0.0) -> nn.Module | None:
-    if mode != "constant" or not all(isinstance(p, int) for p in pad) or len(pad) not in (2, 4, 6):
-        return None
-    cls = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(pad) // 2 - 1]
-    return cls(tuple(pad), float(value or 0.0))
-
-
-def _pool(cls: type[nn.Module]) -> Maker:
-    def make(kernel_size: Any, stride: Any = None, *args: Any, **kwargs: Any) -> nn.Module:
-        return cls(kernel_size, stride or None, *args, **kwargs)
-
-    return make
-
-
-_AVG = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-_MAX = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-FUNCTIONS: dict[str, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = {
-    "relu": (nn.ReLU, ()),
-    "relu6": (nn.ReLU6, ()),
-    "hardtanh": (_relu6_or_hardtanh, ("min_val", "max_val")),
-    "clamp": (_clamp, ("min", "max")),
-    "clip": (_clamp, ("min", "max")),
-    "clamp_min": (_clamp, ("min",)),
-    "silu": (nn.SiLU, ()),
-    "gelu": (nn.GELU, ("approximate",)),
-    "elu": (nn.ELU, ("alpha",)),
-    "selu": (nn.SELU, ()),
-    "celu": (nn.CELU, ("alpha",)),
-    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
-    "sigmoid": (nn.Sigmoid, ()),
-    "logsigmoid": (nn.LogSigmoid, ()),
-    "tanh": (nn.Tanh, ()),
-    "hardswish": (nn.Hardswish, ()),
-    "hardsigmoid": (nn.Hardsigmoid, ()),
-    "mish": (nn.Mish, ()),
-    "softplus": (nn.Softplus, ("beta", "threshold")),
-    "softsign": (nn.Softsign, ()),
-    "threshold": (nn.Threshold, ("threshold", "value")),
-    "pad": (_pad, ("pad", "mode", "value")),
-    "constant_pad_nd": (lambda pad, value=0.0: _pad(pad, "constant", value), ("pad", "value")),
-    "avg_pool1d": (_pool(nn.AvgPool1d), _AVG[:-1]),
-    "avg_pool2d": (_pool(nn.AvgPool2d), _AVG),
-    "avg_pool3d": (_pool(nn.AvgPool3d), _AVG),
-    "max_pool1d": (_pool(nn.MaxPool1d), _MAX),
-    "max_pool2d": (_pool(nn.MaxPool2d), _MAX),
-    "max_pool3d": (_pool(nn.MaxPool3d), _MAX),
-    "adaptive_avg_pool1d": (nn.AdaptiveAvgPool1d, ("output_size",)),
-    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ("output_size",)),
-    "adaptive_avg_pool3d": (nn.AdaptiveAvgPool3d, ("output_size",)),
-    "adaptive_max_pool2d": (nn.AdaptiveMaxPool2d, ("output_size",)),
-    "flatten": (lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim), ("start_dim", "end_dim")),
-}
 # torch.nn.functional wraps these in dispatchers whose __name__ says nothing.
 FUNCTION_NAMES: dict[Any, str] = {
     getattr(torch.nn.functional, name): name

@@ -199,7 +199,7 @@ def test_a_vector_made_from_the_map_itself_is_a_branch() -> None:
         h = m.a(x)
         return m.b(m.relu(h + h.mean((2, 3), keepdim=True)))
 
-    assert regions(body) == ["a | add(., mean!) relu | b"]
+    assert regions(body) == ["a | add(., mean_1!) relu | b"]
 
 
 class Embedded(nn.Module):
@@ -304,7 +304,12 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "p",
         "does not count its padding",
     ),
-    "divisor": (lambda m, x: m.p(m.a(x)), {"p": nn.AvgPool2d(2, divisor_override=3)}, "p", "overrides its divisor"),
+    "pad by reflection": (
+        lambda m, x: m.p(m.a(x)),
+        {"p": nn.ReflectionPad2d(1)},
+        "p",
+        "fills with pixels of the map, not with zeros",
+    ),
     "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ZeroPad2d((-1, 1, 0, 0))}, "p", "the pad crops"),
     "pad with ones": (lambda m, x: m.p(m.a(x)), {"p": nn.ConstantPad2d(1, 1.0)}, "p", "the pad fills with 1"),
     "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2)}, "p", "ConvTranspose2d is not"),

@@ -76,6 +76,17 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
     "F.silu": (lambda m, x: F.silu(m.c(x)), {"c": conv()}, ["Conv2d", "SiLU"]),
     "F.pad": (lambda m, x: m.c(F.pad(x, (1, 2, 0, 3))), {"c": conv()}, ["ConstantPad2d", "Conv2d"]),
     "F.pad of one dimension": (lambda m, x: m.c(F.pad(x, (1, 2))), {"c": conv()}, ["ConstantPad2d", "Conv2d"]),
+    "F.pad by reflection": (lambda m, x: F.pad(x, (1, 2, 0, 3), "reflect"), {}, ["ReflectionPad2d"]),
+    "F.pad of the last dimension by replication": (
+        lambda m, x: m.c(F.pad(x, (1, 2, 0, 0), mode="replicate")),
+        {"c": conv()},
+        ["ReplicationPad2d", "Conv2d"],
+    ),
+    "F.pad around": (lambda m, x: F.pad(x, (1, 2, 0, 3), mode="circular"), {}, ["CircularPad2d"]),
+    "F.pad with ones": (lambda m, x: F.pad(x, (1, 2, 0, 3), value=1.0), {}, ["ConstantPad2d"]),
+    "F.pad of nothing": (lambda m, x: m.c(F.pad(x, (0, 0, 0, 0))), {"c": conv()}, ["Conv2d"]),
+    "mean of all pixels": (lambda m, x: x.mean((-1, -2), keepdim=True), {}, ["AdaptiveAvgPool2d"]),
+    "torch.mean of all pixels": (lambda m, x: torch.mean(x, dim=[2, 3]), {}, ["AdaptiveAvgPool2d", "Flatten"]),
     "F.avg_pool2d": (lambda m, x: F.avg_pool2d(m.c(x), 2), {"c": conv()}, ["Conv2d", "AvgPool2d"]),
     "F.max_pool2d": (lambda m, x: F.max_pool2d(m.c(x), 3, 2, 1), {"c": conv()}, ["Conv2d", "MaxPool2d"]),
     "max pool by keywords": (
@@ -86,7 +97,7 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
     "flatten and linear": (
         lambda m, x: F.linear(x.mean((2, 3)).flatten(1), m.l.weight, m.l.bias),
         {"l": nn.Linear(4, 2)},
-        ["mean", "Flatten", "Linear"],
+        ["AdaptiveAvgPool2d", "Flatten", "Flatten", "Linear"],
     ),
     "torch.add": (lambda m, x: torch.add(m.c(x), x), {"c": conv()}, ["Conv2d", "add"]),
     "x.sub(y)": (lambda m, x: m.c(x).sub(x), {"c": conv()}, ["Conv2d", "sub"]),
@@ -155,7 +166,15 @@ def test_stochastic_depth_of_torchvision_is_gone() -> None:
 # --- what must not be taken for something simpler ---------------------------------------------------------------------
 
 OPAQUE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
-    "pad with reflection": (lambda m, x: m.c(F.pad(x, (1, 1, 1, 1), "reflect")), {"c": conv()}, ["pad", "Conv2d"]),
+    "pad of the channels": (
+        lambda m, x: m.c(F.pad(x, (0, 0, 0, 0, 1, 1))),
+        {"c": conv(6, 4, 3)},
+        ["ConstantPad3d", "Conv2d"],
+    ),
+    "mean of rows": (lambda m, x: x.mean(3, keepdim=True), {}, ["mean"]),
+    "mean with the channels": (lambda m, x: x.mean((1, 2, 3), keepdim=True), {}, ["mean"]),
+    "mean in another dtype": (lambda m, x: x.mean((2, 3), dtype=torch.float32), {}, ["mean"]),
+    "mean of everything": (lambda m, x: x.mean(), {}, ["mean"]),
     "parameter over pixels": (lambda m, x: x + m.b, {"b": nn.Parameter(torch.randn(6, 9))}, ["add"]),
     "parameter over the last axis": (lambda m, x: x * m.b, {"b": nn.Parameter(torch.randn(9))}, ["mul"]),
     "number over a map": (lambda m, x: 1 / (x.abs() + 1), {}, ["abs", "ChannelAffine", "div"]),
@@ -392,7 +411,7 @@ def test_every_node_knows_its_shape_type_and_path() -> None:
     gm = trace(model, X)
     meta = {n.name: n.meta for n in gm.graph.nodes if n.op not in ("placeholder", "output")}
     assert meta["block_0"]["shape"] == (2, 8, 3, 5) and meta["block_0"]["dtype"] == torch.float64
-    assert meta["mean"]["shape"] == (2, 8) and meta["mean"]["floating"]
+    assert meta["flatten"]["shape"] == (2, 8) and meta["flatten"]["floating"]
     assert Network(gm).path("block_0") == "block.0"
 
 

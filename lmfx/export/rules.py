@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.emit import UnsupportedOp
-from lmfx.passes.ops import ChannelAffine, ChannelSelect
+from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelSelect
 
 if TYPE_CHECKING:
     from lmfx.export.emitter import Emitter
@@ -36,14 +36,16 @@ def _pads(reversed_pairs: Sequence[int]) -> list[int]:
 
 
 def _conv(e: Emitter, node: fx.Node, m: Any) -> str:
-    if m.padding_mode != "zeros":
-        raise UnsupportedOp(f"{node.name} pads with {m.padding_mode!r}; only zeros are known")
     n = len(m.kernel_size)
     pads = _pads(m._reversed_padding_repeated_twice)
     source = node.args[0]
     if isinstance(source, fx.Node) and source in e.pads:
         pads = [a + b for a, b in zip(pads, e.pads.pop(source), strict=True)]
-    operands = [e.value(source), e.tensor(m.weight)]
+    value = e.value(source)
+    if m.padding_mode != "zeros" and any(pads):
+        value = e.node("Pad", value, e.ints(pads), "", e.ints(range(-n, 0)), mode=_MODES[m.padding_mode])
+        pads = [0] * len(pads)
+    operands = [value, e.tensor(m.weight)]
     if m.bias is not None:
         operands.append(e.tensor(m.bias))
     return e.node(
@@ -55,6 +57,18 @@ def _conv(e: Emitter, node: fx.Node, m: Any) -> str:
         dilations=list(_tuple(m.dilation, n)),
         group=m.groups,
     )
+
+
+_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def _mirror(mode: str) -> Callable[[Emitter, fx.Node, Any], str]:
+    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+        pads = _pads(m.padding)
+        axes = e.ints(range(-(len(pads) // 2), 0))
+        return e.node("Pad", e.value(node.args[0]), e.ints(pads), "", axes, mode=_MODES[mode])
+
+    return rule
 
 
 def _pad(e: Emitter, node: fx.Node, m: Any) -> str:
@@ -281,6 +295,9 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Emitter, fx.Node, Any], str]] = {
     **dict.fromkeys(_CONVS, _conv),
     **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _pad),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _pad),
+    **dict.fromkeys(MIRRORS[:3], _mirror("reflect")),
+    **dict.fromkeys(MIRRORS[3:6], _mirror("replicate")),
+    **dict.fromkeys(MIRRORS[6:], _mirror("circular")),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _batch_norm),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _max_pool),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _avg_pool),
