@@ -24,6 +24,7 @@ from lmfx.latency.workload import Workload
 from lmfx.passes import ops
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
 from lmfx.passes.layers import Network
+from lmfx.passes.linear_span import pad_module
 from lmfx.passes.rewrite import kept_nodes
 from lmfx.passes.sides import side_conv
 from lmfx.passes.states import side_inputs
@@ -191,8 +192,9 @@ def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
-    """A conv of this configuration without values, behind a zero pad if its padding is uneven."""
-    even = all(lo == hi for lo, hi in config.padding)
+    """A conv of this configuration without values, behind a pad if its padding is not even zeros."""
+    zeros = config.padding_mode == "zeros" and config.padding_value == 0
+    even = not config.pads or (zeros and all(lo == hi for lo, hi in config.padding))
     make: Any = ops.conv_class(len(config.kernel_size))
     conv = make(
         config.in_channels,
@@ -205,5 +207,4 @@ def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
         dtype=dtype,
         device="meta",
     )
-    pad: Any = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[len(config.kernel_size) - 1]
-    return [conv] if even else [pad(tuple(p for pair in reversed(config.padding) for p in pair), 0.0), conv]
+    return [conv] if even else [pad_module(config), conv]

@@ -26,6 +26,7 @@ __all__ = [
     "Join",
     "Layer",
     "MergePlan",
+    "PaddingMode",
     "Parallel",
     "Realization",
     "Refusal",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Realization = Literal["keep", "compose", "fit", "drop"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Join = Literal["add", "sub", "cat", "mul", "mesh"]
 
 
@@ -53,7 +55,8 @@ class Refusal:
 class ConvConfig:
     """Everything about a convolution but its values. Tuples have one entry a spatial dimension (1 to 3).
 
-    `padding` is `((before, after), ...)` in zeros, so left/top and right/bottom may differ.
+    `padding` is `((before, after), ...)`, so left/top and right/bottom may differ. It is filled with `padding_value`, or
+    from the map itself in one of torch's other padding modes.
     """
 
     in_channels: int
@@ -63,6 +66,13 @@ class ConvConfig:
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    padding_mode: PaddingMode = "zeros"
+    padding_value: float = 0.0
+
+    @property
+    def pads(self) -> bool:
+        """Whether there is any padding."""
+        return any(before or after for before, after in self.padding)
 
     @property
     def depthwise(self) -> bool:
@@ -194,6 +204,8 @@ class Candidate:
             parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
             if any(d != 1 for d in c.dilation):
                 parts.append("d" + "x".join(map(str, c.dilation)))
+            if c.padding_mode != "zeros" or c.padding_value:
+                parts.append(c.padding_mode if c.padding_mode != "zeros" else f"pad{c.padding_value:g}")
         return ":".join(parts)
 
 

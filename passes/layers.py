@@ -18,7 +18,7 @@ from torch import fx, nn
 from . import linear, ops
 from .canonical import op_name
 from .errors import OptionError
-from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
+from .ir import ConvConfig, Layer, PaddingMode, Parallel, Refusal, Region, Series
 from .observed import GROWTH, follows, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
 from .sides import side_vector
@@ -301,10 +301,11 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
         return _conv_config(any_module)
     if ops.plain_in(module, ops.AVG_POOLS):
         return _pool_config(module, channels, ndim)
-    if ops.plain_in(module, ops.PADS):
+    if ops.plain_in(module, (*ops.PADS, *ops.MIRRORS)):
         flat = any_module.padding  # last dimension first, before and after
         pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(ndim)))
-        return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels)
+        fill = _fill(pads, ops.mirror_mode(module), float(getattr(module, "value", 0.0)))
+        return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels, *fill)
     config = identity_config(channels, ndim)
     if isinstance(module, ops.ChannelSelect) and module.index != tuple(range(channels)):
         return replace(config, out_channels=len(module.index), groups=1)
@@ -320,4 +321,11 @@ def _conv_config(conv: Any) -> ConvConfig:
         pads = ((0, 0),) * len(kernel)
     else:
         pads = tuple((int(p), int(p)) for p in conv.padding)
-    return ConvConfig(conv.in_channels, conv.out_channels, kernel, tuple(conv.stride), pads, dilation, conv.groups)
+    fill = _fill(pads, conv.padding_mode)
+    inner, outer = conv.in_channels, conv.out_channels
+    return ConvConfig(inner, outer, kernel, tuple(conv.stride), pads, dilation, conv.groups, *fill)
+
+
+def _fill(pads: tuple[tuple[int, int], ...], mode: PaddingMode, value: float = 0.0) -> tuple[PaddingMode, float]:
+    """How a config says what its padding is filled with; one that does not pad says nothing."""
+    return (mode, value) if any(map(any, pads)) else ("zeros", 0.0)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from .ir import ConvConfig
 from .linear import LinearOp
 from .sides import Maps, SideAdd, merge_maps, side_conv, through
 
-__all__ = ["Branches", "Chain", "Crop", "LinearSpan"]
+__all__ = ["Branches", "Chain", "Crop", "LinearSpan", "fill_pad", "pad_module"]
 
 
 class Chain(nn.Sequential):
@@ -159,6 +161,32 @@ def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device
     raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
 
 
+def fill_pad(x: Tensor, config: ConvConfig) -> Tensor:
+    """`x` padded as a convolution of this configuration pads it."""
+    if not config.pads:
+        return x
+    flat = [p for pair in reversed(config.padding) for p in pair]
+    if config.padding_mode == "zeros":
+        return F.pad(x, flat, value=config.padding_value)
+    return F.pad(x, flat, mode=config.padding_mode)
+
+
+_PADS = {
+    "zeros": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+def pad_module(config: ConvConfig) -> nn.Module:
+    """The torch.nn module that pads as a convolution of this configuration does."""
+    flat = tuple(p for pair in reversed(config.padding) for p in pair)
+    make: Any = _PADS[config.padding_mode][len(config.padding) - 1]
+    module: nn.Module = make(flat, config.padding_value) if config.padding_mode == "zeros" else make(flat)
+    return module
+
+
 class LinearSpan(nn.Module):
     """A span whose activations are gone: affine, trainable, and equal to one conv.
 
@@ -174,10 +202,9 @@ class LinearSpan(nn.Module):
         self.padding = tuple(padding)
         self.config = config
         self.sides = tuple(sides)
-        self._flat = [p for pair in reversed(self.padding) for p in pair]
 
     def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
-        value: Tensor = self.body(F.pad(x, self._flat) if any(self._flat) else x, *sides)
+        value: Tensor = self.body(fill_pad(x, self.config), *sides)
         return value
 
     def linear_op(self) -> LinearOp:
@@ -189,9 +216,13 @@ class LinearSpan(nn.Module):
     def reparameterize(self) -> nn.Module:
         """The single conv that computes what this span computes (behind a pad where left and right differ)."""
         like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        to = (None, None) if like is None else (like.dtype, like.device)
         with torch.no_grad():
             op = self.linear_op()
-        return linear.to_conv(op, None if like is None else like.dtype, None if like is None else like.device)
+        if self.config.padding_mode == "zeros" and self.config.padding_value == 0:
+            return linear.to_conv(op, *to)
+        bare = LinearOp(op.weight, op.bias, op.stride, ((0, 0),) * op.ndim, op.dilation, op.groups)
+        return nn.Sequential(pad_module(self.config), linear.to_conv(bare, *to))
 
     def side_convs(self) -> list[nn.Module]:
         """For each of `sides` the 1 x 1 convolution of its vector that is added to the merged conv's output."""

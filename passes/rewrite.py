@@ -295,6 +295,7 @@ def without_padding(module: nn.Module) -> nn.Module:
     clone = copy.deepcopy(module)
     if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         clone.padding = (0,) * len(clone.kernel_size)
+        clone.padding_mode = "zeros"
         clone._reversed_padding_repeated_twice = [0, 0] * len(clone.kernel_size)
     elif isinstance(clone, ops.AVG_POOLS):
         clone.padding = 0  # type: ignore[assignment]

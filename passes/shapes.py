@@ -11,6 +11,8 @@ is ``[s o - p, s o - p + K]`` with the extent ``K = d (k - 1)``.
 result has dilation ``u`` and ``k = K / u + 1``. So dilation survives next to 1 x 1 ops and equal dilations, and mixed
 dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k = k1 + s1 (k2 - 1)``).
 
+All padding is filled as the first op that pads fills its own.
+
 **add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
 into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
 ``e_i = before_i + after_i - K_i``. If the branches agree for the size ``n`` at hand, then floor, being monotone, gives
@@ -26,7 +28,7 @@ from collections.abc import Sequence
 from math import gcd
 
 from .errors import OptionError
-from .ir import ConvConfig
+from .ir import ConvConfig, PaddingMode
 
 __all__ = ["add_configs", "branch_crops", "cat_configs", "compose_config", "extent"]
 
@@ -47,6 +49,7 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
         dilation.append(step)
         padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
+    filled = first if first.pads else second
     return ConvConfig(
         first.in_channels,
         second.out_channels,
@@ -55,6 +58,8 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         tuple(padding),
         tuple(dilation),
         gcd(first.groups, second.groups),
+        filled.padding_mode,
+        filled.padding_value,
     )
 
 
@@ -65,7 +70,8 @@ def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
     kernel, padding, dilation = _common_window(configs)
     first = configs[0]
     groups = gcd(*(c.groups for c in configs))
-    return ConvConfig(first.in_channels, first.out_channels, kernel, first.stride, padding, dilation, groups)
+    fill = _common_fill(configs)
+    return ConvConfig(first.in_channels, first.out_channels, kernel, first.stride, padding, dilation, groups, *fill)
 
 
 def cat_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
@@ -74,7 +80,16 @@ def cat_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
     first = configs[0]
     groups = first.groups if len(configs) == 1 else 1
     out = sum(c.out_channels for c in configs)
-    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups)
+    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups, *_common_fill(configs))
+
+
+def _common_fill(configs: Sequence[ConvConfig]) -> tuple[PaddingMode, float]:
+    """How the branches that pad do it. OptionError if they differ."""
+    found = {(c.padding_mode, c.padding_value) for c in configs if c.pads}
+    if len(found) > 1:
+        seen = " and ".join(sorted(mode if mode != "zeros" else f"{value:g}" for mode, value in found))
+        raise OptionError(f"the branches pad in different ways: {seen}")
+    return next(iter(found), ("zeros", 0.0))
 
 
 def branch_crops(configs: Sequence[ConvConfig]) -> tuple[Crops, ...]:

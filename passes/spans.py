@@ -207,7 +207,22 @@ class _Finder:
             kept = sorted(state.kept, key=order.__getitem__)
             if every and not kept:
                 continue
+            too_small = self.too_small(span, state.config)
+            if too_small is not None:
+                self.refusals.append(too_small)
+                continue
             self.candidates.append(Candidate(span, "compose", state.config, *self.paths(main, every, kept)))
+
+    def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
+        """Why a map can not be padded from its own values, as torch does it."""
+        if config.padding_mode in ("zeros", "replicate"):
+            return None
+        least = 1 if config.padding_mode == "reflect" else 0
+        size = self.network.shape(span.entry)[2:]
+        if all(max(pads) + least <= n for pads, n in zip(config.padding, size, strict=True)):
+            return None
+        reason = f"all padding in front would be {config.padding} of a map of {size}, too much to {config.padding_mode}"
+        return Refusal(reason, (span.entry, span.exit))
 
     def folds_something(self, layer: Layer) -> bool:
         """Whether composing this one layer gives another graph than keeping it: a pool or a pad, or a parallel."""

@@ -32,7 +32,7 @@ from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
-from lmfx.passes.linear_span import LinearSpan
+from lmfx.passes.linear_span import LinearSpan, fill_pad
 from lmfx.passes.rewrite import build_span, kept_nodes
 from lmfx.passes.spans import SpanSet
 from lmfx.passes.states import side_inputs
@@ -255,7 +255,7 @@ class _Scorer:
             x, y = part.values[c.span.entry], part.values[c.span.output]
             with torch.no_grad():
                 # Contiguous as a conv's output is: what follows may be a view.
-                new = x if op is None else _apply(op, x).contiguous()
+                new = x if op is None else _apply(op, x, c).contiguous()
                 for name, conv in sides.items():
                     new = new + conv(part.values[name])
                 if self.options.exact:
@@ -289,11 +289,11 @@ def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, Linea
     return group.fit(x, ys, quick=True)
 
 
-def _apply(op: LinearOp, x: Tensor) -> Tensor:
-    small = LinearOp(
-        op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype), op.stride, op.padding, op.dilation, op.groups
-    )
-    return small(x)
+def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
+    assert c.conv is not None
+    none = ((0, 0),) * op.ndim
+    weight, bias = op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype)
+    return LinearOp(weight, bias, op.stride, none, op.dilation, op.groups)(fill_pad(x, c.conv))
 
 
 def _scale(z: Tensor) -> float:
