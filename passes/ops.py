@@ -12,7 +12,7 @@ Everything else is opaque: it may be kept, or replaced whole by a fitted conv, b
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx, nn
@@ -145,9 +145,17 @@ def plain_in(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     return any(is_plain(module, kind) for kind in kinds)
 
 
+def mirror_mode(module: nn.Module) -> Literal["zeros", "reflect", "replicate", "circular"]:
+    """The padding mode of a pad module."""
+    modes: tuple[Literal["reflect", "replicate", "circular"], ...] = ("reflect", "replicate", "circular")
+    found = [mode for i, mode in enumerate(modes) if isinstance(module, MIRRORS[3 * i : 3 * i + 3])]
+    return found[0] if found else "zeros"
+
+
 def rank(module: nn.Module) -> int:
     """The rank of the batched maps that a conv, norm, pool or pad of so many dimensions takes: 4 for nn.Conv2d."""
-    for kinds in (CONVS, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:]):
+    mirrors = (MIRRORS[:3], MIRRORS[3:6], MIRRORS[6:])
+    for kinds in (CONVS, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:], *mirrors):
         for i, kind in enumerate(kinds):
             if isinstance(module, kind):
                 return i + 3
@@ -172,8 +180,7 @@ def affine_refusal(module: nn.Module) -> str | None:
     if has_hooks(module):
         return "the module has forward hooks"
     if plain_in(module, CONVS):
-        mode = getattr(module, "padding_mode", "zeros")
-        return None if mode == "zeros" else f"the conv pads with padding_mode={mode!r}"
+        return None
     if plain_in(module, BATCH_NORMS):
         return None if getattr(module, "running_mean", None) is not None else "the norm keeps no running statistics"
     if plain_in(module, AVG_POOLS):
@@ -184,13 +191,9 @@ def affine_refusal(module: nn.Module) -> str | None:
         if any(padding) and not pool.count_include_pad and not getattr(pool, "divisor_override", None):
             return "the average pool does not count its padding"
         return None
-    if plain_in(module, PADS):
+    if plain_in(module, (*PADS, *MIRRORS)):
         pad: Any = module
-        if min(pad.padding) < 0:
-            return "the pad crops"
-        return None if pad.value == 0 else f"the pad fills with {pad.value}"
-    if plain_in(module, MIRRORS):
-        return f"{type(module).__name__} fills with pixels of the map, not with zeros"
+        return "the pad crops" if min(pad.padding) < 0 else None
     if isinstance(module, (ChannelAffine, ChannelSelect)):
         return None
     return f"{type(module).__name__} is not affine"

@@ -252,7 +252,7 @@ class _Builder:
                     modules.append(SideAdd(self.sides.index(vector.name), config.out_channels, sign))
                     continue
                 module = self.network.module(name)
-                if not isinstance(module, ops.PADS):
+                if not isinstance(module, (*ops.PADS, *ops.MIRRORS)):
                     modules.append(without_padding(module))
             last = i == len(layers) - 1 and not linearize_last
             surrogate = None if last or layer.activation is None else self.surrogate(layer.activation)
