@@ -55,8 +55,8 @@ class Refusal:
 class ConvConfig:
     """Everything about a convolution but its values. Tuples have one entry a spatial dimension (1 to 3).
 
-    `padding` is `((before, after), ...)`, so left/top and right/bottom may differ. It is filled with `padding_value`, or
-    from the map itself in one of torch's other padding modes.
+    `padding` is `((before, after), ...)`, so left/top and right/bottom may differ. It is filled with `padding_value`,
+    or from the map itself in one of torch's other padding modes.
     """
 
     in_channels: int

@@ -11,7 +11,6 @@ branches meet, each is given the crop of its input that its own padding would ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
 from typing import Any
 
 import torch

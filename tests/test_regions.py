@@ -298,12 +298,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "p",
         "does not count its padding",
     ),
-    "pad by reflection": (
-        lambda m, x: m.p(m.a(x)),
-        {"p": nn.ReflectionPad2d(1)},
-        "p",
-        "fills with pixels of the map, not with zeros",
-    ),
     "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ZeroPad2d((-1, 1, 0, 0))}, "p", "the pad crops"),
     "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2)}, "p", "ConvTranspose2d is not"),
     "softmax": (lambda m, x: torch.softmax(m.a(x), 1), {}, "softmax", "softmax is not an affine op"),
