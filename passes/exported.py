@@ -50,8 +50,11 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     output.args = (_refill(source.captured.output, iter(output.args[0])),)
     graph.set_codegen(ModelCodeGen(binding, fixed, source.captured.structure))
     _unprefix(graph)
-    gm = fx.GraphModule(exported.model, graph, type(model).__name__)
-    return Traced(gm, {})
+    root = getattr(exported, "model", nn.Module())  # a model without parameters is not even there
+    for node in graph.nodes:
+        if node.op == "get_attr" and hasattr(exported, str(node.target)) and not hasattr(root, str(node.target)):
+            root.register_buffer(str(node.target), getattr(exported, str(node.target)))  # a constant of the forward
+    return Traced(fx.GraphModule(root, graph, type(model).__name__), {})
 
 
 class _Flat(nn.Module):
