@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench fuzz clean
 
 # Idle OpenMP threads sleep instead of spinning. When something else wants a core, spinning makes torch several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,8 +17,9 @@ STAMP := $(VENV)/.installed
 # The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans and zoo_* are modules). What each one shows is
 # in docs/benchmarks.md.
 BENCHMARKS := paper_table solver trace_time kill_resume estimator accuracy budget exactness zoo
-FOUND := $(filter-out random_plans zoo_models zoo_runner zoo_stages zoo_table,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+FOUND := $(filter-out random_plans zoo_models zoo_runner zoo_stages zoo_table fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 ARGS ?=
+N ?= 1000
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,6 +71,9 @@ bench: install ## every benchmark, one after the other (see docs/benchmarks.md)
 	  PYTHONPATH=. $(PY) "benchmarks/$$name.py" $(ARGS) || failed="$$failed $$name"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+fuzz: install ## N random networks in all, see docs/fuzz.md: make fuzz N=20000 ARGS="--jobs 2"
+	PYTHONPATH=. $(PY) benchmarks/fuzz.py -n $(N) $(ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

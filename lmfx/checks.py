@@ -92,7 +92,9 @@ def check_model(model: Any, example_input: Any) -> None:
     _check_dtypes(model, inputs)
     model = _copied(model)  # some models keep things from a run
     if not any(isinstance(m, ops.CONVS) for m in model.modules()) and not _calls_a_conv(model, args, kwargs):
-        raise ModelError(f"{type(model).__name__} has no convolution, so there is nothing to merge")
+        raise ModelError(
+            f"{type(model).__name__} has no convolution, so there is nothing to merge: pass one with nn.Conv layers"
+        )
     _check_run(model, args, kwargs, inputs)
 
 
@@ -127,7 +129,9 @@ def _copied(model: nn.Module) -> nn.Module:
 def _check_weights(model: nn.Module) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if not tensors:
-        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to merge")
+        raise ModelError(
+            f"{type(model).__name__} has no parameters, so there is nothing to merge: pass one with nn.Conv layers"
+        )
     for name, tensor in tensors:
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device and has no values: load the weights first")

@@ -150,8 +150,9 @@ def _flops(module: nn.Module | None, shapes: dict[fx.Node, tuple[int, ...]], nod
     if isinstance(module, nn.Linear):
         return 2.0 * out * module.in_features
     if isinstance(module, _POOLS):
-        kernel = module.kernel_size
-        return float(out) * (math.prod(kernel) if isinstance(kernel, tuple) else kernel ** (len(shapes[node]) - 2))
+        kernel: Any = module.kernel_size  # torch.fx makes lists of tuples that are arguments of a function
+        listed = isinstance(kernel, (tuple, list))
+        return float(out) * (math.prod(kernel) if listed else kernel ** (len(shapes[node]) - 2))
     return 0.0 if isinstance(module, _MOVES) else float(out)
 
 

@@ -1,0 +1,111 @@
+"""A second way to compute a composed span: run the graph's own modules, each with its own padding, without activations.
+
+Padding between layers is not padding in front of all of them, so the two agree where the merged window lies inside the
+input. The input is random and large enough for such pixels, whatever the size of the network's maps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfx.passes.ir import Candidate, Layer
+from lmfx.passes.layers import Network
+from lmfx.passes.linear_span import LinearSpan
+from lmfx.passes.rewrite import build_span
+from lmfx.passes.states import is_dropped
+from tests.fuzz.compare import Wrong
+
+__all__ = ["check_span"]
+
+MOST_VALUES = 200_000
+
+
+class _Unknown(Exception):
+    """The span holds something that this oracle has no second way for."""
+
+
+def check_span(network: Network, candidate: Candidate) -> bool:
+    """Compare one composed candidate with the graph's own modules; False if the oracle can not say."""
+    conv = candidate.conv
+    assert conv is not None
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    size = [
+        2 * (abs(lo) + abs(hi)) + r + 4 * s + 3 for (lo, hi), r, s in zip(conv.padding, reach, conv.stride, strict=True)
+    ]
+    generator = torch.Generator().manual_seed(1)
+    like = next(p for p in network.gm.parameters() if p.is_floating_point())
+    x = torch.randn((1, conv.in_channels, *size), generator=generator, dtype=torch.float64).to(like.dtype)
+    if x.numel() > MOST_VALUES:
+        return False
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    wanted = set(candidate.kept)
+    kept = frozenset(n for n in network.convs(layers)[1] if network.path(n) in wanted)
+    module = build_span(network, candidate)
+    assert isinstance(module, LinearSpan)
+    with torch.no_grad():
+        try:
+            expected = _run(network, layers, kept, x, candidate.span.activation)
+        except _Unknown:
+            return False
+        results = {"trainable": module.eval()(x), "merged": module.reparameterize().eval()(x)}
+    inside = [slice(None), slice(None)]
+    for n, out, (lo, _), r, s in zip(size, expected.shape[2:], conv.padding, reach, conv.stride, strict=True):
+        good = [o for o in range(out) if s * o - lo >= 0 and s * o - lo + r <= n - 1]
+        if not good:
+            return False
+        inside.append(slice(good[0], good[-1] + 1))
+    for name, actual in results.items():
+        if actual.shape != expected.shape:
+            raise Wrong("oracle", f"{candidate.key} {name}: shape {tuple(expected.shape)} became {tuple(actual.shape)}")
+        a, b = expected[tuple(inside)], actual[tuple(inside)]
+        error = float((a - b).norm()) / max(float(a.norm()), 1e-6)
+        if not error <= 1e-10:
+            raise Wrong("oracle", f"{candidate.key} {name} differs from the linearized graph by {error:.1e}")
+    return True
+
+
+def _run(
+    network: Network, layers: tuple[Layer, ...], kept: frozenset[str], x: Tensor, stays: str | None = None
+) -> Tensor:
+    for layer in layers:
+        if layer.opaque is not None:
+            raise _Unknown
+        if layer.conv is not None and layer.conv not in kept:
+            continue
+        if layer.parallel is not None:
+            x = _join(network, layer, kept, x)
+        for name in network.affine_nodes(layer):
+            node = network.nodes[name]
+            if node.op != "call_module" or len(node.all_input_nodes) != 1:
+                raise _Unknown
+            x = network.module(name)(x)
+        if layer.activation is not None and layer.activation != stays:
+            x = _linearized(network.module(layer.activation), x)
+    return x
+
+
+def _linearized(module: Any, x: Tensor) -> Tensor:
+    """An activation is the identity in a span, a norm of the map its own scale and bias."""
+    if not isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)):
+        return x
+    tail = (-1, *(1,) * (x.dim() - 2))
+    x = x if module.weight is None else x * module.weight.view(tail)
+    return x if getattr(module, "bias", None) is None else x + module.bias.view(tail)
+
+
+def _join(network: Network, layer: Layer, kept: frozenset[str], x: Tensor) -> Tensor:
+    parallel: Any = layer.parallel
+    values = [
+        _run(network, branch.layers, kept, x)
+        for i, branch in enumerate(parallel.branches)
+        if not is_dropped(network, parallel, kept, i)
+    ]
+    if parallel.join == "cat":
+        return torch.cat(values, 1)
+    total = values[0]
+    for value in values[1:]:
+        total = total - value if parallel.join == "sub" else total + value
+    return total

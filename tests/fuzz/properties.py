@@ -1,0 +1,272 @@
+"""What must hold for every network: the properties of the fuzzer. `check` raises `Wrong` at the first that does not."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import lmfx
+from benchmarks.random_plans import random_plan
+from lmfx.passes.errors import ExportError, LmfxError, TraceError, VerifyError
+from lmfx.passes.ir import MergePlan
+from lmfx.passes.layers import Network
+from lmfx.passes.rewrite import merge, rewrite
+from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.trace import trace
+from tests.fuzz.compare import Wrong, call, check_same, check_untouched, clones, leaves, noise_of, state_of, structure
+from tests.fuzz.oracle import check_span
+from tests.fuzz.program import Program
+
+__all__ = ["Outcome", "Shares", "check"]
+
+FIXES = (":", "pass", "use", "make", "call", "ask", "return", "check", "convert", "move", "see", "try", "remove")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How many of a hundred networks get the slow checks."""
+
+    compress: int = 12
+    again: int = 10
+    save: int = 30
+    onnx: int = 8  # of those that are compressed
+
+
+@dataclass
+class Outcome:
+    """What one network was and what it reached."""
+
+    events: list[str] = field(default_factory=list)
+    merges: int = 0  # spans that were composed or fitted, over all plans
+
+    def note(self, event: str) -> None:
+        self.events.append(event)
+
+
+@contextmanager
+def _only_lmfx_errors(what: str) -> Iterator[None]:
+    """Anything but an LmfxError is a traceback in the user's face, and a VerifyError is always a bug."""
+    try:
+        yield
+    except VerifyError as error:
+        raise Wrong(what, f"VerifyError: {error}") from error
+    except (LmfxError, Wrong):
+        raise
+    except Exception as error:
+        raise Wrong(what, f"{type(error).__name__}: {str(error).strip()[:300]}") from error
+
+
+def check(program: Program, seed: int, shares: Shares | None = None) -> Outcome:
+    """Every property of one network. `seed` chooses plans, options and which slow checks are made."""
+    shares = shares or Shares()
+    rng = random.Random(seed)
+    outcome = Outcome()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _check(program, rng, shares, outcome)
+    return outcome
+
+
+def _check(program: Program, rng: random.Random, shares: Shares, outcome: Outcome) -> None:
+    model, x = program.build(), program.example()
+    try:
+        reference = call(model, x)
+    except Exception:
+        return outcome.note("does not run")
+    if not all(bool(t.isfinite().all()) for t in leaves(reference)):
+        return outcome.note("not finite")
+    floor = _Noise(model, x)
+    before, kept_input = state_of(model), clones(x)
+    try:
+        with _only_lmfx_errors("trace"):
+            gm = trace(model, x)
+    except TraceError as error:
+        _check_message(error)
+        check_untouched(before, model)
+        return outcome.note("untraced")
+    finally:
+        _check_inputs(kept_input, x)
+    check_untouched(before, model)
+    tracer = gm.meta["lmfx"]["tracer"]
+    outcome.note(f"tracer {tracer}")
+    check_same("trace", reference, call(gm, x), 1e-12, floor)
+    others: list[tuple[Any, Any]] = [(x, reference)]
+    larger = program.example(other=True)
+    if tracer == "symbolic" and (elsewhere := _attempt(model, larger)) is not None:
+        outcome.note("another size")
+        with _only_lmfx_errors("the trace at another size"):
+            result = call(gm, larger)
+        check_same("the trace at another size", elsewhere, result, 1e-12, _Noise(model, larger))
+        others.append((larger, elsewhere))
+    _check_plans(gm, others, rng, outcome, floor)
+    if rng.randrange(100) < shares.again:
+        with _only_lmfx_errors("trace of the trace"):
+            check_same("trace of the trace", reference, call(trace(gm, x), x), 1e-12, floor)
+    if rng.randrange(100) < shares.compress:
+        _check_compress(program, model, x, reference, rng, shares, outcome)
+    check_untouched(before, model)
+
+
+class _Noise:
+    """The noise of a network on an example, computed when it is asked for."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.model, self.example = model, example
+        self.value: float | None = None
+
+    def __call__(self) -> float:
+        if self.value is None:
+            self.value = noise_of(self.model, self.example)
+        return self.value
+
+
+def _attempt(model: nn.Module, example: Any) -> Any:
+    """The output at another size, or None where the network has no such size."""
+    try:
+        result = call(model, example)
+    except Exception:
+        return None
+    return result if all(bool(t.isfinite().all()) for t in leaves(result)) else None
+
+
+def _check_inputs(kept: Any, example: Any) -> None:
+    if not all(torch.equal(a, b) for a, b in zip(leaves(kept), leaves(example), strict=True)):
+        raise Wrong("the example was changed", "")
+
+
+def _check_message(error: LmfxError) -> None:
+    text = str(error)
+    if len(text) < 20 or not any(word in text.lower() for word in FIXES):
+        raise Wrong("an error without a fix", f"{type(error).__name__}: {text}")
+
+
+def _options(rng: random.Random) -> SpanOptions:
+    realize: Any = rng.choice([("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",)])
+    return SpanOptions(realize=realize, max_kernel_size=rng.choice([7, None, 9, 3]))
+
+
+def _check_plans(
+    gm: fx.GraphModule, inputs: list[tuple[Any, Any]], rng: random.Random, outcome: Outcome, floor: _Noise
+) -> None:
+    with _only_lmfx_errors("spans"):
+        spans = enumerate_spans(Network(gm), _options(rng))
+    _check_refusals(spans)
+    if spans.network.regions:
+        outcome.note("regions")
+    x, reference = inputs[0]
+    with _only_lmfx_errors("the empty plan"):
+        kept = call(merge(rewrite(gm, MergePlan())), x)
+    check_same("the empty plan", reference, kept, 1e-13, floor)
+    for _ in range(2):
+        plan = random_plan(spans, random.Random(rng.randrange(10**9)))
+        if not plan.candidates:
+            continue
+        with _only_lmfx_errors("rewrite"):
+            text = gm.code
+            student = rewrite(gm, plan)
+            net = merge(student)
+        if gm.code != text:
+            raise Wrong("rewrite", "the graph that it was given was changed")
+        for example, expected in inputs:
+            with _only_lmfx_errors("a rewritten network"):
+                trained, merged = call(student, example), call(net, example)
+            if structure(expected) != structure(merged):
+                raise Wrong("a rewritten network", f"{structure(expected)} became {structure(merged)}")
+            check_same("merged is not trainable", trained, merged, 1e-12, _Noise(student, example))
+        outcome.merges += sum(c.realization in ("compose", "fit") for c in plan.candidates)
+    composed = [c for c in spans if c.realization == "compose"]
+    for candidate in rng.sample(composed, min(4, len(composed))):
+        with _only_lmfx_errors("oracle"):
+            outcome.note("oracle" if check_span(spans.network, candidate) else "no oracle")
+
+
+def _check_refusals(spans: SpanSet) -> None:
+    names = set(spans.network.nodes)
+    for refusal in spans.refusals:
+        unknown = set(refusal.nodes) - names
+        if len(refusal.reason) < 10 or unknown:
+            raise Wrong("a refusal", f"{refusal.reason!r} with the unknown nodes {sorted(unknown)}")
+    keys = [c.key for c in spans]
+    if len(set(keys)) != len(keys):
+        raise Wrong("candidates", "two have one key")
+
+
+def _compress(model: nn.Module, x: Any, rng: random.Random, folder: str, **options: Any) -> fx.GraphModule:
+    budget = rng.choice([0.8, 0.6, 0.9, 0.5, 0.3, 1.0])
+    # Small bounds: what is tested is that all that is offered works, not how good it is.
+    options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **options}
+    options["surrogate"] = rng.choice(["affine", "identity"])
+    return lmfx.compress(
+        model, x, budget, latency="roofline", importance="magnitude", cache_dir=folder, progress=False, **options
+    )
+
+
+def _check_compress(
+    program: Program, model: nn.Module, x: Any, reference: Any, rng: random.Random, shares: Shares, outcome: Outcome
+) -> None:
+    """The pipeline gives a network with the same kind of output, or an error with a fix."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with _only_lmfx_errors("compress"):
+                net = _compress(model, x, rng, folder)
+        except LmfxError as error:
+            _check_message(error)
+            return outcome.note(f"compress: {type(error).__name__}")
+        outcome.note("compressed")
+        with _only_lmfx_errors("the compressed network"):
+            result = call(net, x)
+            lmfx.report(net)
+        if structure(result) != structure(reference):
+            raise Wrong("the compressed network", f"{structure(reference)} became {structure(result)}")
+        if rng.randrange(100) < shares.again:
+            try:
+                with _only_lmfx_errors("compress twice"):
+                    twice = call(_compress(net, x, rng, folder), x)
+                if structure(twice) != structure(reference):
+                    raise Wrong("compress twice", f"{structure(reference)} became {structure(twice)}")
+                outcome.note("compressed twice")
+            except LmfxError as error:
+                _check_message(error)
+                outcome.note(f"compress twice: {type(error).__name__}")
+        if rng.randrange(100) < shares.save:
+            with _only_lmfx_errors("save and load"):
+                loaded = lmfx.load(lmfx.save(net, Path(folder) / "saved"), model)
+                again = call(loaded, x)
+            if structure(result) != structure(again) or not _equal(result, again):
+                raise Wrong("save and load", "the loaded network gives another output")
+            outcome.note("saved")
+        if rng.randrange(100) < shares.onnx:
+            _check_onnx(program, rng, folder, outcome)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(s, t) for s, t in zip(leaves(a), leaves(b), strict=True))
+
+
+def _check_onnx(program: Program, rng: random.Random, folder: str, outcome: Outcome) -> None:
+    """The merged network in float32 agrees with ONNX Runtime, where the network itself does."""
+    model, x = program.build(torch.float32), program.example(torch.float32)
+    try:
+        with _only_lmfx_errors("compress in float32"):
+            net = _compress(model, x, rng, folder)
+    except LmfxError as error:
+        return _check_message(error)
+    try:
+        with _only_lmfx_errors("export"):
+            lmfx.export_onnx(net, x, Path(folder) / "net.onnx", tolerance=1e-4)
+    except ExportError as error:
+        try:
+            lmfx.export_onnx(trace(model, x), x, Path(folder) / "model.onnx", tolerance=1e-4)
+        except ExportError:
+            return outcome.note("not exportable")
+        raise Wrong("export", f"the network itself exports, the merged one does not: {error}") from error
+    outcome.note("exported")
