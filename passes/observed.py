@@ -47,7 +47,7 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
             seeds += [node, *(v for v in operands_of(node) if is_map(v))]
         elif _keeps_layout(gm, node):
             for value in operands_of(node):
-                if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat":
+                if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat" or _is_selection(gm, node):
                     above[root(value)] = root(node)
     classes = {root(node) for node in seeds}
     return frozenset(
@@ -72,7 +72,12 @@ def _only_on_maps(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _keeps_layout(gm: fx.GraphModule, node: fx.Node) -> bool:
     if ops.resizes(node, gm):
         return False
-    return any(v.meta.get("shape") == node.meta["shape"] for v in operands_of(node)) or join_of(node) == "cat"
+    same = any(v.meta.get("shape") == node.meta["shape"] for v in operands_of(node))
+    return same or join_of(node) == "cat" or _is_selection(gm, node)
+
+
+def _is_selection(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), ops.ChannelSelect)
 
 
 def values_at(gm: fx.GraphModule, growth: int) -> Shapes:

@@ -148,6 +148,7 @@ def outputs(s: Scope, v: str) -> str:
         4: f"Pair({v}, {w})",
         5: f"Pair({v}, ({w}, {v}))",
         6: f"{{'out': [{v}], 'aux': ({w}, None)}}",
+        7: f"OrderedDict(out={v}, aux={w})",
         8: f"Output({v}, {w})",
         9: f"({v}, {v}.argmax(1))",
         10: f"({v}, x)",
