@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch import fx, nn
 
 from . import linear, ops
 from .canonical import op_name
+from .configs import follows_rule, identity_config, module_config, pool_config, same_size
 from .errors import OptionError
-from .ir import ConvConfig, Layer, PaddingMode, Parallel, Refusal, Region, Series
+from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .observed import GROWTH, follows, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
 from .sides import side_vector
 
-__all__ = ["Network", "identity_config", "is_identity_config", "module_config"]
+__all__ = ["Network"]
 
 
 class Network:
@@ -36,6 +36,8 @@ class Network:
         self.series: dict[str, Series] = {s.name: s for r in self.regions for s in r.series.walk()}
         self._configs: dict[int, ConvConfig | Refusal] = {}
         self._geometries: dict[int, ConvConfig | None] = {}
+        self._convs: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        self._modules: dict[str, nn.Module] = {}
         self._norms: dict[str, float] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -45,7 +47,9 @@ class Network:
 
     def module(self, name: str) -> nn.Module:
         """The module that a node calls."""
-        return self.gm.get_submodule(str(self.nodes[name].target))
+        if name not in self._modules:
+            self._modules[name] = self.gm.get_submodule(str(self.nodes[name].target))
+        return self._modules[name]
 
     def path(self, name: str) -> str:
         """The qualified module name behind a node."""
@@ -132,33 +136,33 @@ class Network:
         config = self.config(layer)
         if layer.conv is None or isinstance(config, Refusal) or self.shape(layer.entry) != self.shape(layer.exit):
             return False
-        return set(config.stride) == {1} and config.in_channels == config.out_channels and _same_size(config)
+        return set(config.stride) == {1} and config.in_channels == config.out_channels and same_size(config)
 
     def convs(self, layers: tuple[Layer, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(node names of the convs on the main path, of all convs), both in the order of the graph.
 
         The main path of a sum is the branch with the most convs; a concatenation's and a product's is all branches.
         """
-        main: list[str] = []
-        every: list[str] = []
-        for layer in layers:
-            if layer.parallel is not None:
-                found = [self.convs(b.layers) for b in layer.parallel.branches]
-                every += [c for _, all_convs in found for c in all_convs]
-                if layer.parallel.join in ("add", "sub"):
-                    longest = max(range(len(found)), key=lambda i: len(found[i][0]))
-                    main += found[longest][0]
-                else:
-                    main += [c for m, _ in found for c in m]
-            elif layer.conv is not None:
-                main.append(layer.conv)
-                every.append(layer.conv)
-            elif layer.opaque is not None:
-                for name in layer.nodes:
-                    if self.nodes[name].op == "call_module" and ops.plain_in(self.module(name), ops.CONVS):
-                        main.append(name)
-                        every.append(name)
-        return tuple(main), tuple(every)
+        found = [self._layer_convs(layer) for layer in layers]
+        return tuple(c for main, _ in found for c in main), tuple(c for _, every in found for c in every)
+
+    def _layer_convs(self, layer: Layer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if id(layer) not in self._convs:
+            self._convs[id(layer)] = self._find_convs(layer)
+        return self._convs[id(layer)]
+
+    def _find_convs(self, layer: Layer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if layer.parallel is not None:
+            found = [self.convs(b.layers) for b in layer.parallel.branches]
+            every = tuple(c for _, all_convs in found for c in all_convs)
+            if layer.parallel.join in ("add", "sub"):
+                return max((main for main, _ in found), key=len), every
+            return tuple(c for main, _ in found for c in main), every
+        if layer.conv is not None:
+            return (layer.conv,), (layer.conv,)
+        called = [n for n in layer.nodes if layer.opaque is not None and self.nodes[n].op == "call_module"]
+        inside = tuple(n for n in called if ops.plain_in(self.module(n), ops.CONVS))
+        return inside, inside
 
     def meeting(self, value: fx.Node, reader: fx.Node) -> Refusal | None:
         """Why the region that gives `value` ends at `reader`, if that is an op of several values."""
@@ -244,88 +248,7 @@ class Network:
             return None  # its output has the size of its input only for the example
         module = self.module(name) if node.op == "call_module" else None
         if module is not None and ops.plain_in(module, (*ops.MAX_POOLS, *ops.AVG_POOLS)):
-            return _pool_config(module, before[1], ndim) if _follows_rule(module, ndim) else None
+            return pool_config(module, before[1], ndim) if follows_rule(module, ndim) else None
         if module is not None and isinstance(module, ops.CONVS) and ops.plain_in(module, ops.CONVS):
             return module_config(module, before[1], ndim)
         return identity_config(before[1], ndim) if before == after else None
-
-
-def identity_config(channels: int, ndim: int) -> ConvConfig:
-    """1 x 1, stride 1, no padding, one group a channel."""
-    ones = (1,) * ndim
-    return ConvConfig(channels, channels, ones, ones, ((0, 0),) * ndim, ones, channels)
-
-
-def is_identity_config(config: ConvConfig) -> bool:
-    """Whether nothing but a diagonal is left: 1 x 1, stride 1, no padding, one group a channel."""
-    return config == identity_config(config.in_channels, len(config.kernel_size))
-
-
-def _same_size(config: ConvConfig) -> bool:
-    """Whether output size equals input size for every input."""
-    return all(
-        lo + hi == d * (k - 1)
-        for (lo, hi), d, k in zip(config.padding, config.dilation, config.kernel_size, strict=True)
-    )
-
-
-def _tuple(value: Any, ndim: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (int(value),) * ndim
-
-
-def _pool_config(pool: Any, channels: int, ndim: int) -> ConvConfig:
-    kernel, stride = _tuple(pool.kernel_size, ndim), _tuple(pool.stride or pool.kernel_size, ndim)
-    before = _tuple(pool.padding, ndim)
-    # ceil_mode rounds the output size up, which is s - 1 more pixels to read behind.
-    extra = [s - 1 if pool.ceil_mode else 0 for s in stride]
-    pads = tuple((p, p + e) for p, e in zip(before, extra, strict=True))
-    dilation = _tuple(getattr(pool, "dilation", 1), ndim)
-    return ConvConfig(channels, channels, kernel, stride, pads, dilation, channels)
-
-
-def _follows_rule(pool: Any, ndim: int) -> bool:
-    """Whether the output size is a conv's for every input size.
-
-    torch leaves out a last window that a ceil_mode pool would begin behind its input, which can only happen where a
-    stride reaches past the rest of the window.
-    """
-    config = _pool_config(pool, 1, ndim)
-    reach = zip(config.stride, config.padding, config.dilation, config.kernel_size, strict=True)
-    return not pool.ceil_mode or all(s + before <= d * (k - 1) + 1 for s, (before, _), d, k in reach)
-
-
-def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
-    """The configuration of one affine module on a map of `channels` channels in `ndim` spatial dimensions."""
-    any_module: Any = module
-    if isinstance(module, ops.CONVS):
-        return _conv_config(any_module)
-    if ops.plain_in(module, ops.AVG_POOLS):
-        return _pool_config(module, channels, ndim)
-    if ops.plain_in(module, (*ops.PADS, *ops.MIRRORS)):
-        flat = any_module.padding  # last dimension first, before and after
-        pads = tuple((flat[2 * i], flat[2 * i + 1]) for i in reversed(range(ndim)))
-        fill = _fill(pads, ops.mirror_mode(module), float(getattr(module, "value", 0.0)))
-        return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels, *fill)
-    config = identity_config(channels, ndim)
-    if isinstance(module, ops.ChannelSelect) and module.index != tuple(range(channels)):
-        return replace(config, out_channels=len(module.index), groups=1)
-    return config
-
-
-def _conv_config(conv: Any) -> ConvConfig:
-    kernel, dilation = tuple(conv.kernel_size), tuple(conv.dilation)
-    if conv.padding == "same":
-        extents = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = tuple((e // 2, e - e // 2) for e in extents)
-    elif conv.padding == "valid":
-        pads = ((0, 0),) * len(kernel)
-    else:
-        pads = tuple((int(p), int(p)) for p in conv.padding)
-    fill = _fill(pads, conv.padding_mode)
-    inner, outer = conv.in_channels, conv.out_channels
-    return ConvConfig(inner, outer, kernel, tuple(conv.stride), pads, dilation, conv.groups, *fill)
-
-
-def _fill(pads: tuple[tuple[int, int], ...], mode: PaddingMode, value: float = 0.0) -> tuple[PaddingMode, float]:
-    """How a config says what its padding is filled with; one that does not pad says nothing."""
-    return (mode, value) if any(map(any, pads)) else ("zeros", 0.0)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import ops
+from .configs import module_config
 from .ir import ConvConfig
 from .reduction import is_map, join_of, operands_of
 
@@ -158,8 +159,14 @@ class _ShapeRunner(fx.Interpreter):
 
     def value(self, n: fx.Node) -> Any:
         source = n.args[0] if n.op == "call_module" and len(n.args) == 1 else None
-        if isinstance(source, fx.Node) and ops.keeps_shape(self.fetch_attr(str(n.target))):
-            return self.env[source]
+        if not isinstance(source, fx.Node) or not isinstance(self.env[source], Tensor):
+            return super().run_node(n)
+        module, x = self.fetch_attr(str(n.target)), self.env[source]
+        if ops.keeps_shape(module):
+            return x
+        if ops.plain_in(module, ops.CONVS) and x.dim() == ops.rank(module) and x.shape[1] == module.in_channels:
+            config = module_config(module, module.in_channels, x.dim() - 2)
+            return x.new_empty((x.shape[0], config.out_channels, *config.output_size(tuple(x.shape[2:]))))
         return super().run_node(n)
 
 

@@ -18,9 +18,10 @@ from torch import fx, nn
 
 from . import linear, ops
 from .canonical import set_submodule
+from .configs import identity_config
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
-from .layers import Network, identity_config
+from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan
 from .sides import SideAdd, side_vector
 from .states import is_dropped, side_inputs

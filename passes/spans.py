@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from . import ops
+from .configs import is_identity_config
 from .errors import OptionError
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
-from .layers import Network, is_identity_config
+from .layers import Network
 from .observed import follows
 from .reduction import join_of
 from .states import State, States
@@ -142,8 +143,8 @@ class _Finder:
     def refused(self, span: Span, layers: tuple[Layer, ...], convs: tuple[str, ...]) -> Refusal | None:
         if span.output == span.entry:
             return Refusal("nothing to merge: only an activation", tuple(n for lay in layers for n in lay.nodes))
-        paths = [self.network.path(n) for lay in layers for n in lay.all_nodes()]
-        for path in paths:
+        nodes = (n for lay in layers for n in lay.all_nodes()) if self.options.exclude else ()
+        for path in map(self.network.path, nodes):
             if any(fnmatch.fnmatchcase(path, g) for g in self.options.exclude):
                 return Refusal(f"excluded: {path} matches exclude={self.options.exclude!r}", (span.entry, span.exit))
         for conv in convs:

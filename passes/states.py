@@ -16,9 +16,10 @@ from itertools import product
 from math import prod
 
 from . import linear
+from .configs import identity_config, is_identity_config
 from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Series
-from .layers import Network, identity_config, is_identity_config
+from .layers import Network
 
 __all__ = ["State", "States", "is_dropped", "side_inputs"]
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfx.passes import linear
+from lmfx.passes.configs import module_config
 from lmfx.passes.errors import OptionError
 from lmfx.passes.ir import MergePlan
-from lmfx.passes.layers import Network, module_config
+from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import Chain, LinearSpan
 from lmfx.passes.modules import ChannelSelect
 from lmfx.passes.rewrite import merge, rewrite
