@@ -49,11 +49,10 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (_refill(source.captured.output, iter(output.args[0])),)
     graph.set_codegen(ModelCodeGen(binding, fixed, source.captured.structure))
-    _unprefix(graph)
-    root = getattr(exported, "model", nn.Module())  # a model without parameters is not even there
-    for node in graph.nodes:
-        if node.op == "get_attr" and hasattr(exported, str(node.target)) and not hasattr(root, str(node.target)):
-            root.register_buffer(str(node.target), getattr(exported, str(node.target)))  # a constant of the forward
+    first: dict[int, str] = {}
+    aliases = {name: first.setdefault(id(m), name) for name, m in source.model.named_modules(remove_duplicate=False)}
+    root = _root(exported, graph, aliases)
+    _name_paths(graph, aliases)
     return Traced(fx.GraphModule(root, graph, type(model).__name__), {})
 
 
@@ -125,19 +124,53 @@ def _item(graph: fx.Graph, holder: fx.Node, path: tuple[Any, ...]) -> fx.Node:
     return holder
 
 
-def _unprefix(graph: fx.Graph) -> None:
-    """`model.layer.conv.weight` is `layer.conv.weight`, and so are the paths of modules."""
+def _root(exported: nn.Module, graph: fx.Graph, names: dict[str, str]) -> nn.Module:
+    """A module with the tensors that the graph reads: `model.layer.conv.weight` is `layer.conv.weight` in it.
+
+    Constants of a forward are not below the model; a module that two names lead to has one.
+    """
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = operator.attrgetter(str(node.target))(exported)
+        owner, _, last = str(node.target).removeprefix("model.").rpartition(".")
+        owner = names.get(owner, owner)
+        module = root
+        for atom in owner.split(".") if owner else ():
+            if atom not in module._modules:
+                module.add_module(atom, nn.Module())
+            module = module.get_submodule(atom)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(last, tensor)
+        else:
+            module.register_buffer(last, tensor)
+        node.target = f"{owner}.{last}" if owner else last
+    return root
+
+
+def _name_paths(graph: fx.Graph, names: dict[str, str]) -> None:
+    """Every node has the path of the module that it came from, and knows whether that is a layer of torch's own."""
     for node in graph.nodes:
         if node.target in _VIEWS:
-            node.target = torch.ops.aten.reshape.default
-        if node.op == "get_attr":
-            node.target = str(node.target).removeprefix("model.")
+            _free_view(node)
         stack = node.meta.get("nn_module_stack")
         if stack:
-            entries = {k: (_path(v[0]), v[1]) for k, v in stack.items() if _path(v[0])}
+            paths = {k: (_path(v[0]), v[1]) for k, v in stack.items()}
+            entries = {k: (names.get(path, path), kind) for k, (path, kind) in paths.items() if path}
             node.meta["nn_module_stack"] = entries
             kinds = [str(kind) for _, kind in entries.values()]
             node.meta["leaf"] = bool(kinds) and "torch.nn." in kinds[-1]
+
+
+def _free_view(node: Any) -> None:
+    """A view as a reshape, or as what it says: `flatten` of all but the first dimension."""
+    value: Any = node.meta.get("val")
+    before: Any = node.args[0].meta.get("val")
+    node.target = torch.ops.aten.reshape.default
+    known = isinstance(value, Tensor) and isinstance(before, Tensor)
+    if known and value.dim() == 2 < before.dim() and value.shape[0] == before.shape[0]:
+        node.target, node.args = torch.flatten, (node.args[0], 1)
 
 
 def _path(path: str) -> str:

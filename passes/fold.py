@@ -34,7 +34,7 @@ _UNKNOWN = object()
 def fold_constants(gm: fx.GraphModule) -> int:
     """Fold in the graph of `gm` (the caller's own copy); returns the number of tensors that were placed.
 
-    Every node must carry `meta["path"]`.
+    Every node must carry `meta["path"]`, and tensors `meta["dtype"]` and `meta["device"]`.
     """
     values = _constants(gm)
     fresh: list[tuple[fx.Node, Tensor]] = []
@@ -45,7 +45,7 @@ def fold_constants(gm: fx.GraphModule) -> int:
         if isinstance(value, Tensor):
             if node.op != "get_attr" or str(node.target).rpartition(".")[2].startswith(_MADE_BY_TRACERS):
                 fresh.append((node, value))
-        elif node.op != "get_attr" and _is_literal(value):
+        elif node.op != "get_attr" and node.target is not getattr and _is_literal(value):
             for reader in readers:
                 reader.args = _with_literal(reader.args, node, value)
                 reader.kwargs = _with_literal(reader.kwargs, node, value)
@@ -75,6 +75,11 @@ def _constants(gm: fx.GraphModule) -> dict[fx.Node, Any]:
             tensor = tensor_of(gm, node)
             if tensor is not None:
                 values[node] = tensor
+        elif node.target is getattr and node.args[1] in ("dtype", "device"):
+            # Of a value, known from the example: a table is made in the network's own type, and moves with it.
+            source: Any = node.args[0]
+            if source.meta.get(node.args[1]) is not None:
+                values[node] = source.meta[node.args[1]]
         elif node.op.startswith("call_") and all(n in values for n in node.all_input_nodes):
             value = _evaluate(gm, node, values)
             if value is not _UNKNOWN:
@@ -89,6 +94,8 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> 
         return _UNKNOWN
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     operands = [v for v in (values[n] for n in node.all_input_nodes) if isinstance(v, Tensor)]
+    # A norm writes into its statistics without telling their version counters.
+    kept = [(v, v.clone()) for v in operands] if name.endswith(("batch_norm", "instance_norm")) else []
     versions = [v._version for v in operands]
     cuda = {v.device for v in operands if v.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d for d in cuda if d.index is not None]), torch.no_grad():
@@ -108,7 +115,10 @@ def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> 
             return _UNKNOWN
         after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in cuda)]
     drew = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    wrote = any(v._version != version for v, version in zip(operands, versions, strict=True))
+    changed = [(v, old) for v, old in kept if not torch.equal(v, old)]
+    for v, old in changed:
+        v.copy_(old)
+    wrote = bool(changed) or any(v._version != version for v, version in zip(operands, versions, strict=True))
     return _UNKNOWN if drew or wrote or not _is_value(value) else value
 
 

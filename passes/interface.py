@@ -203,14 +203,14 @@ class ModelCodeGen(fx.graph.CodeGen):
         super().__init__()
         self.expect = _Expect({**fixed, **binding.absent})
         self.structure = structure
-        names = list(binding.signature.parameters)
+        kinds = {n: p.kind for n, p in binding.signature.parameters.items()}
+        names = list(kinds)
         ordered = [n for n in names if n in binding.given or n in binding.absent]
         # Parameters with a default can stand behind the others by position; elsewhere they need their keyword.
         tail = ordered[max((ordered.index(n) + 1 for n in binding.given if n in ordered), default=0) :]
-        plain = set(binding.given) <= set(names) and all(
-            binding.signature.parameters[n].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for n in ordered
-        )
-        self.behind = tail if plain else []
+        by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        variable = any(n not in kinds for n in binding.given)
+        self.behind = [] if variable else [n for n in tail if kinds[n] is by_position]
         self.keywords = [n for n in binding.absent if n not in self.behind]
         self.checked = [*fixed, *binding.absent]
 

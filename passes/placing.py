@@ -47,7 +47,9 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
     path = node.meta.get("path", "")
     if node.meta.get("leaf") and _may_stand_at(gm, path, module):
         return path  # what torch.export saw of a module without parameters
-    base = f"{path}.{name}" if path else name
+    # Beside a module that owns tensors, not inside: the op that they belong to takes its path.
+    separator = "_" if _owns_tensors(gm, path) else "."
+    base = f"{path}{separator}{name}" if path else name
     taken, i = {n for n, _ in gm.named_modules(remove_duplicate=False)}, 0
     top = {n for n in gm._modules} | set(dir(type(gm)))
     candidate = base
@@ -71,6 +73,15 @@ def _may_stand_at(gm: fx.GraphModule, path: str, module: nn.Module) -> bool:
     for atom in path.split("."):
         held = getattr(held, atom, None)
     return held is None or (isinstance(held, nn.Module) and _same(held, module))
+
+
+def _owns_tensors(gm: fx.GraphModule, path: str) -> bool:
+    module: Any = gm
+    for atom in path.split("."):
+        module = getattr(module, atom, None)
+    if not isinstance(module, nn.Module) or list(module.children()):
+        return False
+    return any(f".{name}" in _OWNED for name in (*module._parameters, *module._buffers))
 
 
 def _attributes_read(gm: fx.GraphModule, owner: str) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 
 from .interface import Example
@@ -105,6 +105,8 @@ class ShapeTracer(SymbolicTracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
         """Record an op, and compute it on fake tensors; a number, a shape or a flag is a constant of this trace."""
         a, k = fx.node.map_aggregate(args, _unwrap), fx.node.map_aggregate(kwargs, _unwrap)
+        if kind == "call_method" and (made := _made(str(target), args, a, k)) is not None:
+            return made
         with self.mode, torch.no_grad():
             if kind == "call_function":
                 fake = target(*a, **k)
@@ -123,6 +125,18 @@ class ShapeTracer(SymbolicTracer):
         # What chunk, split or unbind give is a tuple to the model, which may take its length, slice it, add to it.
         parts = isinstance(fake, tuple) or type(fake) in (list, dict)
         return unpacked(proxy, fake) if parts and kind != "placeholder" else proxy
+
+
+def _made(method: str, args: Any, a: Any, k: Any) -> Tensor | None:
+    """A constant that a value gives no more than its type and device: `x.new_zeros(3)`, `table.to(x)`."""
+    if any(type(v) is _ShapeProxy for v in [*args[1:], *k.values()]):
+        like = a[1] if method in ("to", "type_as") and len(a) == 2 and not k else None
+        known = isinstance(like, Tensor) and not isinstance(a[0], FakeTensor)
+        return a[0].to(like.device, like.dtype) if known and like is not None else None
+    if method not in ("new_zeros", "new_ones", "new_full", "new_tensor") or not isinstance(a[0], FakeTensor):
+        return None
+    made: Tensor = getattr(torch.empty(0, dtype=a[0].dtype, device=a[0].device), method)(*a[1:], **k)
+    return made
 
 
 def _unwrap(value: Any) -> Any:

@@ -16,13 +16,14 @@ The first tracer that works and hides no convolution in an opaque submodule is t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .canonical import canonicalize
@@ -63,7 +64,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     the order given (`symbolic`, `shapes`, `export`); of those whose graph agrees numerically with the model, the one
     that hides fewest convolutions in opaque submodules is taken, and the first of equals. The graph takes what the
     model takes and gives what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the
-    reasons of opaque submodules and the example's shapes.
+    reasons of opaque submodules, how many convolutions run inside them, and the example's shapes.
 
     Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
     forward does not take.
@@ -82,7 +83,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
         except Exception as error:  # any tracer may fail in any way; the next one is tried
             reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
-        hidden = _hidden_convs(gm)
+        hidden = gm.meta["lmfx"]["hidden_convs"]
         if best is None or hidden < best[0]:
             best = hidden, gm
         if not hidden:
@@ -105,24 +106,29 @@ def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> 
     annotate(gm, example)
     fold_constants(gm)
     canonicalize(gm)
-    difference = _difference(reference, annotate(gm, example))
+    runner = _Annotator(gm, frozenset(traced.opaque))
+    difference = _difference(reference, runner.run(*_placeholder_values(gm, example)))
     if difference is not None:
         raise TraceError(f"the graph does not compute what the model computes ({difference})")
     args, kwargs = example
     gm.meta["lmfx"] = {
         "tracer": name,
         "opaque": traced.opaque,
+        "hidden_convs": runner.hidden.count,
         "positional": [_spec(a) for a in args],
         "keyword": {k: _spec(v) for k, v in kwargs.items()},
     }
     return gm
 
 
-def _hidden_convs(gm: fx.GraphModule) -> int:
-    """Convolutions inside the submodules that the tracer could not follow."""
-    opaque = gm.meta["lmfx"]["opaque"]
-    called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"} & set(opaque)
-    return sum(isinstance(m, _ConvNd) for name in called for m in gm.get_submodule(name).modules())
+class _ConvCounter(TorchFunctionMode):
+    """Counts the convolutions that run, whether modules or functions call them."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "").startswith(("conv1d", "conv2d", "conv3d", "conv_transpose"))
+        return func(*args, **(kwargs or {}))
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
@@ -155,8 +161,10 @@ def _clone(value: Any) -> Any:
 
 
 class _Annotator(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, opaque: frozenset[str] = frozenset()) -> None:
         super().__init__(gm)
+        self.opaque = opaque
+        self.hidden = _ConvCounter()
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,12 +173,14 @@ class _Annotator(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         versions = {s: v._version for s in n.all_input_nodes if isinstance(v := self.env.get(s), Tensor)}
-        value = super().run_node(n)
+        with self.hidden if n.op == "call_module" and n.target in self.opaque else contextlib.nullcontext():
+            value = super().run_node(n)
         for source, version in versions.items():
             self._check_mutation(n, source, version)
         tensor = value if isinstance(value, Tensor) else None
         n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
         n.meta["dtype"] = tensor.dtype if tensor is not None else None
+        n.meta["device"] = tensor.device if tensor is not None else None
         first = n.args[0] if n.args else None
         n.meta["same"] = tensor is not None and isinstance(first, fx.Node) and self.env.get(first) is tensor
         n.meta["floating"] = tensor is not None and tensor.is_floating_point()
