@@ -96,10 +96,12 @@ def run(
     options: argparse.Namespace,
     source: str,
 ) -> dict[str, Row]:
-    """The rows that are not done yet. Large networks come first, one at a time."""
+    """The rows that are not done yet: large networks first, one at a time, then one of each family, another of each."""
     preload()
     size = {n: float(old.get(n, {}).get("parameters_m") or 0) for n in names}
-    todo = sorted((n for n in names if n not in done), key=lambda n: -size[n])
+    known, seen = families(), Counter[str]()
+    turn = {n: seen.update([known[n]]) or seen[known[n]] for n in names}
+    todo = sorted((n for n in names if n not in done), key=lambda n: (size[n] * 1e6 < HEAVY / 2, turn[n]))
     with progress(len(names), "zoo") as bar:
         bar.update(len(done))
 
