@@ -25,7 +25,7 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}
-    | {"build", "hypothesis", "mypy", "pytest", "ruff", "scikit-learn", "setuptools>=77"}
+    | {"build", "diffusers", "hypothesis", "mypy", "pytest", "ruff", "scikit-learn", "setuptools>=77", "timm"}
 )
 
 setup(

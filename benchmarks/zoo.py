@@ -99,9 +99,8 @@ def run(
     """The rows that are not done yet: large networks first, one at a time, then one of each family, another of each."""
     preload()
     size = {n: float(old.get(n, {}).get("parameters_m") or 0) for n in names}
-    known, seen = families(), Counter[str]()
-    turn = {n: seen.update([known[n]]) or seen[known[n]] for n in names}
-    todo = sorted((n for n in names if n not in done), key=lambda n: (size[n] * 1e6 < HEAVY / 2, turn[n]))
+    todo = in_turns([n for n in names if n not in done], families())
+    todo.sort(key=lambda n: size[n] * 1e6 < HEAVY / 2)
     with progress(len(names), "zoo") as bar:
         bar.update(len(done))
 
@@ -120,6 +119,16 @@ def run(
             heavy=lambda name: size[name] * 1e6 > HEAVY / 2,
             tick=tick,
         )
+
+
+def in_turns(names: Sequence[str], family: dict[str, str]) -> list[str]:
+    """One name of each family, then another of each: what is wrong shows early."""
+    seen: Counter[str] = Counter()
+    turn: dict[str, int] = {}
+    for name in names:
+        turn[name] = seen[family[name]]
+        seen[family[name]] += 1
+    return sorted(names, key=turn.__getitem__)
 
 
 def preload() -> None:

@@ -2,6 +2,7 @@
 
     tv/NAME              torchvision's builder           tv/NAME.backbone     the backbone of one of its detectors
     timm/NAME            timm's                          diffusers/NAME       a configuration of this file (`DIFFUSION`)
+    ddpm/NAME            `zoo_ddpm`
 
 The names are the first column of `benchmarks/results/zoo.csv`. Nothing is downloaded. Inputs are as small as a network
 takes: the first of `SIZES` at which its forward runs, else the size it was made for.
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.random_plans import randomise_norms
+from benchmarks.zoo_ddpm import DenoisingNet
 
-__all__ = ["TABLE", "build", "examples", "families", "randomise"]
+__all__ = ["SIZES", "TABLE", "build", "examples", "families", "randomise"]
 
 TABLE = Path(__file__).parent / "results" / "zoo.csv"
 SIZES = (128, 160, 224, 256)
@@ -40,13 +42,16 @@ def build(name: str) -> nn.Module:
     """The network `name` in eval mode with seeded random weights. Raises `KeyError` for a library that is not known."""
     library, _, rest = name.partition("/")
     torch.manual_seed(0)
-    model: nn.Module = {"tv": _torchvision, "timm": _timm, "diffusers": _diffusers}[library](rest)
+    model: nn.Module = {"tv": _torchvision, "timm": _timm, "diffusers": _diffusers, "ddpm": _ddpm}[library](rest)
     return randomise(model).eval().requires_grad_(False)
 
 
-def examples(name: str, model: nn.Module, odd: bool = False) -> Iterator[Any]:
-    """Inputs to try, smallest first; `odd` puts one of odd sizes in front, with a batch of two."""
+def examples(name: str, model: nn.Module, odd: bool = False, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
+    """Inputs to try, smallest of `sizes` first; `odd` puts one of an odd size in front, with a batch of two."""
     library, _, rest = name.partition("/")
+    if library == "ddpm":
+        yield _NOISY()
+        return
     if library == "diffusers":
         yield DIFFUSION[rest][1]()
         return
@@ -58,12 +63,11 @@ def examples(name: str, model: nn.Module, odd: bool = False) -> Iterator[Any]:
             yield torch.randn(1, 3, frames, size, size)
             return
     if odd:
-        yield torch.randn(2, 3, 97, 97)
+        yield torch.randn(2, 3, odd_size := sizes[0] * 3 // 4 + 1, odd_size)
     own = _own_size(model)
     fixed = getattr(model, "default_cfg", {}).get("fixed_input_size", False)
-    for size in sorted({own, *(() if fixed else SIZES)}):
-        if size <= own or not fixed:
-            yield torch.randn(1, getattr(model, "default_cfg", {}).get("input_size", (3,))[0], size, size)
+    for size in (own,) if fixed else sorted({own, *sizes}):
+        yield torch.randn(1, 3, size, size)
 
 
 def _own_size(model: nn.Module) -> int:
@@ -124,6 +128,10 @@ def _timm(name: str) -> nn.Module:
 
 def _diffusers(name: str) -> nn.Module:
     return DIFFUSION[name][0]()
+
+
+def _ddpm(name: str) -> nn.Module:
+    return DenoisingNet()
 
 
 def _made(kind: str, **options: Any) -> Callable[[], nn.Module]:

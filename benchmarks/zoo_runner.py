@@ -109,9 +109,10 @@ def _fork(name: str, work: Callable[[str], Row], memory_gb: float) -> tuple[int,
     status = 1
     try:
         os.close(read)
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
+        silent = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        os.dup2(silent.fileno(), 1)
+        os.dup2(silent.fileno(), 2)
+        sys.stdout = sys.stderr = silent
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
         limit = int(memory_gb * 2**30) + pages * resource.getpagesize()

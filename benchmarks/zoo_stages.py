@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmfx
 from benchmarks.random_plans import random_plan
-from benchmarks.zoo_models import build, examples
+from benchmarks.zoo_models import SIZES, build, examples
 from lmfx.passes import ops
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge, rewrite
@@ -58,10 +58,15 @@ class StageTimeout(BaseException):
     """A stage took longer than it may. No `except Exception` on the way, of which torch has many, holds it up."""
 
 
-def examine(name: str, stages: tuple[str, ...] = STAGES, seconds: int = 60) -> dict[str, Any]:
-    """All stages of one network, each within `seconds` of CPU time. Returns the cells of its row; raises nothing."""
+def examine(
+    name: str, stages: tuple[str, ...] = STAGES, seconds: int = 60, sizes: tuple[int, ...] = SIZES
+) -> dict[str, Any]:
+    """The stages of one network at the first of `sizes` that it takes, each within `seconds` of CPU time.
+
+    Returns the cells of its row; raises nothing.
+    """
     row: dict[str, Any] = {"model": name}
-    state: dict[str, Any] = {"name": name}
+    state: dict[str, Any] = {"name": name, "sizes": sizes}
     for stage, run in (("build", _build), ("trace", _trace), ("regions", _regions)):
         if not _stage(row, stage, run, state, seconds):
             return row
@@ -131,10 +136,10 @@ def _call(model: nn.Module, example: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def _first_that_runs(name: str, model: nn.Module, odd: bool = False) -> tuple[Any, Any]:
+def _first_that_runs(state: dict[str, Any], model: nn.Module, odd: bool = False) -> tuple[Any, Any]:
     """(input, output) of the model at the smallest size that it takes."""
     failure: Exception | None = None
-    for example in examples(name, model, odd):
+    for example in examples(state["name"], model, odd, state["sizes"]):
         try:
             cast = pytree.tree_map(lambda v: _like(model, v), example)
             output = _call(model, cast)
@@ -154,7 +159,7 @@ def _like(model: nn.Module, value: Any) -> Any:
 def _build(row: dict[str, Any], state: dict[str, Any]) -> None:
     model = build(state["name"])
     torch.manual_seed(0)
-    example, output = _first_that_runs(state["name"], model)
+    example, output = _first_that_runs(state, model)
     with _CountConvs() as counter:
         _call(model, example)
     tensors = [v for v in pytree.tree_leaves(output) if isinstance(v, torch.Tensor)]
@@ -257,7 +262,7 @@ def _compress(row: dict[str, Any], state: dict[str, Any]) -> None:
 def _exact(row: dict[str, Any], state: dict[str, Any]) -> None:
     model = build(state["name"]).double()
     torch.manual_seed(1)
-    example, output = _first_that_runs(state["name"], model, odd=True)
+    example, output = _first_that_runs(state, model, odd=True)
     graph = lmfx.trace(model, example)
     row["keep_error"] = relative_error(output, _call(merge(rewrite(graph, lmfx.MergePlan())), example))
     spans = enumerate_spans(Network(graph), SpanOptions(realize=("compose", "fit", "drop"), max_kernel_size=5))
