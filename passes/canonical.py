@@ -36,12 +36,14 @@ def canonicalize(gm: fx.GraphModule) -> int:
     value is its first operand itself.
     """
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    changed = select_channels(gm)
+    changed = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
             changed += _module(gm, node)
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += select_channels(gm)
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed += share_prefixes(gm)
     gm.delete_all_unused_submodules()

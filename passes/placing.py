@@ -18,8 +18,8 @@ def bypass(node: fx.Node) -> bool:
     return True
 
 
-def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value: fx.Node | None = None) -> None:
-    """Put a call of `module` where `node` was, under the path that the node came from.
+def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value: fx.Node | None = None) -> fx.Node:
+    """Put a call of `module` where `node` was, under the path that the node came from, and return it.
 
     It reads `value`, or else the node's first operand.
     """
@@ -31,6 +31,7 @@ def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
+    return new
 
 
 def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) -> str:

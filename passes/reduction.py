@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from . import ops
-from .canonical import op_name
 from .ir import Join
+from .nodes import op_name
 
 __all__ = ["Branching", "Edge", "Item", "Reduction", "is_map", "join_of", "operands_of"]
 

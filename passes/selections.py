@@ -12,7 +12,8 @@ Views, permutes and slices only move numbers. So nothing has to be said about sp
 of the same batch and size are run once on the positions ``0, 1, 2, ...`` of the first one's numbers. If all that the
 second one holds is whole channels of the first, unchanged, then it is that selection, proved number by number.
 
-The proof is for the example's size. Three rules make it one for all sizes: a part is only taken along the channels, by
+The proof is for the example's size. These rules make it one for all sizes: the map is known to be channels-first (the
+number of tokens behind a class token is another one at another size); a part is only taken along dimension 1, by
 constants or by numbers of channels; the batch stays the first dimension; and a dimension of size 1 is neither moved nor
 merged with others, because at that size too much looks alike.
 """
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
+from .arithmetic import concatenation
 from .nodes import NotConstant, constant, op_name
+from .observed import spatial_maps
 from .placing import bypass, place
 
 __all__ = ["select_channels"]
@@ -67,20 +70,28 @@ def select_channels(gm: fx.GraphModule) -> int:
     """Rewrite in place of `gm` (the caller's own copy), whose nodes carry `meta["shape"]`; returns how many it made."""
     _unpack(gm)
     found = 0
+    while made := _select(gm, set(spatial_maps(gm))):  # what reads a selection may be known as a map only now
+        found += made
+    return found
+
+
+def _select(gm: fx.GraphModule, maps: set[str]) -> int:
+    found = 0
     moved: dict[fx.Node, _Moved] = {}
     last_reader = {operand: node for node in gm.graph.nodes for operand in node.all_input_nodes}
     for node in list(gm.graph.nodes):
         operands = node.all_input_nodes
         step = _attempt(gm, node, moved)
         index = None if step is None else step.channels(node)
-        if step is not None and index is None:
-            moved[node] = step
-        elif step is not None and index != tuple(range(step.source.meta["shape"][1])):
-            _place(gm, node, step.source, index or ())
-            found += 1
-        elif step is not None and step.parts_only:  # all channels in their order, whatever the size
-            node.args, node.kwargs = (step.source,), {}
-            bypass(node)
+        if step is not None and index is not None and not {step.source.name, node.name}.isdisjoint(maps):
+            if index != tuple(range(step.source.meta["shape"][1])):
+                maps.add(_place(gm, node, step.source, index))
+                found += 1
+            elif step.parts_only:  # all channels in their order, whatever the size
+                node.args, node.kwargs = (step.source,), {}
+                bypass(node)
+            else:
+                moved[node] = step
         elif step is not None:
             moved[node] = step
         for operand in operands:
@@ -110,7 +121,7 @@ class _Moved:
         return tuple(index.tolist()) if torch.equal(expected, positions) else None
 
 
-def _place(gm: fx.GraphModule, node: fx.Node, source: fx.Node, index: tuple[int, ...]) -> None:
+def _place(gm: fx.GraphModule, node: fx.Node, source: fx.Node, index: tuple[int, ...]) -> str:
     before = gm.get_submodule(str(source.target)) if source.op == "call_module" else None
     device = next((p.device for p in (*gm.parameters(), *gm.buffers())), None)
     module = ops.ChannelSelect(index, device)
@@ -118,7 +129,7 @@ def _place(gm: fx.GraphModule, node: fx.Node, source: fx.Node, index: tuple[int,
         first = source.args[0]
         assert isinstance(first, fx.Node)
         source, module = first, ops.ChannelSelect([before.index[i] for i in index])
-    place(gm, node, module, "select", source)
+    return place(gm, node, module, "select", source).name
 
 
 def _unpack(gm: fx.GraphModule) -> None:
@@ -137,6 +148,7 @@ def _unpack(gm: fx.GraphModule) -> None:
                 part.meta = {**node.meta, "shape": tuple(positions.shape)}
                 parts.append(part)
         node.args = (parts, *node.args[1:])
+        concatenation(node)
 
 
 def _attempt(gm: fx.GraphModule, node: fx.Node, moved: dict[fx.Node, _Moved]) -> _Moved | None:
