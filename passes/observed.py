@@ -164,6 +164,8 @@ class _ShapeRunner(fx.Interpreter):
         module, x = self.fetch_attr(str(n.target)), self.env[source]
         if ops.keeps_shape(module):
             return x
+        if ops.is_plain(module, nn.Linear) and x.shape[-1] == module.in_features:
+            return x.new_empty((*x.shape[:-1], module.out_features))
         if ops.plain_in(module, ops.CONVS) and x.dim() == ops.rank(module) and x.shape[1] == module.in_channels:
             config = module_config(module, module.in_channels, x.dim() - 2)
             return x.new_empty((x.shape[0], config.out_channels, *config.output_size(tuple(x.shape[2:]))))
