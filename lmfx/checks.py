@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lmfx.passes import ops
 from lmfx.passes.copies import eval_copy
 from lmfx.passes.errors import DeviceError, InputError, ModelError, OptionError
+from lmfx.passes.interface import plain_output
 from lmfx.passes.spans import SpanOptions
 from lmfx.passes.trace import example_arguments
 
@@ -210,7 +211,7 @@ def _check_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
             f"{type(model).__name__} does not run on the example of shape {shapes}: {type(error).__name__}: "
             f"{text[0] if text else ''}. Pass an input as the model takes it, with the batch dimension"
         ) from error
-    floating = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    floating = [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
     if not floating:
         raise ModelError(
             f"{type(model).__name__} gives no floating-point tensor (it gives {type(output).__name__}): "

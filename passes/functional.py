@@ -246,6 +246,7 @@ def _simple(node: fx.Node, name: str) -> nn.Module | None:
             return None  # an unbatched map
     if any(isinstance(v, fx.Node) for v in bound.values()):
         return None
+    bound = {k: tuple(v) if isinstance(v, list) else v for k, v in bound.items()}  # aten's sizes are lists
     if name == "flatten" and (node.meta["shape"] is None or bound.get("start_dim", 0) != 1):
         return None  # nn.Flatten is the canonical form of flatten(x, 1) only
     try:

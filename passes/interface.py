@@ -18,6 +18,7 @@ everything that `torch.utils._pytree` knows.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError
 
-__all__ = ["Binding", "Example", "ModelCodeGen", "Structure", "bind", "plain_output", "strip"]
+__all__ = ["Binding", "Example", "ModelCodeGen", "Structure", "bind", "plain_face", "plain_output", "strip"]
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -168,6 +169,38 @@ def _joined(plain: Any, parts: Any, make: _Make | None) -> tuple[Any, Structure 
 def plain_output(value: Any) -> Any:
     """An output in plain tuples, lists and dicts, so that its tensors can be told without knowing its classes."""
     return strip(value)[0]
+
+
+def plain_face(net: nn.Module) -> nn.Module:
+    """`net`, or for a traced graph whose output is of a class that torch does not know, one that gives plain output.
+
+    Exporters refuse a dataclass that nobody registered with `torch.utils._pytree`. Modules and tensors are shared.
+    """
+    codegen = net.graph._codegen if isinstance(net, fx.GraphModule) else None
+    if not isinstance(codegen, ModelCodeGen) or not _has_fields(codegen.structure):
+        return net
+    graph: Any = copy.deepcopy(net.graph)
+    graph._codegen.structure = None
+    output = next(n for n in graph.nodes if n.op == "output")
+    output.args = (_values(output.args[0]),)
+    return fx.GraphModule(net, graph, type(net).__name__).train(net.training)
+
+
+def _values(plain: Any) -> Any:
+    """A plain output without what is no value: exporters take no strings."""
+    if isinstance(plain, dict):
+        return {k: _values(v) for k, v in plain.items() if isinstance(v, (fx.Node, dict, tuple, list))}
+    if isinstance(plain, (tuple, list)):
+        return type(plain)(_values(v) for v in plain if isinstance(v, (fx.Node, dict, tuple, list)))
+    return plain
+
+
+def _has_fields(structure: Structure | None) -> bool:
+    if structure is None:
+        return False
+    parts = structure.parts.values() if isinstance(structure.parts, dict) else structure.parts
+    made = isinstance(structure.make, _Make) and structure.make.how == "fields"
+    return made or any(_has_fields(part) for part in parts)
 
 
 @dataclass(eq=False)

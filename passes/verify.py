@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import VerifyError
+from .interface import plain_output
 
 __all__ = ["check_equivalent", "check_graph", "drop_unread", "relative_error", "unread_tensors"]
 
@@ -60,8 +61,8 @@ def relative_error(expected: Any, actual: Any) -> float:
 
     Raises `VerifyError` if their number or shapes differ.
     """
-    left = [v.detach() for v in pytree.tree_leaves(expected) if isinstance(v, Tensor)]
-    right = [v.detach() for v in pytree.tree_leaves(actual) if isinstance(v, Tensor)]
+    left = [v.detach() for v in pytree.tree_leaves(plain_output(expected)) if isinstance(v, Tensor)]
+    right = [v.detach() for v in pytree.tree_leaves(plain_output(actual)) if isinstance(v, Tensor)]
     if [tuple(v.shape) for v in left] != [tuple(v.shape) for v in right]:
         raise VerifyError(f"output shapes {[tuple(v.shape) for v in left]} became {[tuple(v.shape) for v in right]}")
     error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True))

@@ -54,6 +54,8 @@ def test_a_layer_is_the_same_module_at_the_same_path(layer: nn.Module) -> None:
     assert names[0] == names[1] == ["0.0", "0.1"]
     kind, same = (type(gm.get_submodule("0.1")) for gm in (symbolic, exported))
     assert kind is same or {kind, same} <= {nn.ZeroPad2d, nn.ConstantPad2d}
+    layer = exported.get_submodule("0.1")
+    assert not any(isinstance(v, list) for k, v in vars(layer).items() if k[0] != "_"), "lists"
     assert set(dict(exported.named_parameters())) == set(dict(model.named_parameters()))
     torch.testing.assert_close(run(exported, X), run(model, X), rtol=1e-14, atol=1e-14)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfx.passes.errors import InputError
-from lmfx.passes.interface import plain_output, strip
+from lmfx.passes.interface import plain_face, plain_output, strip
 from lmfx.passes.trace import trace
 from lmfx.passes.verify import relative_error
 from tests.helpers import ops_of
@@ -240,3 +241,13 @@ def test_keywords_of_the_model_are_keywords_of_the_graph(tracer: str) -> None:
 def test_an_example_that_the_forward_does_not_take_is_an_input_error() -> None:
     with pytest.raises(InputError, match="does not take this example: too many positional"):
         trace(Net(), (X, 1.0, 2.0))
+
+
+def test_a_dataclass_that_nobody_registered_is_exported(tmp_path: Path) -> None:
+    import lmfx
+
+    model = Net(OUTPUTS["result"]).eval()
+    gm = lmfx.trace(model, X.float())
+    assert lmfx.export_onnx(gm, X.float(), tmp_path / "net.onnx").exists()
+    assert type(gm(X.float())) is Result and plain_face(model) is model
+    assert plain_face(gm)(X.float()).keys() == {"map", "mean"}

@@ -22,6 +22,7 @@ from torch import nn
 
 from lmfx.export.emit import PROTO_LIMIT, eval_mode, require_onnx
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
+from lmfx.passes.interface import plain_face, plain_output
 
 __all__ = ["export_onnx", "quiet_export"]
 
@@ -107,7 +108,7 @@ def quiet_export(
         ):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                net,
+                plain_face(net),
                 args,
                 kwargs=kwargs or None,
                 dynamo=True,
@@ -187,7 +188,7 @@ def _redraw(value: Any, generator: torch.Generator | None) -> Any:
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
+    leaves, _ = torch.utils._pytree.tree_flatten(plain_output(value))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
