@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class FitGroup:
 
         `quick` takes fewer samples and a rule's damping instead of the best on held-out images.
         """
+        if x.dim() == 2:
+            return self.fit_vectors(x, ys, quick)
         narrow = [c for c in self.candidates if _unknowns(c) <= MAX_UNKNOWNS]
         found = {c.key: _fit_wide(c, x, ys[c.span.output], quick) for c in self.candidates if c not in narrow}
         # The largest kernel decides the cost of all, so kernels that would make it too large are left out in turn.
@@ -89,6 +91,20 @@ class FitGroup:
             )
             found[c.key] = _op(c.conv, solved.weight, solved.bias)
         return found
+
+    def fit_vectors(self, x: Tensor, ys: dict[str, Tensor], quick: bool) -> dict[str, LinearOp]:
+        """The same for vectors, as maps of one pixel."""
+        group = FitGroup(self.entry, self.depthwise, tuple(replace(c, conv=_one_pixel(c)) for c in self.candidates))
+        found = group.fit(x[..., None], {name: y[..., None] for name, y in ys.items()}, quick)
+        ops = [found[c.key] for c in group.candidates]
+        return {
+            c.key: LinearOp(op.weight[..., 0], op.bias, (), (), ()) for c, op in zip(self.candidates, ops, strict=True)
+        }
+
+
+def _one_pixel(candidate: Candidate) -> ConvConfig:
+    assert candidate.conv is not None
+    return ConvConfig(candidate.conv.in_channels, candidate.conv.out_channels, (1,), (1,), ((0, 0),), (1,))
 
 
 def _op(config: ConvConfig, weight: Tensor, bias: Tensor) -> LinearOp:

@@ -178,10 +178,10 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
 
 def _check_conv(conv: ConvConfig, where: str) -> None:
     ndim = len(conv.kernel_size)
-    if not 1 <= ndim <= 3 or any(len(v) != ndim for v in (conv.stride, conv.padding, conv.dilation)):
+    if ndim > 3 or any(len(v) != ndim for v in (conv.stride, conv.padding, conv.dilation)):
         raise _Damage(f"{where} has a kernel of {ndim} dimensions, and other numbers of strides, pads or dilations")
     least = (conv.in_channels, conv.out_channels, conv.groups, *conv.kernel_size, *conv.stride, *conv.dilation)
-    if min(least) < 1 or min(p for pair in conv.padding for p in pair) < 0:
+    if min(least) < 1 or min((p for pair in conv.padding for p in pair), default=0) < 0:
         raise _Damage(f"{where} has a size below 1, or a negative padding")
     if conv.in_channels % conv.groups or conv.out_channels % conv.groups:
         raise _Damage(f"{where} has {conv.groups} groups for {conv.in_channels} and {conv.out_channels} channels")

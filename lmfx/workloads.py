@@ -192,7 +192,9 @@ def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
-    """A conv of this configuration without values, behind a pad if its padding is not even zeros."""
+    """A conv or Linear of this configuration without values, behind a pad if its padding is not even zeros."""
+    if not config.kernel_size:
+        return [nn.Linear(config.in_channels, config.out_channels, dtype=dtype, device="meta")]
     zeros = config.padding_mode == "zeros" and config.padding_value == 0
     even = not config.pads or (zeros and all(lo == hi for lo, hi in config.padding))
     make: Any = ops.conv_class(len(config.kernel_size))

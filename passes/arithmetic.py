@@ -54,7 +54,7 @@ def arithmetic(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
             return False
         node.op, node.target, node.kwargs = "call_function", getattr(torch, name), {}
         return True
-    if not node.meta["floating"] or len(shape) < 3 or all(n.op == "get_attr" for n in node.all_input_nodes):
+    if not node.meta["floating"] or len(shape) < 2 or all(n.op == "get_attr" for n in node.all_input_nodes):
         return False
     if constant[1] is not None and isinstance(left, fx.Node) and left.meta.get("shape") == shape:
         value = _per_channel(constant[1], shape)

@@ -61,6 +61,8 @@ def follows_rule(pool: Any, ndim: int) -> bool:
 def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
     """The configuration of one affine module on a map of `channels` channels in `ndim` spatial dimensions."""
     any_module: Any = module
+    if isinstance(module, nn.Linear):
+        return ConvConfig(module.in_features, module.out_features, (), (), (), ())
     if isinstance(module, ops.CONVS):
         return _conv_config(any_module)
     if ops.plain_in(module, ops.AVG_POOLS):

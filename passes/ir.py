@@ -53,7 +53,8 @@ class Refusal:
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """Everything about a convolution but its values. Tuples have one entry a spatial dimension (1 to 3).
+    """Everything about a convolution but its values. Tuples have one entry a spatial dimension: up to 3, and
+    none for an nn.Linear on vectors.
 
     `padding` is `((before, after), ...)`, so left/top and right/bottom may differ. It is filled with `padding_value`,
     or from the map itself in one of torch's other padding modes.

@@ -77,6 +77,10 @@ class Network:
         """Nodes whose values are channels-first maps; see `observed`."""
         return spatial_maps(self.gm)
 
+    def sized(self, name: str) -> bool:
+        """Whether a value is a channels-first map, or a vector."""
+        return name in self.maps or len(self.shape(name)) == 2
+
     @cached_property
     def elsewhere(self) -> list[dict[str, tuple[int, ...]]]:
         """The shapes of the values at larger inputs, as far as the graph runs there."""
@@ -136,7 +140,7 @@ class Network:
         config = self.config(layer)
         if layer.conv is None or isinstance(config, Refusal) or self.shape(layer.entry) != self.shape(layer.exit):
             return False
-        return set(config.stride) == {1} and config.in_channels == config.out_channels and same_size(config)
+        return all(s == 1 for s in config.stride) and config.in_channels == config.out_channels and same_size(config)
 
     def convs(self, layers: tuple[Layer, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(node names of the convs on the main path, of all convs), both in the order of the graph.
@@ -182,9 +186,9 @@ class Network:
         return self._geometries[id(layer)]
 
     def _geometry(self, layer: Layer) -> ConvConfig | None:
-        if layer.entry not in self.maps or layer.exit not in self.maps:
-            return None
         before, after = self.shape(layer.entry), self.shape(layer.exit)
+        if not self.sized(layer.entry) or not self.sized(layer.exit) or len(before) != len(after):
+            return None
         found = self._structural_geometry(layer, before, after)
         if found is not None and follows(found, before, after):
             return found
@@ -225,9 +229,9 @@ class Network:
     def series_geometry(self, series: Series, layers: tuple[Layer, ...]) -> ConvConfig | None:
         """The geometry of consecutive layers of a series."""
         entry, exit = (layers[0].entry, layers[-1].exit) if layers else (series.entry, series.exit)
-        if entry not in self.maps or exit not in self.maps:
-            return None
         shape = self.shape(entry)
+        if not self.sized(entry) or not self.sized(exit) or len(shape) != len(self.shape(exit)):
+            return None
         whole = identity_config(shape[1], len(shape) - 2)
         for layer in layers:
             step = self.geometry(layer)

@@ -23,6 +23,8 @@ the channels `index` of its input) puts its columns where these channels are:
 The integer rules (padding, dilation, groups, and why output sizes agree) are those of `shapes`, and the tensors follow
 them.
 
+A vector is a map without spatial dimensions, so nn.Linear is an op with an empty kernel and all of this holds for it.
+
 Weights are float64 unless the caller asks for something else; all is plain differentiable torch.
 """
 
@@ -59,6 +61,7 @@ __all__ = [
     "from_avg_pool",
     "from_batch_norm",
     "from_conv",
+    "from_linear",
     "from_pad",
     "identity",
     "select",
@@ -89,8 +92,8 @@ class LinearOp:
 
     def __post_init__(self) -> None:
         n = self.weight.ndim - 2
-        if n not in _CONV:
-            raise OptionError(f"a LinearOp has 1 to 3 spatial dimensions; the weight is {tuple(self.weight.shape)}")
+        if n not in _CONV and n != 0:
+            raise OptionError(f"a LinearOp has at most 3 spatial dimensions; the weight is {tuple(self.weight.shape)}")
         if not len(self.stride) == len(self.padding) == len(self.dilation) == n:
             raise OptionError(
                 f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} need {n} entries each, "
@@ -137,12 +140,14 @@ class LinearOp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Pad and convolve `x` (batch, in, \\*size) in the dtype of the weight."""
+        if self.ndim == 0:
+            return F.linear(x.to(self.weight.dtype), densify(self).weight, self.bias)
         x = F.pad(x.to(self.weight.dtype), _torch_pads(self.padding))
         return _CONV_FN[self.ndim](x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
     def response(self) -> Tensor:
         """The sum over taps, (out, in): how a constant input reaches the output, away from the edges."""
-        return densify(self).weight.flatten(2).sum(2)
+        return _taps(densify(self)).sum(2)
 
 
 # --- constructors -----------------------------------------------------------------------------------------------------
@@ -169,6 +174,15 @@ def from_conv(conv: nn.Module) -> LinearOp:
     weight = conv.weight.double()
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.double()
     return LinearOp(weight, bias, tuple(conv.stride), pads, tuple(conv.dilation), conv.groups)
+
+
+def from_linear(module: nn.Module) -> LinearOp:
+    """An nn.Linear on vectors, as a 1 x 1 convolution of a map without spatial dimensions, in float64."""
+    if not isinstance(module, nn.Linear) or module.weight.is_complex():
+        raise ModelError(f"{type(module).__name__} is not an nn.Linear with real weights")
+    weight = module.weight.double()
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.double()
+    return LinearOp(weight, bias, (), (), ())
 
 
 def from_batch_norm(bn: nn.Module, ndim: int) -> LinearOp:
@@ -235,7 +249,12 @@ def from_pad(padding: Sequence[tuple[int, int]], channels: int, device: torch.de
 
 
 def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> nn.Module:
-    """The torch.nn module of an op: a plain convolution, behind a zero pad if before and after differ."""
+    """The torch.nn module of an op: a plain convolution, behind a zero pad if before and after differ, or nn.Linear."""
+    if op.ndim == 0:
+        layer = nn.Linear(op.in_channels, op.out_channels, device="meta")
+        layer.weight = nn.Parameter(densify(op).weight.detach().to(device, dtype, copy=True).contiguous())
+        layer.bias = nn.Parameter(op.bias.detach().to(device, dtype, copy=True).contiguous())
+        return layer
     symmetric = all(lo == hi for lo, hi in op.padding)
     conv = _CONV[op.ndim](
         op.in_channels,
@@ -261,7 +280,7 @@ def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     if first.groups % second.groups and second.groups % first.groups:
         first, second = densify(first, config.groups), densify(second, config.groups)
     g2 = second.groups
-    sums = second.weight.flatten(2).sum(2).reshape(g2, second.out_channels // g2, -1)  # (g2, out / g2, mid / g2)
+    sums = _taps(second).sum(2).reshape(g2, second.out_channels // g2, -1)  # (g2, out / g2, mid / g2)
     bias = second.bias + (sums @ first.bias.reshape(g2, -1, 1)).flatten()
     steps1 = [d // u for d, u in zip(first.dilation, config.dilation, strict=True)]
     steps2 = [s * d // u for s, d, u in zip(first.stride, second.dilation, config.dilation, strict=True)]
@@ -271,7 +290,7 @@ def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     few, many = (second, first) if by_second else (first, second)
     few_steps, many_steps = (steps2, steps1) if by_second else (steps1, steps2)
     for i, tap in enumerate(product(*map(range, few.kernel_size))):
-        w1, w2 = first.weight.flatten(2), second.weight.flatten(2)
+        w1, w2 = _taps(first), _taps(second)
         w1, w2 = (w1, w2[..., i : i + 1]) if by_second else (w1[..., i : i + 1], w2)
         part = _product(w1, w2, first.groups, second.groups)
         starts = [t * step for t, step in zip(tap, few_steps, strict=True)]
@@ -375,6 +394,11 @@ def _product(w1: Tensor, w2: Tensor, g1: int, g2: int) -> Tensor:
     else:  # each block of the second reads a part of what one block of the first writes
         blocks = torch.einsum("gromj,grmit->groijt", w2.reshape(g, r, out // (g * r), -1, taps2), w1)
     return blocks.reshape(out, -1, taps2 * taps1)
+
+
+def _taps(op: LinearOp) -> Tensor:
+    """The weight as (out, in / groups, taps)."""
+    return op.weight.reshape(*op.weight.shape[:2], -1)
 
 
 def _embed(op: LinearOp, config: ConvConfig) -> Tensor:

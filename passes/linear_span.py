@@ -151,6 +151,8 @@ def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device
         return module.linear_op(channels, ndim, device)
     if isinstance(module, ops.CONVS):
         return linear.from_conv(module)
+    if isinstance(module, nn.Linear):
+        return linear.from_linear(module)
     if isinstance(module, ops.BATCH_NORMS):
         return linear.from_batch_norm(module, ndim)
     if isinstance(module, ops.AVG_POOLS):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import fx, nn
 
 from . import ops
 from .ir import Join
@@ -228,9 +228,12 @@ def join_of(node: fx.Node) -> Join | None:
 
 
 def carries_conv(gm: fx.GraphModule, item: Item) -> bool:
-    """Whether an item is, or holds, a convolution."""
+    """Whether an item is, or holds, a convolution, or a Linear of vectors."""
     if isinstance(item, Branching):
         return any(carries_conv(gm, i) for branch in item.branches for i in branch.items)
     if item.op != "call_module":
         return False
-    return any(isinstance(m, ops.CONVS) for m in gm.get_submodule(str(item.target)).modules())
+    module = gm.get_submodule(str(item.target))
+    if isinstance(module, nn.Linear):
+        return len(item.meta["shape"]) == 2
+    return any(isinstance(m, ops.CONVS) for m in module.modules())

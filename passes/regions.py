@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import fx
+from torch import fx, nn
 
 from . import ops
 from .canonical import op_name
@@ -21,6 +21,7 @@ from .sides import side_vector
 
 __all__ = ["find_regions", "node_kind", "refusal_of"]
 
+_ON_VECTORS = (*ops.ACTIVATIONS, nn.BatchNorm1d, ops.ChannelAffine)
 Kind = Literal["conv", "affine", "activation", "opaque"]
 
 
@@ -39,7 +40,7 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
     module = gm.get_submodule(str(node.target))
     if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, node.meta["shape"]):
         return "activation"
-    return "conv" if ops.plain_in(module, ops.CONVS) else "affine"
+    return "conv" if ops.plain_in(module, (*ops.CONVS, nn.Linear)) else "affine"
 
 
 def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
@@ -56,6 +57,8 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
         return Refusal(reasons[str(node.target)], (node.name,))
     module = gm.get_submodule(str(node.target))
     shape = node.meta.get("shape")
+    if shape is not None and len(shape) == 2 and (ops.is_plain(module, nn.Linear) or ops.plain_in(module, _ON_VECTORS)):
+        return None
     if shape is None or len(shape) < 3:
         return Refusal(f"{type(module).__name__} works on a vector, not on a feature map", (node.name,))
     if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, shape):

@@ -194,8 +194,10 @@ def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
 
 
 def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
-    """A conv of this configuration in the network's dtype, initialised as torch does it."""
+    """A conv (or Linear) of this configuration in the network's dtype, initialised as torch does it."""
     like = next(p for p in network.gm.parameters() if p.is_floating_point())
+    if not config.kernel_size:
+        return nn.Linear(config.in_channels, config.out_channels, dtype=like.dtype, device=like.device)
     symmetric = all(lo == hi for lo, hi in config.padding)
     make: Any = ops.conv_class(len(config.kernel_size))
     conv: nn.Module = make(

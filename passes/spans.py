@@ -244,7 +244,7 @@ class _Finder:
     def drop(self, span: Span, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]) -> None:
         net = self.network
         geometry = net.series_geometry(net.series[span.series], layers)
-        if net.shape(span.entry) != net.shape(span.output) or geometry is None or set(geometry.stride) != {1}:
+        if net.shape(span.entry) != net.shape(span.output) or geometry is None or any(s != 1 for s in geometry.stride):
             return
         self.candidates.append(Candidate(span, "drop", None, *self.paths(main, every, ())))
 
@@ -270,18 +270,20 @@ class _Finder:
             return
         geometry = self.network.series_geometry(series, layers)
         before, after = self.network.shape(span.entry), self.network.shape(span.output)
-        if geometry is None or span.output not in self.network.maps or not follows(geometry, before, after):
+        if geometry is None or not self.network.sized(span.output) or not follows(geometry, before, after):
             blockers = [lay for lay in layers if self.network.geometry(lay) is None] or layers
             self.refusals.append(
                 Refusal("the output size follows no conv's rule, so nothing can be fitted", blockers[0].nodes)
             )
             return
         as_it_is = self.network.config(layers[0]) if len(layers) == 1 and layers[0].conv else None
-        for size in range(1, min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) + 1, 2):
+        largest = min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) if len(before) > 2 else 1
+        for size in range(1, largest + 1, 2):
             config = _centred(geometry, size, before[1], after[1])
             if config is None or config.output_size(before[2:]) != after[2:]:
                 continue
-            for groups in (1, before[1]) if before[1] == after[1] and before[1] > 1 else (1,):
+            depthwise = before[1] == after[1] > 1 and len(before) > 2
+            for groups in (1, before[1]) if depthwise else (1,):
                 unknowns = before[1] // groups * size ** len(config.kernel_size)
                 if self.options.max_fit_unknowns is not None and unknowns > self.options.max_fit_unknowns:
                     continue

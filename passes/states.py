@@ -60,13 +60,13 @@ class States:
     def bounded(self, states: list[State], nodes: tuple[str, ...]) -> list[State] | Refusal:
         best: dict[tuple[ConvConfig, bool], State] = {}
         for state in states:
-            if self.limit is not None and max(state.config.kernel_size) > self.limit:
+            if self.limit is not None and max(state.config.kernel_size, default=1) > self.limit:
                 continue
             key = (state.config, state.pruned)
             if key not in best or state.score > best[key].score:
                 best[key] = state
         if not best:
-            smallest = min(max(s.config.kernel_size) for s in states)
+            smallest = min(max(s.config.kernel_size, default=1) for s in states)
             return Refusal(f"the merged kernel would be {smallest} or more, over max_kernel_size={self.limit}", nodes)
         return list(best.values())
 
@@ -112,7 +112,8 @@ class States:
         shape = self.network.shape(parallel.node)
         branches: list[list[State]] = []
         for branch in parallel.branches:
-            if self.network.shape(branch.exit)[2:] != shape[2:] or len(shape) < 3:
+            own = self.network.shape(branch.exit)
+            if own[2:] != shape[2:] or len(own) != len(shape):
                 return Refusal("an operand of the join broadcasts over the map", (parallel.node,))
             states = self.branch_states(branch)
             if isinstance(states, Refusal):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from lmfx.passes.configs import module_config
 from lmfx.passes.ir import Candidate, Refusal
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanSet
@@ -30,8 +31,9 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         kernel, stride, groups, channels = (1,) * ndim, (1,) * ndim, width, (width, width)
     elif len(candidate.convs) == 1:  # kept, and not to be merged: shared with another call, say
         conv: Any = network.gm.get_submodule(candidate.convs[0])
-        kernel, stride, groups = tuple(conv.kernel_size), tuple(conv.stride), conv.groups
-        channels = conv.in_channels, conv.out_channels
+        found = module_config(conv, 0, 0)
+        kernel, stride, groups = found.kernel_size, found.stride, found.groups
+        channels = found.in_channels, found.out_channels
     else:
         return None
     return {

@@ -141,8 +141,8 @@ def _kept_of(candidate: Candidate) -> str:
 
 
 def size(values: Sequence[int]) -> str:
-    """3x3, or 1x7."""
-    return "x".join(map(str, values))
+    """3x3, or 1x7, or a dash for what has no spatial dimensions."""
+    return "x".join(map(str, values)) or "-"
 
 
 def _dropped(result: Result, full: bool) -> str:
