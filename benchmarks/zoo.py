@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=ROOT / "out" / "zoo.jsonl", help="rows as they are finished")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to compare with")
     parser.add_argument("--fresh", action="store_true", help="take no finished row of an earlier run")
+    parser.add_argument("--any-source", action="store_true", help="take finished rows of other sources too")
+    parser.add_argument("--failed", action="store_true", help="run those finished rows again that have a failure")
     parser.add_argument("--write", action="store_true", help="put the new lines into the table")
     options = parser.parse_args(arguments)
     known = families()
@@ -76,10 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not names:
         parser.error("no network matches")
     source = f"{sources()} {' '.join(sorted(options.stages))}"
-    done = {} if options.fresh else {n: r for n, r in read_rows(options.rows, source).items() if n in names}
+    finished = {} if options.fresh else read_rows(options.rows, None if options.any_source else source)
+    done = {n: r for n, r in finished.items() if n in names and not (options.failed and failures(r))}
     rows = done | run(names, done, old, options, source)
     new = {name: cells(rows[name], known[name]) for name in names}
-    report(rows, new)
+    report({n: rows[n] for n in names}, new)
+    others = sum(rows[n]["source"] != source for n in names)
+    if others:
+        print(f"\n{others} of the {len(names)} rows were made by other sources")
     worse = compare(old, new)
     if worse:
         print(f"\nworse than {options.table}:\n  " + "\n  ".join(worse))
@@ -96,11 +102,11 @@ def run(
     options: argparse.Namespace,
     source: str,
 ) -> dict[str, Row]:
-    """The rows that are not done yet: large networks first, one at a time, then one of each family, another of each."""
+    """The rows that are not done yet: one network of each family, another of each, ..., the large ones one by one."""
     preload()
     size = {n: float(old.get(n, {}).get("parameters_m") or 0) for n in names}
     todo = in_turns([n for n in names if n not in done], families())
-    todo.sort(key=lambda n: size[n] * 1e6 < HEAVY / 2)
+    todo.sort(key=lambda n: size[n] * 1e6 > HEAVY / 2)
     with progress(len(names), "zoo") as bar:
         bar.update(len(done))
 
@@ -119,6 +125,11 @@ def run(
             heavy=lambda name: size[name] * 1e6 > HEAVY / 2,
             tick=tick,
         )
+
+
+def failures(row: Row) -> list[str]:
+    """The cells of a row that are errors."""
+    return [f"{k} {v}" for k, v in row.items() if k == "error" or (isinstance(v, str) and v.startswith("error"))]
 
 
 def in_turns(names: Sequence[str], family: dict[str, str]) -> list[str]:
@@ -153,10 +164,9 @@ def report(rows: dict[str, Row], new: dict[str, dict[str, str]]) -> None:
     for text, count in reasons.most_common(25):
         print(f"  {count:7,} {text}")
     print("\nfailures:")
-    for name, line in new.items():
-        for stage in ("trace", "exact", "compress", "onnx"):
-            if line[stage].startswith("error"):
-                print(f"  {name}: {stage} {line[stage][:300]}")
+    for name, row in rows.items():
+        for failure in failures(row):
+            print(f"  {name}: {failure[:300]}")
 
 
 if __name__ == "__main__":

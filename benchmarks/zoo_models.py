@@ -26,7 +26,7 @@ from benchmarks.zoo_ddpm import DenoisingNet
 __all__ = ["SIZES", "TABLE", "build", "examples", "families", "randomise"]
 
 TABLE = Path(__file__).parent / "results" / "zoo.csv"
-SIZES = (128, 160, 224, 256)
+SIZES = (96, 128, 160, 224, 256)
 VIDEO = {"r3d": (8, 64), "mc3": (8, 64), "r2plus1d": (8, 64), "s3d": (16, 224), "mvit": (16, 224), "swin3d": (8, 64)}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody asks a server for weights
@@ -47,7 +47,7 @@ def build(name: str) -> nn.Module:
 
 
 def examples(name: str, model: nn.Module, odd: bool = False, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
-    """Inputs to try, smallest of `sizes` first; `odd` puts one of an odd size in front, with a batch of two."""
+    """Inputs to try, smallest of `sizes` first; `odd` puts one of an odd size in front."""
     library, _, rest = name.partition("/")
     if library == "ddpm":
         yield _NOISY()
@@ -63,7 +63,7 @@ def examples(name: str, model: nn.Module, odd: bool = False, sizes: tuple[int, .
             yield torch.randn(1, 3, frames, size, size)
             return
     if odd:
-        yield torch.randn(2, 3, odd_size := sizes[0] * 3 // 4 + 1, odd_size)
+        yield torch.randn(1, 3, odd_size := sizes[0] * 3 // 4 + 1, odd_size)
     own = _own_size(model)
     fixed = getattr(model, "default_cfg", {}).get("fixed_input_size", False)
     for size in (own,) if fixed else sorted({own, *sizes}):

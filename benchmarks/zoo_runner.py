@@ -33,8 +33,8 @@ class _Job:
     data: bytes = b""
 
 
-def read_rows(file: Path, source: str) -> dict[str, Row]:
-    """The finished rows of a run with the same `source`, by name; a half-written last line is left out."""
+def read_rows(file: Path, source: str | None) -> dict[str, Row]:
+    """The finished rows with this `source` (None: any), by name, the last of each; half-written lines are left out."""
     rows: dict[str, Row] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
@@ -42,7 +42,7 @@ def read_rows(file: Path, source: str) -> dict[str, Row]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if row.get("source") == source:
+            if source in (None, row.get("source")):
                 rows[row["model"]] = row
     return rows
 
@@ -67,8 +67,12 @@ def run_all(
     rows: dict[str, Row] = {}
     waiting, running = list(names), dict[int, _Job]()
     file.parent.mkdir(parents=True, exist_ok=True)
+    stopped: list[int] = []  # a signal may come between a fork and its entry in `running`, so it only leaves a note
+    before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     try:
         while waiting or running:
+            if stopped:
+                sys.exit(128 + stopped[0])
             while len(running) < jobs and (name := _next(waiting, running, heavy)) is not None:
                 pid, pipe = _fork(name, work, memory_gb)
                 running[pid] = _Job(name, pipe, time.monotonic(), heavy(name))
@@ -85,6 +89,7 @@ def run_all(
         for pid in running:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        signal.signal(signal.SIGTERM, before)
     return rows
 
 
@@ -113,7 +118,8 @@ def _fork(name: str, work: Callable[[str], Row], memory_gb: float) -> tuple[int,
         os.dup2(silent.fileno(), 1)
         os.dup2(silent.fileno(), 2)
         sys.stdout = sys.stderr = silent
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
         limit = int(memory_gb * 2**30) + pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
