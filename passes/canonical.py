@@ -23,6 +23,7 @@ from .functional import global_pool, module_of
 from .nodes import op_name
 from .placing import bypass, place, set_submodule
 from .selections import select_channels
+from .transposed import as_conv
 
 __all__ = ["canonicalize", "op_name", "set_submodule"]
 
@@ -58,6 +59,11 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
         if ops.has_hooks(module) or len(node.all_input_nodes) != 1:
             return False
         return bypass(node)
+    conv = as_conv(module)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target] if conv else []
+    if conv is not None and all(len(n.args) == 1 and not n.kwargs for n in calls):
+        set_submodule(gm, str(node.target), conv.train(False))
+        return True
     if node.kwargs and not node.args and len(node.kwargs) == 1:  # self.conv(input=x)
         node.args, node.kwargs = tuple(node.kwargs.values()), {}
         return True
