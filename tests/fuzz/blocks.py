@@ -26,6 +26,7 @@ KINDS = (
     "trap",
     *("selection",) * 2,
     *("other",) * 2,
+    *("reshaped",) * 2,
     "drop",
     "linear",
     "pool",

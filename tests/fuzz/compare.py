@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 __all__ = ["Wrong", "call", "check_same", "clones", "leaves", "state_of", "structure"]
 
@@ -28,8 +29,8 @@ def clones(example: Any) -> Any:
     """The example with tensors of its own, for networks that write into their inputs."""
     if isinstance(example, dict):
         return {k: clones(v) for k, v in example.items()}
-    if isinstance(example, tuple):
-        return tuple(clones(v) for v in example)
+    if isinstance(example, (tuple, list)):
+        return type(example)(clones(v) for v in example)
     return example.clone() if isinstance(example, Tensor) else example
 
 
@@ -95,12 +96,8 @@ def noise_of(model: nn.Module, example: Any) -> float:
         for tensor in [*shaken.parameters(), *shaken.buffers()]:
             tensor.data = shake(tensor.data)
     expected = call(model, example)
-    other: Any = shake(example) if isinstance(example, Tensor) else None
-    if isinstance(example, dict):
-        other = {k: shake(v) for k, v in example.items()}
-    elif isinstance(example, tuple):
-        other = tuple(map(shake, example))
-    return max(distance(expected, call(shaken, other)), distance(expected, call(shaken, example)))
+    shaken_example = pytree.tree_map(lambda v: shake(v) if isinstance(v, Tensor) else v, example)
+    return max(distance(expected, call(shaken, shaken_example)), distance(expected, call(shaken, example)))
 
 
 def check_same(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.fuzz.writer import Draw, Scope
 
 __all__ = ["act_module", "conv", "conv_expression", "linear", "norm", "norm_module", "shape_kept", "transposed"]
@@ -122,6 +124,10 @@ def conv(s: Scope, v: str, same: bool = False, stride: int = 0, width: int = 0) 
         return s.let(f"{name}(input={v})", *makes) or v
     if form == 7:
         makes.append(f"{name}.requires_grad_(False)")
+    if form == 9:
+        return contained(s, v, name, text) or v
+    if form in (10, 11) and s.reusable:
+        makes += tied(s, name, text, form == 11)
     if form == 8 and draw.chance(3):
         makes.append(f"{name}.register_forward_hook(lambda m, i, o: o * 1.5)")
     out = s.let(f"{name}({v})", *makes)
@@ -129,6 +135,31 @@ def conv(s: Scope, v: str, same: bool = False, stride: int = 0, width: int = 0) 
         return v
     s.reusable.append((name, channels, ndim))
     return out
+
+
+def contained(s: Scope, v: str, name: str, text: str) -> str | None:
+    """A conv in a list, a dict or the front of a sequential."""
+    act = act_module(s.draw)
+    ways = (
+        (f"{name} = nn.ModuleList([{text}, {act}])", f"{name}[1]({name}[0]({v}))"),
+        (f"{name} = nn.ModuleDict({{'a': {text}, 'b': {act}}})", f"{name}['b']({name}['a']({v}))"),
+        (f"{name} = nn.Sequential({text}, {act}, nn.Dropout(0.5), nn.Flatten(1))", f"{name}[:-1]({v})"),
+        (f"{name} = nn.Sequential({text}, nn.Sequential(nn.Identity(), {act}))", f"{name}[1]({name}[0]({v}))"),
+    )
+    make, call = s.draw.pick(ways)
+    return s.let(call, make)
+
+
+def tied(s: Scope, name: str, text: str, whole: bool) -> list[str]:
+    """A weight, or a module, that an older conv has, too."""
+    older = s.draw.pick(s.reusable)[0]
+    found: Any = s.live
+    for atom in older.split(".")[1:]:
+        found = getattr(found, atom)
+    made = eval(text, s.names.namespace)
+    if found.weight.shape != made.weight.shape or found.groups != made.groups:
+        return []
+    return [f"{name} = {older}"] if whole else [f"{name}.weight = {older}.weight"]
 
 
 def function_conv(s: Scope, v: str, name: str, same: bool, stride: int, width: int) -> str | None:

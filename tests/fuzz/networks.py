@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.fuzz.blocks import meet, series
 from tests.fuzz.convs import conv
-from tests.fuzz.program import Program
+from tests.fuzz.program import Program, laid_out
 from tests.fuzz.writer import Draw, Names, Scope
 
 __all__ = ["program", "programs", "random_program"]
@@ -53,9 +54,22 @@ def program(draw: Draw) -> Program:
         inputs["y"] = (batches[0], width, *(max(1, n // 2) for n in size))
         other["y"] = (batches[1], width, *(max(1, n // 2) for n in other["x"][2:]))
     generator = torch.Generator().manual_seed(0)
-    scope = Scope(draw, Names(), "Net", {k: torch.randn(v, generator=generator) for k, v in inputs.items()})
+    values: dict[str, Any] = {k: torch.randn(v, generator=generator) for k, v in inputs.items()}
+    form = draw.pick(("plain",) * 20 + ("channels last", "list", "dict"))
+    if form == "channels last":
+        values = {k: laid_out(v) for k, v in values.items()}
+    constants: dict[str, Any] = {}
+    if form == "plain" and draw.chance(8):
+        constants = draw.pick(({"scale": 1.5, "flag": True}, {"scale": 2}))
+    values |= constants
+    if form in ("list", "dict"):
+        held = values
+        values = {"given": list(held.values()) if form == "list" else held}
+    scope = Scope(draw, Names(), "Net", values)
     scope.maps = ["x"]
     v = "x"
+    for i, name in enumerate(inputs if form in ("list", "dict") else ()):
+        scope.run(f"{name} = given[{i if form == 'list' else repr(name)}]")
     if draw.chance(4):
         v = scope.let(f"{v} * 1") or v  # else the network may write into its input
     if not draw.chance(12):
@@ -64,17 +78,24 @@ def program(draw: Draw) -> Program:
     if "y" in inputs:
         v = side(scope, v, extra)
     v = series(scope, v, draw.pick((2, 3, 4, 1)), draw.pick((2, 3, 1, 2, 4)))
+    if "scale" in constants:
+        v = scope.let(f"{v} * scale") or v
+    if "flag" in constants:
+        v = scope.let(f"{v}.relu() if flag else {v}") or v
     if draw.chance(3):
         v = head(scope, v)
     result = outputs(scope, v)
     seed = draw.below(1000)
     scope.close(result)
     args = scope.args
-    if "y" in inputs and draw.chance(5):  # an argument that the example does not give
+    if (
+        "y" in inputs and form == "plain" and not constants and draw.chance(5)
+    ):  # an argument that the example does not give
         args = (*args, "flag=None", "scale=1.0")
     body = scope.names.bodies[-1]
     scope.names.bodies[-1] = type(body)(body.name, args, body.steps, body.result)
-    return Program(tuple(scope.names.bodies), inputs, other, seed, draw.chance(10))
+    keywords = form in ("plain", "channels last") and draw.chance(10)
+    return Program(tuple(scope.names.bodies), inputs, other, seed, keywords, constants, form)
 
 
 def side(s: Scope, v: str, kind: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.fuzz.convs import MODULE_ACTS, act_module
 from tests.fuzz.writer import Scope
 
-__all__ = ["activation", "constant", "drop", "gate", "other", "pad", "pool", "resize", "selection"]
+__all__ = ["activation", "constant", "drop", "gate", "other", "pad", "pool", "reshaped", "resize", "selection"]
 
 FUNCTION_ACTS = (
     "F.relu({v})",
@@ -281,6 +281,38 @@ def drop(s: Scope, v: str) -> str:
     if form == 2:
         return s.let(f"F.dropout({v}, p=0.1, training=self.training, inplace=True)") or v
     return s.let(f"{name}({v})", f"{name} = {s.draw.pick(texts)}") or v
+
+
+def reshaped(s: Scope, v: str) -> str:
+    """A layer on another view of the map: fewer or more dimensions, parts of the channels as images, tokens, einsum."""
+    draw, shape = s.draw, s.shape(v)
+    ndim, channels, form, name = len(shape) - 2, shape[1], draw.below(7), s.attribute("view")
+    letters = "hwd"[:ndim]
+    if form == 0 and ndim > 1:
+        make = f"{name} = nn.Conv1d({channels}, {channels}, {draw.pick((3, 1))}, padding='same')"
+        return s.let(f"{name}({v}.flatten(2)).view({v}.shape)", make) or v
+    if form == 1 and ndim < 3:
+        make = f"{name} = nn.Conv{ndim + 1}d({channels}, {channels}, 3, padding=1)"
+        return s.let(f"{name}({v}.unsqueeze(2)).squeeze(2)", make) or v
+    if form == 2 and channels % 2 == 0:
+        size = ", ".join(f"{v}.shape[{i + 2}]" for i in range(ndim))
+        make = f"{name} = nn.Conv{ndim}d({channels // 2}, {channels // 2}, 3, padding=1)"
+        inner = f"{name}({v}.reshape({v}.shape[0] * 2, {channels // 2}, {size}))"
+        return s.let(f"{inner}.reshape({v}.shape[0], {channels}, {size})", make) or v
+    if form == 3:
+        make = f"{name} = nn.MultiheadAttention({channels}, 1, batch_first=True)"
+        tokens = s.let(f"{v}.flatten(2).transpose(1, 2)")
+        seen = tokens and s.let(f"{name}({tokens}, {tokens}, {tokens}, need_weights=False)[0]", make)
+        return (seen and s.let(f"{seen}.transpose(1, 2).reshape({v}.shape)")) or v
+    if form == 4:
+        width = draw.between(1, 6)
+        make = f"{name} = nn.Parameter(torch.randn({width}, {channels}))"
+        return s.let(f"torch.einsum('nc{letters},oc->no{letters}', {v}, {name})", make) or v
+    if form == 5:
+        make = f"{name} = nn.Linear({shape[-1]}, {shape[-1]})"
+        return s.let(f"{name}({v})", make) or v
+    make = f"{name} = nn.Linear({channels}, {channels}, bias=False)"
+    return s.let(f"{name}({v}.transpose(1, -1)).transpose(1, -1)", make) or v
 
 
 def other(s: Scope, v: str) -> str:

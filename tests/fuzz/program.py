@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Body", "Program", "Step", "randomise"]
+__all__ = ["Body", "Program", "Step", "laid_out", "randomise"]
 
 HEADER = "from tests.fuzz.prelude import *\n"
 
@@ -80,6 +80,8 @@ class Program:
     other: dict[str, tuple[int, ...]]
     seed: int = 0
     keywords: bool = False  # the example is a dict
+    constants: dict[str, Any] = field(default_factory=dict)  # what the example gives besides tensors
+    form: str = "plain"  # of the example: "plain", "channels last", or "list" or "dict" in one argument
     text: str = field(default="", compare=False)  # of a record, where the bodies are not known
 
     @property
@@ -101,9 +103,16 @@ class Program:
         generator = torch.Generator().manual_seed(self.seed + 1 + other)
         shapes = self.other if other else self.inputs
         values = {k: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for k, s in shapes.items()}
+        if self.form == "channels last":
+            values = {k: laid_out(v) for k, v in values.items()}
+        if self.form == "list":
+            return (list(values.values()),)
+        if self.form == "dict":
+            return (values,)
+        given = {**values, **self.constants}
         if self.keywords:
-            return values
-        return tuple(values.values()) if len(values) > 1 else next(iter(values.values()))
+            return given
+        return tuple(given.values()) if len(given) > 1 else next(iter(given.values()))
 
     def dumps(self, **more: Any) -> str:
         """One line of JSON that `loads` reads."""
@@ -114,6 +123,8 @@ class Program:
                 "other": self.other,
                 "seed": self.seed,
                 "keywords": self.keywords,
+                "constants": self.constants,
+                "form": self.form,
                 "source": self.source,
             }
         )
@@ -123,7 +134,14 @@ class Program:
         """The program of a record."""
         found = json.loads(text)
         inputs, other = ({k: tuple(v) for k, v in found[name].items()} for name in ("inputs", "other"))
-        return Program((), inputs, other, found["seed"], found["keywords"], found["source"])
+        more = {name: found[name] for name in ("seed", "keywords", "constants", "form")}
+        return Program((), inputs, other, **more, text=found["source"])
+
+
+def laid_out(value: Tensor) -> Tensor:
+    """The same values with the channels last in memory, where there is such a layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return value.to(memory_format=formats[value.dim()]) if value.dim() in formats else value
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -200,8 +200,9 @@ def _check_refusals(spans: SpanSet) -> None:
         raise Wrong("candidates", "two have one key")
 
 
-def _compress(model: nn.Module, x: Any, rng: random.Random, folder: str, **options: Any) -> fx.GraphModule:
-    budget = rng.choice([0.8, 0.6, 0.9, 0.5, 0.3, 1.0])
+def _compress(
+    model: nn.Module, x: Any, rng: random.Random, folder: str, budget: float = 0.8, **options: Any
+) -> fx.GraphModule:
     # Small bounds: what is tested is that all that is offered works, not how good it is.
     options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **options}
     options["surrogate"] = rng.choice(["affine", "identity"])
@@ -214,10 +215,12 @@ def _check_compress(
     program: Program, model: nn.Module, x: Any, reference: Any, rng: random.Random, shares: Shares, outcome: Outcome
 ) -> None:
     """The pipeline gives a network with the same kind of output, or an error with a fix."""
+    budget, merged = rng.choice([0.8, 0.6, 0.9, 0.5, 0.3, 1.0]), rng.random() < 0.7
     with tempfile.TemporaryDirectory() as folder:
         try:
             with _only_lmfx_errors("compress"):
-                net = _compress(model, x, rng, folder)
+                student = _compress(model, x, rng, folder, budget, merge=merged)
+                net = student if merged else lmfx.merge(student)
         except LmfxError as error:
             _check_message(error)
             return outcome.note(f"compress: {type(error).__name__}")
@@ -227,6 +230,11 @@ def _check_compress(
             lmfx.report(net)
         if structure(result) != structure(reference):
             raise Wrong("the compressed network", f"{structure(reference)} became {structure(result)}")
+        if budget == 1:
+            check_same("budget 1", reference, result, 1e-12, _Noise(model, x))
+        if not merged:
+            check_same("merged is not the student", call(student, x), result, 1e-10, _Noise(student, x))
+            outcome.note("student")
         if rng.randrange(100) < shares.again:
             try:
                 with _only_lmfx_errors("compress twice"):
@@ -239,9 +247,14 @@ def _check_compress(
                 outcome.note(f"compress twice: {type(error).__name__}")
         if rng.randrange(100) < shares.save:
             with _only_lmfx_errors("save and load"):
-                loaded = lmfx.load(lmfx.save(net, Path(folder) / "saved"), model)
-                again = call(loaded, x)
-            if structure(result) != structure(again) or not _equal(result, again):
+                other = program.build()
+                with torch.no_grad():
+                    for tensor in other.state_dict().values():
+                        tensor.mul_(1.5 if tensor.is_floating_point() else 1)
+                one = net if rng.random() < 0.7 else student
+                expected = call(one, x)
+                again = call(lmfx.load(lmfx.save(one, Path(folder) / "saved"), other), x)
+            if structure(expected) != structure(again) or not _equal(expected, again):
                 raise Wrong("save and load", "the loaded network gives another output")
             outcome.note("saved")
         if rng.randrange(100) < shares.onnx:

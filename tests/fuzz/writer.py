@@ -18,6 +18,9 @@ from tests.fuzz.program import HEADER, Body, Step
 __all__ = ["Draw", "Scope"]
 
 T = TypeVar("T")
+# Names that models do use and that a compiler might use, too.
+TAKEN: tuple[str, ...] = ("merged", "add", "relu", "conv", "pad", "mul", "cat", "graph", "code", "v1", "output", "select", "merged_pad")
+TAKEN += ("getitem", "input", "weight", "block", "conv_1", "gather", "features", "bias", "add_1", "meta", "x_1")
 MOST_VALUES = 30_000  # of one tensor
 MOST_CHANNELS = 24
 
@@ -101,6 +104,10 @@ class Scope:
         return value.dim() < 3 or value.shape[1] <= MOST_CHANNELS
 
     def attribute(self, prefix: str = "m") -> str:
+        if self.draw.chance(14):
+            name = self.draw.pick(TAKEN)
+            if not hasattr(self.live, name) and f"self.{name} " not in " ".join(m for s in self.steps for m in s.makes):
+                return "self." + name
         return "self." + self.names.new(prefix)
 
     def child(self, prefix: str, values: dict[str, Any]) -> Scope:
