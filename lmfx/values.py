@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lmfx.calibration import Calibration
 from lmfx.passes.errors import ModelError
+from lmfx.passes.interface import plain_output
 
 __all__ = ["batches_for", "flat_output", "placeholder_values", "record", "record_batches", "resume"]
 
@@ -99,7 +100,7 @@ def flat_output(output: Any, images: int | None = None) -> Tensor:
 
     Raises `ModelError` if a tensor's first dimension is not that of the images.
     """
-    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    leaves = [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
     if images is None:
         return torch.cat([v.reshape(1, -1) for v in leaves], 1)
     for v in leaves:

@@ -140,7 +140,10 @@ class SymbolicTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace into a module, or record a call of it if that can not be done."""
-        qualified = self.path_of_module(m)
+        try:
+            qualified = self.path_of_module(m)
+        except NameError:  # made by the forward, as a slice of an nn.Sequential is: what it calls has a name
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, qualified):
             return super().call_module(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
@@ -231,7 +234,33 @@ def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Tr
             raise TraceError(f"{', '.join(tracer.failed)} can not be traced, not even as opaque modules")
         opaque |= tracer.failed
     graph.set_codegen(ModelCodeGen(tracer.binding, tracer.fixed, tracer.structure))
+    renamed = free_names(source, graph)
+    opaque = {f"{renamed.get(path, path)}{dot}{rest}": why for (path, dot, rest), why in _split(opaque)}
     return Traced(fx.GraphModule(source, graph, type(model).__name__), opaque)
+
+
+def _split(opaque: dict[str, str]) -> list[tuple[tuple[str, str, str], str]]:
+    return [(path.partition("."), why) for path, why in opaque.items()]
+
+
+def free_names(root: nn.Module, graph: fx.Graph) -> dict[str, str]:
+    """Rename what a model calls as a GraphModule calls something of its own (`self.graph`); returns the new names."""
+    own = (set(dir(fx.GraphModule)) - set(dir(nn.Module))) | {"meta"}
+    renamed: dict[str, str] = {}
+    for held in (root._modules, root._parameters, root._buffers):
+        items: dict[str, Any] = held
+        for name in own & items.keys():
+            renamed[name] = f"{name}_"
+            while hasattr(root, renamed[name]):
+                renamed[name] += "_"
+        for name in list(items):  # all of them, so that they keep their order
+            items[renamed.get(name, name)] = items.pop(name)
+    root._non_persistent_buffers_set = {renamed.get(n, n) for n in root._non_persistent_buffers_set}
+    for node in graph.nodes:
+        path, dot, rest = str(node.target).partition(".")
+        if node.op in ("call_module", "get_attr") and path in renamed:
+            node.target = f"{renamed[path]}{dot}{rest}"
+    return renamed
 
 
 def trace_symbolic(model: nn.Module, example: Example) -> Traced:

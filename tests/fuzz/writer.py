@@ -19,8 +19,34 @@ __all__ = ["Draw", "Scope"]
 
 T = TypeVar("T")
 # Names that models do use and that a compiler might use, too.
-TAKEN: tuple[str, ...] = ("merged", "add", "relu", "conv", "pad", "mul", "cat", "graph", "code", "v1", "output", "select", "merged_pad")
-TAKEN += ("getitem", "input", "weight", "block", "conv_1", "gather", "features", "bias", "add_1", "meta", "x_1")
+TAKEN = tuple(
+    [
+        "merged",
+        "add",
+        "relu",
+        "conv",
+        "pad",
+        "mul",
+        "cat",
+        "graph",
+        "code",
+        "v1",
+        "output",
+        "select",
+        "merged_pad",
+        "getitem",
+        "input",
+        "weight",
+        "block",
+        "conv_1",
+        "gather",
+        "features",
+        "bias",
+        "add_1",
+        "meta",
+        "x_1",
+    ]
+)
 MOST_VALUES = 30_000  # of one tensor
 MOST_CHANNELS = 24
 

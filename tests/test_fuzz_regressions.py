@@ -1,0 +1,118 @@
+"""The bugs that the fuzzer found, each as the smallest network that shows it (docs/fuzz.md lists them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lmfx
+from lmfx.passes.observed import spatial_maps
+from lmfx.passes.spans import SpanOptions
+from lmfx.passes.trace import trace
+from tests.fuzz.prelude import Output
+from tests.helpers import check_trace, double, ops_of, spans_of
+from tests.helpers import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def example(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def compressed(model: nn.Module, x: Any, budget: float = 0.9, **options: Any) -> Any:
+    return lmfx.compress(
+        model, x, budget, latency="roofline", importance="magnitude", progress=False, max_span_convs=2, **options
+    )
+
+
+def test_an_out_argument_that_is_none_writes_nothing() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.normalize(self.conv(x), dim=1)  # torch.fx records out=None
+
+    gm = check_trace(double(Net()), example(2, 3, 6, 6))
+    assert gm.meta["lmfx"]["tracer"] == "symbolic"
+
+
+def test_a_roofline_row_of_a_functional_pool_has_its_kernel_as_a_list() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.avg_pool2d(self.b(self.a(x).relu()), (1, 2), (2, 1), ceil_mode=True)
+
+    compressed(double(Net()), example(1, 3, 8, 8))
+
+
+def test_a_roofline_row_may_hold_an_activation_with_parameters() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 3))
+    compressed(double(net), example(1, 3, 12, 12))
+
+
+def test_what_a_selection_reads_is_a_map_as_far_as_its_result_is_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(1, 2, 5, padding=3), nn.Conv1d(2, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = torch.split(x, 1, 1)
+            return first + self.b(self.a(second)[:, :, :1])  # at one pixel this looks like a conv of stride 3
+
+    model, x = double(Net()), example(2, 2, 1)
+    assert "x" in spatial_maps(trace(model, x))
+    strides = {c.conv.stride for c in spans_of(model, x, realize=("fit",)) if c.conv is not None}
+    assert strides == {(1,)}
+    assert SpanOptions().realize  # fits are on by default
+
+
+def test_a_dataclass_of_tensors_is_an_output() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.b(self.a(x).relu()))
+
+    net = compressed(double(Net()), example(1, 3, 12, 12), 0.8)
+    assert type(net(example(1, 3, 12, 12))) is Output
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "print_readable"])
+def test_a_model_may_call_its_layers_as_a_graph_module_calls_its_own(name: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3)
+            setattr(self, name, nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, name)(self.first(x))  # type: ignore[no-any-return]
+
+    gm = check_trace(double(Net()), example(1, 3, 8, 8), ["Conv2d", "Conv2d", "ReLU"])
+    assert [str(n.target) for n in gm.graph.nodes if n.op == "call_module"] == ["first", f"{name}_.0", f"{name}_.1"]
+
+
+def test_a_slice_of_a_sequential_is_traced_into() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body[:-1](x)  # type: ignore[no-any-return]
+
+    gm = check_trace(double(Net()), example(1, 3, 8, 8), ["Conv2d", "ReLU"])
+    assert gm.meta["lmfx"]["tracer"] == "symbolic" and ops_of(gm)
