@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import operator
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +33,10 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     binding = bind(model, example)
     source = _Flat(eval_copy(model), example)
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
-    with torch.no_grad(), _silent():  # autograd forbids some in-place ops that inference allows
+    with (
+        torch.no_grad(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # autograd forbids some in-place ops that inference allows
         program = torch.export.export(source, tensors, strict=False).run_decompositions({})
         exported: Any = program.module()
     graph: fx.Graph = exported.graph
@@ -177,17 +178,3 @@ def _path(path: str) -> str:
     """`layer.conv` for `L['self'].model.layer.conv` and `model.layer.conv`; empty for the model itself."""
     parts = path.partition("@")[0].split(".")  # layer@1 is the second call of layer
     return ".".join(parts[parts.index("model") + 1 :]) if "model" in parts else ""
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """No logging, warnings or prints of torch.export, which shows whole graphs when it fails."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            with contextlib.redirect_stderr(io.StringIO()):
-                yield
-    finally:
-        logging.disable(level)

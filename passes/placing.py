@@ -51,10 +51,8 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
     # Beside a module that owns tensors, not inside: the op that they belong to takes its path.
     separator = "_" if _owns_tensors(gm, path) else "."
     base = f"{path}{separator}{name}" if path else name
-    taken, i = {n for n, _ in gm.named_modules(remove_duplicate=False)}, 0
-    top = {n for n in gm._modules} | set(dir(type(gm)))
-    candidate = base
-    while candidate in taken or candidate in top or _is_attribute(gm, candidate):
+    candidate, i = base, 0
+    while _is_attribute(gm, candidate):  # a module, a tensor, or a method of the graph module
         i += 1
         candidate = f"{base}_{i}"
     return candidate

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -99,7 +101,8 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
 
 def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> fx.GraphModule:
     """The canonical graph that one tracer gives. Raises anything that the tracer raises, or `TraceError`."""
-    traced = TRACERS[name](model, example)
+    with _quiet():
+        traced = TRACERS[name](model, example)
     gm = traced.gm
     gm.train(False)
     make_pure(gm)
@@ -119,6 +122,19 @@ def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> 
         "keyword": {k: _spec(v) for k, v in kwargs.items()},
     }
     return gm
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No logging and no warnings: a tracer that fails shows whole graphs, and what a model warns of it warned before."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 class _ConvCounter(TorchFunctionMode):
