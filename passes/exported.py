@@ -33,10 +33,9 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     binding = bind(model, example)
     source = _Flat(eval_copy(model), example)
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
-    with (
-        torch.no_grad(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # autograd forbids some in-place ops that inference allows
+    unseen = io.StringIO()  # torch.export prints a whole graph when it fails
+    with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen), torch.no_grad():
+        # Without gradients, because autograd forbids some in-place ops that inference allows.
         program = torch.export.export(source, tensors, strict=False).run_decompositions({})
         exported: Any = program.module()
     graph: fx.Graph = exported.graph

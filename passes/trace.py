@@ -126,7 +126,7 @@ def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No logging and no warnings: a tracer that fails shows whole graphs, and what a model warns of it warned before."""
+    """No logging and no warnings: a tracer that fails shows whole graphs, and a model has warned before."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
