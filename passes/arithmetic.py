@@ -17,7 +17,7 @@ from . import ops
 from .nodes import tensor_of
 from .placing import bypass, place
 
-__all__ = ["SCALAR", "arithmetic", "concatenation"]
+__all__ = ["SCALAR", "arithmetic", "concatenation", "scale_and_bias"]
 
 SCALAR = {
     "add": lambda c: (1.0, c),
@@ -47,34 +47,49 @@ def arithmetic(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
     if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
         return False
     left, right = node.args
-    constant = [_constant(gm, v) for v in (left, right)]
-    shape = node.meta["shape"]
-    if isinstance(left, fx.Node) and isinstance(right, fx.Node) and constant == [None, None]:
+    constants = [_constant(gm, v) for v in (left, right)]
+    if isinstance(left, fx.Node) and isinstance(right, fx.Node) and constants == [None, None]:
         if name in ("div", "rsub"):
             return False
         node.op, node.target, node.kwargs = "call_function", getattr(torch, name), {}
         return True
+    found = scale_and_bias(gm, node, name, 1)
+    if found is None:
+        return False
+    value, scale, bias = found
+    place(gm, node, ops.ChannelAffine(scale, bias), name, value)
+    return True
+
+
+def scale_and_bias(gm: fx.GraphModule, node: fx.Node, name: str, dim: int) -> tuple[fx.Node, Tensor, Tensor] | None:
+    """The value, and what it is multiplied by and what is added, in arithmetic with a constant.
+
+    Both have one number a channel or one for all; the channels are dimension `dim`.
+    """
+    shape = node.meta["shape"]
+    if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
+        return None
+    left, right = node.args
+    constants = [_constant(gm, v) for v in (left, right)]
     if not node.meta["floating"] or len(shape) < 2 or all(n.op == "get_attr" for n in node.all_input_nodes):
-        return False
-    if constant[1] is not None and isinstance(left, fx.Node) and left.meta.get("shape") == shape:
-        value = _per_channel(constant[1], shape)
+        return None
+    if constants[1] is not None and isinstance(left, fx.Node) and left.meta.get("shape") == shape:
+        operand = left
+        value = _per_channel(constants[1], shape, dim)
         pair = None if value is None else SCALAR[name](value)
-    elif constant[0] is not None and isinstance(right, fx.Node) and right.meta.get("shape") == shape:
-        value = _per_channel(constant[0], shape)
+    elif constants[0] is not None and isinstance(right, fx.Node) and right.meta.get("shape") == shape:
+        operand = right
+        value = _per_channel(constants[0], shape, dim)
         pair = {"add": (1.0, value), "mul": (value, 0.0), "sub": (-1.0, value)}.get(name)
-        if value is None or pair is None:
-            return False
-        node.args = (right, left)
     else:
-        return False
-    if pair is None:
-        return False
-    like = next(c for c in reversed(constant) if c is not None)
+        return None
+    if pair is None or value is None:
+        return None
+    like = next(c for c in reversed(constants) if c is not None)
     dtype = node.meta["dtype"]
     scale, bias = (torch.as_tensor(v, dtype=dtype, device=like.device).reshape(-1) for v in pair)
     size = max(scale.numel(), bias.numel())
-    place(gm, node, ops.ChannelAffine(scale.expand(size), bias.expand(size)), name)
-    return True
+    return operand, scale.expand(size), bias.expand(size)
 
 
 def _constant(gm: fx.GraphModule, value: Any) -> Tensor | None:
@@ -84,12 +99,11 @@ def _constant(gm: fx.GraphModule, value: Any) -> Tensor | None:
     return tensor.detach() if tensor is not None and tensor.is_floating_point() else None
 
 
-def _per_channel(value: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """`value` as one number a channel if it broadcasts that way over a map of this shape, else None."""
+def _per_channel(value: Tensor, shape: tuple[int, ...], dim: int) -> Tensor | None:
+    """`value` as one number a channel if it broadcasts along dimension `dim` of a value of this shape, else None."""
     if value.numel() == 1:
         return value.reshape(1)
-    tail = len(shape) - 2
-    aligned = (1,) * (len(shape) - value.dim()) + tuple(value.shape)
-    if len(aligned) == len(shape) and aligned == (1, shape[1]) + (1,) * tail:
-        return value.reshape(-1)
-    return None
+    wanted = [1] * len(shape)
+    wanted[dim] = shape[dim]
+    aligned = [1] * (len(shape) - value.dim()) + list(value.shape)
+    return value.reshape(-1) if aligned == wanted else None

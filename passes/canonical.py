@@ -20,6 +20,7 @@ from . import ops
 from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
 from .functional import global_pool, module_of
+from .layouts import channels_first
 from .nodes import op_name
 from .placing import bypass, place, set_submodule
 from .selections import select_channels
@@ -44,6 +45,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += channels_first(gm)
     changed += select_channels(gm)
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed += share_prefixes(gm)

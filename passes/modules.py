@@ -2,6 +2,7 @@
 
     ChannelAffine     y[:, c] = scale[c] x[:, c] + bias[c]
     ChannelSelect     y[:, k] = x[:, index[k]]                 a part of the channels, or all in another order
+    ChannelLayerNorm  nn.LayerNorm over dimension 1
 
 A selection runs as cheaply as what it was written as: a range is a view of its input, a shuffle (the channels as a
 matrix of `groups` rows, transposed) one copy, and anything else a gather.
@@ -12,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import OptionError
 
-__all__ = ["ChannelAffine", "ChannelSelect"]
+__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelSelect"]
 
 
 class ChannelAffine(nn.Module):
@@ -33,6 +35,14 @@ class ChannelAffine(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.scale.numel())
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Each pixel's channels, normalised: `nn.LayerNorm(channels)` for maps of shape (batch, channels, \\*size)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return last.movedim(-1, 1)
 
 
 class ChannelSelect(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
-from .modules import ChannelAffine, ChannelSelect
+from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,6 +34,7 @@ __all__ = [
     "MIRRORS",
     "PADS",
     "ChannelAffine",
+    "ChannelLayerNorm",
     "ChannelSelect",
     "conv_class",
     "has_hooks",
@@ -120,6 +121,8 @@ def normalizes(module: nn.Module, shape: tuple[int, ...]) -> bool:
     """
     if has_hooks(module) or len(shape) < 3:
         return False
+    if isinstance(module, ChannelLayerNorm):
+        return True
     if isinstance(module, nn.LayerNorm):
         size = tuple(module.normalized_shape)
         return not is_plain(module, nn.LayerNorm) and size == (shape[1],) and shape[-1] != shape[1]
@@ -167,7 +170,8 @@ def keeps_shape(module: nn.Module) -> bool:
 
     Fake tensors decompose norms into many small ops, which costs more than everything else in a graph.
     """
-    return plain_in(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, *ACTIVATIONS, ChannelAffine))
+    own = (ChannelAffine, ChannelLayerNorm)
+    return plain_in(module, (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, *ACTIVATIONS, *own))
 
 
 def conv_class(ndim: int) -> type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lmfx.export import UnsupportedOp, build_engine, emit, export_onnx, to_onnx_bytes
 from lmfx.passes.errors import ExportError, InputError, MissingExtra, OptionError
-from lmfx.passes.modules import ChannelAffine, ChannelSelect
+from lmfx.passes.modules import ChannelAffine, ChannelLayerNorm, ChannelSelect
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -130,6 +130,8 @@ OTHERS = [
     ChannelSelect(range(1, 6, 2)),
     ChannelSelect([0, 2, 4, 1, 3, 5]),
     ChannelSelect([3, 3, 0]),
+    ChannelLayerNorm(6, eps=1e-3),
+    ChannelLayerNorm(6, elementwise_affine=False),
     ChannelAffine(torch.randn(6), torch.randn(6)),
     ChannelAffine(torch.randn(1), torch.randn(1)),
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.emit import UnsupportedOp
-from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelSelect
+from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelLayerNorm, ChannelSelect
 
 if TYPE_CHECKING:
     from lmfx.export.emitter import Emitter
@@ -106,6 +106,18 @@ def _layer_norm(e: Emitter, node: fx.Node, m: nn.LayerNorm) -> str:
     if m.bias is not None:
         operands.append(e.tensor(m.bias))
     return e.node("LayerNormalization", *operands, axis=-len(m.normalized_shape), epsilon=m.eps)
+
+
+def _channel_layer_norm(e: Emitter, node: fx.Node, m: ChannelLayerNorm) -> str:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    rank = len(e.shape(source))
+    operands = [e.node("Transpose", e.value(source), perm=[0, *range(2, rank), 1])]
+    operands.append(e.tensor(m.weight if m.weight is not None else torch.ones(m.normalized_shape, dtype=e.dtype)))
+    if m.bias is not None:
+        operands.append(e.tensor(m.bias))
+    normed = e.node("LayerNormalization", *operands, axis=-1, epsilon=m.eps)
+    return e.node("Transpose", normed, perm=[0, rank - 1, *range(1, rank - 1)])
 
 
 def _group_norm(e: Emitter, node: fx.Node, m: nn.GroupNorm) -> str:
@@ -305,6 +317,7 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Emitter, fx.Node, Any], str]] = {
     **dict.fromkeys((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), _adaptive(False)),
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), _same),
     ChannelAffine: _affine,
+    ChannelLayerNorm: _channel_layer_norm,
     ChannelSelect: _select,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
