@@ -34,7 +34,7 @@ from lmfx.passes.ir import Candidate, MergePlan, Refusal
 from lmfx.plan_json import load_plan, save_plan
 from lmfx.report import report
 from lmfx.result import Result, result_of
-from lmfx.stages import merge, profile, rewrite, score, solve, spans, trace
+from lmfx.stages import merge, merge_siblings, profile, rewrite, score, solve, spans, trace
 from lmfx.store import load, save
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "load",
     "load_plan",
     "merge",
+    "merge_siblings",
     "profile",
     "report",
     "result_of",

@@ -8,6 +8,8 @@ map larger than any convolution does) it stays what it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -23,7 +25,8 @@ def as_conv(module: nn.Module) -> nn.Module | None:
     if not isinstance(module, _ConvTransposeNd) or not ops.plain_in(module, TRANSPOSED):
         return None
     extents = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    padding = tuple(e - int(p) for e, p in zip(extents, module.padding, strict=True))
+    cropped: Any = module.padding
+    padding = tuple(e - p for e, p in zip(extents, cropped, strict=True))
     if any(s != 1 for s in module.stride) or any(module.output_padding) or min(padding) < 0:
         return None
     ndim, groups = len(extents), module.groups

@@ -53,6 +53,7 @@ PUBLIC = {
     "export_onnx": {"example_input"},
     "load": {"model"},
     "merge": set(),
+    "merge_siblings": set(),
     "profile": {"graph", "backend"},
     "report": set(),
     "rewrite": {"graph", "plan"},
