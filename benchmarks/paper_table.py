@@ -122,7 +122,7 @@ def missing_entries(entries: Iterable[Entry], spans: SpanSet) -> list[Entry]:
     ours = set()
     for candidate in spans:
         conv = candidate.conv
-        if candidate.realization not in ("keep", "compose") or conv is None or len(set(conv.kernel_size)) > 1:
+        if candidate.realization not in ("keep", "compose") or conv is None or len(set(conv.kernel_size)) != 1:
             continue
         depthwise = conv.groups == conv.in_channels == conv.out_channels
         span = candidate.span

@@ -124,7 +124,8 @@ def _finish(
     """Attach the result, and drop what only the compiler needed."""
     changed = {name for c in plan.candidates for name in c.all_convs}
     network = spans.network
-    convs = [network.path(n) for r in network.regions for n in network.convs(r.series.layers)[1]]
+    every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
+    convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
     meta = graph.meta["lmfx"]
     result = Result(
         plan=plan,

@@ -28,7 +28,18 @@ from lmfx.profiling import digest, profile_spans
 from lmfx.result import Result
 from lmfx.surrogates import affine_surrogates
 
-__all__ = ["default_backend", "merge", "merge_siblings", "profile", "rewrite", "score", "solve", "spans", "trace", "worth_scoring"]
+__all__ = [
+    "default_backend",
+    "merge",
+    "merge_siblings",
+    "profile",
+    "rewrite",
+    "score",
+    "solve",
+    "spans",
+    "trace",
+    "worth_scoring",
+]
 
 
 def rewrite(

@@ -270,5 +270,6 @@ class ModelCodeGen(fx.graph.CodeGen):
         return _restore(self.structure, outputs)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        """What the generated code calls."""
-        return [("_lmfx_expect", self.expect), ("_lmfx_restore", self.process_outputs)]
+        """What the generated code calls; without any the graph can be pickled."""
+        found: list[tuple[str, Any]] = [("_lmfx_expect", self.expect)] if self.checked else []
+        return found if self.structure is None else [*found, ("_lmfx_restore", self.process_outputs)]

@@ -233,6 +233,7 @@ def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Tr
         if tracer.failed.keys() <= opaque.keys():
             raise TraceError(f"{', '.join(tracer.failed)} can not be traced, not even as opaque modules")
         opaque |= tracer.failed
+    graph._tracer_cls = None  # unpickling would trace with it again, without a model
     graph.set_codegen(ModelCodeGen(tracer.binding, tracer.fixed, tracer.structure))
     renamed = free_names(source, graph)
     opaque = {f"{renamed.get(path, path)}{dot}{rest}": why for (path, dot, rest), why in _split(opaque)}

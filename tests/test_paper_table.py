@@ -45,7 +45,7 @@ def test_the_check_notices_a_candidate_that_is_not_there(name: str) -> None:
     row = next(e for e in entries if e.blocks)
 
     def is_row(c: Candidate) -> bool:
-        same = c.conv is not None and c.conv.kernel_size[0] == row.kernel_size and c.convs == row.convs
+        same = c.conv is not None and c.conv.kernel_size[:1] == (row.kernel_size,) and c.convs == row.convs
         return same and "/" not in c.span.series  # inside the block it is another candidate, without the skip
 
     fewer = SpanSet(found.network, found.options, tuple(c for c in found if not is_row(c)))
