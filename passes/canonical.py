@@ -57,7 +57,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
 
 def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
     module = gm.get_submodule(str(node.target))
-    if isinstance(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES:
+    if ops.plain_in(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES:
         if ops.has_hooks(module) or len(node.all_input_nodes) != 1:
             return False
         return bypass(node)

@@ -113,7 +113,7 @@ def _is_identity(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is None or ops.has_hooks(module) or len(node.all_input_nodes) != 1:
         return False
-    return isinstance(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES
+    return ops.plain_in(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES
 
 
 def _flag(module: nn.Module) -> bool:

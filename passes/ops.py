@@ -135,6 +135,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         return False
     own = type(module)
     methods = ("forward", "_conv_forward", "_check_input_dim")
+    if any(name in vars(module) for name in methods):
+        return False  # replaced on this one module
     return own is kind or all(getattr(own, name, None) is getattr(kind, name, None) for name in methods)
 
 

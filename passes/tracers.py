@@ -128,7 +128,7 @@ class SymbolicTracer(fx.Tracer):
             return False
         if type(module).__name__ in ops.IDENTITY_NAMES:
             return True
-        if type(module).__module__.startswith("torch.nn."):
+        if type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module):
             return True
         return ops.plain_in(module, _UNDERSTOOD)
 

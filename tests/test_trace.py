@@ -228,6 +228,23 @@ def test_a_conv_subclass_that_overrides_nothing_is_a_conv() -> None:
     check_rewrite(model, X, pick(realization="compose", convs=("c", "d")), after=["Conv2d"], edits=1)
 
 
+def test_a_forward_that_was_replaced_on_one_module_is_traced_through() -> None:
+    model = net(lambda m, x: m.d(m.r(m.c(x))), c=conv(), r=nn.ReLU(), d=conv())
+    plain = model.c.forward
+    model.c.forward = lambda x: plain(x) * 2 + x
+    gm = trace(model, X)
+    assert ops_of(gm) == ["Conv2d", "ChannelAffine", "add", "ReLU", "Conv2d"]
+    assert relative_error(run(model, X), run(gm, X)) <= 1e-15
+
+
+def test_a_subclass_of_an_identity_that_does_something_is_traced_through() -> None:
+    class Scaled(nn.Identity):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] > 1 else x
+
+    check_trace(net(lambda m, x: m.d(m.c(x)), c=conv(), d=Scaled()), X, ["Conv2d", "Scaled"])
+
+
 # --- calls, sharing, parametrizations ---------------------------------------------------------------------------------
 
 
