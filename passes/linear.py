@@ -31,21 +31,29 @@ Weights are float64 unless the caller asks for something else; all is plain diff
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import prod
 from types import EllipsisType
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch import Tensor
 
-from .errors import ModelError, OptionError
+from .errors import OptionError
 from .ir import ConvConfig
-from .shapes import Pads, add_configs, branch_crops, cat_configs, compose_config, extent
+from .linear_op import (
+    LinearOp,
+    densify,
+    diagonal,
+    from_avg_pool,
+    from_batch_norm,
+    from_conv,
+    from_linear,
+    from_pad,
+    identity,
+    taps,
+    to_conv,
+)
+from .shapes import add_configs, branch_crops, cat_configs, compose_config, extent
 
 __all__ = [
     "LinearOp",
@@ -70,209 +78,6 @@ __all__ = [
     "undilate",
 ]
 
-_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_FN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_PAD: dict[int, Any] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
-
-
-@dataclass(frozen=True, eq=False)
-class LinearOp:
-    """One convolution with its values.
-
-    `weight` is (out, in / groups, kernel...), `bias` (out,); the tuples have one entry a spatial dimension, that of
-    `padding` is (before, after). OptionError if the shapes disagree.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, ...]
-    padding: Pads
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-    def __post_init__(self) -> None:
-        n = self.weight.ndim - 2
-        if n not in _CONV and n != 0:
-            raise OptionError(f"a LinearOp has at most 3 spatial dimensions; the weight is {tuple(self.weight.shape)}")
-        if not len(self.stride) == len(self.padding) == len(self.dilation) == n:
-            raise OptionError(
-                f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} need {n} entries each, "
-                f"one for a spatial dimension of the weight {tuple(self.weight.shape)}"
-            )
-        if self.bias.shape != (self.out_channels,) or self.out_channels % self.groups:
-            raise OptionError(
-                f"weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)} and groups {self.groups} disagree; "
-                "the bias has one entry an output channel and groups divide the channels"
-            )
-
-    @property
-    def ndim(self) -> int:
-        """The number of spatial dimensions."""
-        return self.weight.ndim - 2
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels of all groups together."""
-        return self.weight.shape[1] * self.groups
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels."""
-        return self.weight.shape[0]
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Taps in each spatial dimension."""
-        return tuple(self.weight.shape[2:])
-
-    @property
-    def config(self) -> ConvConfig:
-        """Everything but the values."""
-        return ConvConfig(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Pad and convolve `x` (batch, in, \\*size) in the dtype of the weight."""
-        if self.ndim == 0:
-            return F.linear(x.to(self.weight.dtype), densify(self).weight, self.bias)
-        x = F.pad(x.to(self.weight.dtype), _torch_pads(self.padding))
-        return _CONV_FN[self.ndim](x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-    def response(self) -> Tensor:
-        """The sum over taps, (out, in): how a constant input reaches the output, away from the edges."""
-        return _taps(densify(self)).sum(2)
-
-
-# --- constructors -----------------------------------------------------------------------------------------------------
-
-
-def from_conv(conv: nn.Module) -> LinearOp:
-    """A torch.nn convolution in float64.
-
-    Raises ModelError for a transposed one, for padding that is not zeros, and for complex weights.
-    """
-    if isinstance(conv, _ConvTransposeNd) or not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        raise ModelError(f"{type(conv).__name__} is not a plain convolution; only nn.Conv1d, Conv2d and Conv3d are")
-    if conv.weight.is_complex():
-        raise ModelError("a convolution with complex weights can not be merged; split it into real ones")
-    if conv.padding == "same":  # torch puts the odd pixel after
-        extents = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        pads: Pads = tuple((e // 2, e - e // 2) for e in extents)
-    elif conv.padding == "valid":
-        pads = ((0, 0),) * len(conv.kernel_size)
-    else:
-        pads = tuple((int(p), int(p)) for p in conv.padding)
-    if conv.padding_mode != "zeros" and any(map(any, pads)):
-        raise ModelError(f"padding mode {conv.padding_mode!r} is not affine in zeros; only 'zeros' can be merged")
-    weight = conv.weight.double()
-    bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else conv.bias.double()
-    return LinearOp(weight, bias, tuple(conv.stride), pads, tuple(conv.dilation), conv.groups)
-
-
-def from_linear(module: nn.Module) -> LinearOp:
-    """An nn.Linear on vectors, as a 1 x 1 convolution of a map without spatial dimensions, in float64."""
-    if not isinstance(module, nn.Linear) or module.weight.is_complex():
-        raise ModelError(f"{type(module).__name__} is not an nn.Linear with real weights")
-    weight = module.weight.double()
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.double()
-    return LinearOp(weight, bias, (), (), ())
-
-
-def from_batch_norm(bn: nn.Module, ndim: int) -> LinearOp:
-    """A BatchNorm with its running (eval) statistics, in float64; ModelError if it has none."""
-    if not isinstance(bn, _BatchNorm):
-        raise ModelError(f"{type(bn).__name__} is not a BatchNorm")
-    if bn.running_mean is None or bn.running_var is None:
-        raise ModelError(
-            "a BatchNorm without running statistics (track_running_stats=False) depends on its batch; "
-            "set them from training data to make it affine"
-        )
-    scale = (bn.running_var.double() + bn.eps).rsqrt()
-    if bn.weight is not None:
-        scale = scale * bn.weight.double()
-    bias = -bn.running_mean.double() * scale
-    return diagonal(scale, bias if bn.bias is None else bias + bn.bias.double(), ndim)
-
-
-def diagonal(scale: Tensor, bias: Tensor | None, ndim: int) -> LinearOp:
-    """Each channel times `scale` (channels,) plus `bias` (channels,), in float64."""
-    if scale.ndim != 1 or (bias is not None and bias.shape != scale.shape):
-        shapes = tuple(scale.shape), None if bias is None else tuple(bias.shape)
-        raise OptionError(f"scale and bias need one entry a channel, not shapes {shapes}")
-    weight = scale.double().reshape(-1, 1, *[1] * ndim)
-    shift = torch.zeros_like(weight[:, 0].flatten()) if bias is None else bias.double()
-    return LinearOp(weight, shift, (1,) * ndim, ((0, 0),) * ndim, (1,) * ndim, len(scale))
-
-
-def identity(channels: int, ndim: int, device: torch.device | str | None = None) -> LinearOp:
-    """The Dirac: output equals input."""
-    return diagonal(torch.ones(channels, dtype=torch.float64, device=device), None, ndim)
-
-
-def from_avg_pool(pool: nn.Module, channels: int, device: torch.device | str | None = None) -> LinearOp:
-    """An average pool as a constant depthwise convolution.
-
-    Raises ModelError for `ceil_mode`, and for padding that does not count: their divisor changes at the edge.
-    """
-    if not isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
-        raise ModelError(f"{type(pool).__name__} is not nn.AvgPool1d, AvgPool2d or AvgPool3d")
-    ndim = 1 if isinstance(pool, nn.AvgPool1d) else 2 if isinstance(pool, nn.AvgPool2d) else 3
-    kernel = _tuple(pool.kernel_size, ndim)
-    before = _tuple(pool.padding, ndim)
-    if pool.ceil_mode:
-        raise ModelError("an average pool with ceil_mode=True divides by fewer pixels at the edge; use ceil_mode=False")
-    divisor = getattr(pool, "divisor_override", None)
-    if any(before) and not pool.count_include_pad and not divisor:
-        raise ModelError(
-            f"an average pool with padding {before} and count_include_pad=False divides by fewer pixels at the edge; "
-            "only count_include_pad=True, or no padding, is one convolution"
-        )
-    weight = torch.full((channels, 1, *kernel), 1.0 / (divisor or prod(kernel)), dtype=torch.float64, device=device)
-    stride = kernel if pool.stride is None else _tuple(pool.stride, ndim)
-    return LinearOp(weight, weight.new_zeros(channels), stride, tuple((p, p) for p in before), (1,) * ndim, channels)
-
-
-def from_pad(padding: Sequence[tuple[int, int]], channels: int, device: torch.device | str | None = None) -> LinearOp:
-    """Zeros around: `padding` is (before, after) for each dimension, first dimension first; negative: ModelError."""
-    pads = tuple((int(lo), int(hi)) for lo, hi in padding)
-    if any(p < 0 for pair in pads for p in pair):
-        raise ModelError(f"padding {pads} crops; only padding of zero or more can move into a convolution")
-    op = identity(channels, len(pads), device)
-    return LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups)
-
-
-def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> nn.Module:
-    """The torch.nn module of an op: a plain convolution, behind a zero pad if before and after differ, or nn.Linear."""
-    if op.ndim == 0:
-        layer = nn.Linear(op.in_channels, op.out_channels, device="meta")
-        layer.weight = nn.Parameter(densify(op).weight.detach().to(device, dtype, copy=True).contiguous())
-        layer.bias = nn.Parameter(op.bias.detach().to(device, dtype, copy=True).contiguous())
-        return layer
-    symmetric = all(lo == hi for lo, hi in op.padding)
-    conv = _CONV[op.ndim](
-        op.in_channels,
-        op.out_channels,
-        op.kernel_size,
-        op.stride,
-        tuple(lo for lo, _ in op.padding) if symmetric else 0,
-        op.dilation,
-        op.groups,
-        device="meta",  # the values are set below; do not draw random ones
-    )
-    conv.weight = nn.Parameter(op.weight.detach().to(device, dtype, copy=True).contiguous())
-    conv.bias = nn.Parameter(op.bias.detach().to(device, dtype, copy=True).contiguous())
-    return conv if symmetric else nn.Sequential(_PAD[op.ndim](tuple(_torch_pads(op.padding)), 0.0), conv)
-
-
-# --- the algebra ------------------------------------------------------------------------------------------------------
-
 
 def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     """The op that does `first`, then `second`, with all padding moved to the front (module docstring)."""
@@ -280,7 +85,7 @@ def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     if first.groups % second.groups and second.groups % first.groups:
         first, second = densify(first, config.groups), densify(second, config.groups)
     g2 = second.groups
-    sums = _taps(second).sum(2).reshape(g2, second.out_channels // g2, -1)  # (g2, out / g2, mid / g2)
+    sums = taps(second).sum(2).reshape(g2, second.out_channels // g2, -1)  # (g2, out / g2, mid / g2)
     bias = second.bias + (sums @ first.bias.reshape(g2, -1, 1)).flatten()
     steps1 = [d // u for d, u in zip(first.dilation, config.dilation, strict=True)]
     steps2 = [s * d // u for s, d, u in zip(first.stride, second.dilation, config.dilation, strict=True)]
@@ -290,7 +95,7 @@ def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     few, many = (second, first) if by_second else (first, second)
     few_steps, many_steps = (steps2, steps1) if by_second else (steps1, steps2)
     for i, tap in enumerate(product(*map(range, few.kernel_size))):
-        w1, w2 = _taps(first), _taps(second)
+        w1, w2 = taps(first), taps(second)
         w1, w2 = (w1, w2[..., i : i + 1]) if by_second else (w1[..., i : i + 1], w2)
         part = _product(w1, w2, first.groups, second.groups)
         starts = [t * step for t, step in zip(tap, few_steps, strict=True)]
@@ -353,22 +158,6 @@ def _fan_in(op: LinearOp) -> Tensor:
     return block[:, None] * inner + torch.arange(inner, device=op.weight.device)
 
 
-def densify(op: LinearOp, groups: int = 1) -> LinearOp:
-    """The same op with fewer groups; `groups` divides `op.groups`."""
-    if groups < 1 or op.groups % groups:
-        raise OptionError(f"{op.groups} groups can not be seen as {groups}; give a divisor")
-    ratio = op.groups // groups
-    if ratio == 1:
-        return op
-    out, inner = op.out_channels // op.groups, op.in_channels // op.groups
-    blocks = op.weight.reshape(groups, ratio, out, inner, -1)
-    weight = blocks.new_zeros(groups, ratio, out, ratio, inner, blocks.shape[-1])
-    i = torch.arange(ratio, device=blocks.device)
-    weight[:, i, :, i] = blocks.transpose(0, 1)  # the index pair comes first
-    weight = weight.reshape(op.out_channels, ratio * inner, *op.kernel_size)
-    return LinearOp(weight, op.bias, op.stride, op.padding, op.dilation, groups)
-
-
 def undilate(op: LinearOp) -> LinearOp:
     """The same op with dilation 1: zeros between the taps."""
     if all(d == 1 for d in op.dilation):
@@ -396,11 +185,6 @@ def _product(w1: Tensor, w2: Tensor, g1: int, g2: int) -> Tensor:
     return blocks.reshape(out, -1, taps2 * taps1)
 
 
-def _taps(op: LinearOp) -> Tensor:
-    """The weight as (out, in / groups, taps)."""
-    return op.weight.reshape(*op.weight.shape[:2], -1)
-
-
 def _embed(op: LinearOp, config: ConvConfig) -> Tensor:
     """The weight of a branch inside the common window of `config`, with its groups."""
     op = densify(op, config.groups)
@@ -416,12 +200,3 @@ def _window(starts: Sequence[int], steps: Sequence[int], counts: Sequence[int]) 
     """The index of every `step`-th tap, `count` of them, in each spatial dimension of a weight."""
     slices = (slice(a, a + s * (n - 1) + 1, max(s, 1)) for a, s, n in zip(starts, steps, counts, strict=True))
     return (..., *slices)
-
-
-def _torch_pads(padding: Pads) -> list[int]:
-    """F.pad counts from the last dimension."""
-    return [p for pair in reversed(padding) for p in pair]
-
-
-def _tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    return (value,) * ndim if isinstance(value, int) else tuple(value)
