@@ -19,7 +19,7 @@ from .canonical import op_name
 from .configs import follows_rule, identity_config, module_config, pool_config, same_size
 from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
-from .observed import GROWTH, follows, observed_geometry, spatial_maps, values_at
+from .observed import GROWTH, follows, holds_tensors, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
 from .sides import side_vector
 
@@ -84,11 +84,11 @@ class Network:
     @cached_property
     def elsewhere(self) -> list[dict[str, tuple[int, ...]]]:
         """The shapes of the values at larger inputs, as far as the graph runs there."""
-        return [values_at(self.gm, growth) for growth in GROWTH]
+        return [] if holds_tensors(self.gm) else [values_at(self.gm, growth) for growth in GROWTH]
 
     def observed(self, entry: str, exit: str) -> ConvConfig | None:
         """The size rule between two maps, whatever lies between them, seen at the example and at larger inputs."""
-        if entry not in self.maps or exit not in self.maps:
+        if entry not in self.maps or exit not in self.maps or not self.elsewhere:
             return None
         pairs = [(self.shape(entry), self.shape(exit))]
         pairs += [(seen[entry], seen[exit]) for seen in self.elsewhere if entry in seen and exit in seen]

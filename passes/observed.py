@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from . import ops
 from .configs import module_config
 from .ir import ConvConfig
 from .reduction import is_map, join_of, operands_of
 
-__all__ = ["GROWTH", "fake_shapes", "follows", "observed_geometry", "spatial_maps", "values_at"]
+__all__ = ["GROWTH", "fake_shapes", "follows", "holds_tensors", "observed_geometry", "spatial_maps", "values_at"]
 
 GROWTH = (32, 37, 43)  # pixels that each spatial dimension of the inputs grows by, one run each
 Shapes = dict[str, tuple[int, ...]]
@@ -79,6 +80,13 @@ def _keeps_layout(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_selection(gm: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), ops.ChannelSelect)
+
+
+def holds_tensors(gm: fx.GraphModule) -> bool:
+    """Whether an input is a list or dict of tensors, of which nobody says which ones are maps that could be larger."""
+    meta = gm.meta.get("lmfx", {})
+    specs = [*meta.get("positional", ()), *meta.get("keyword", {}).values()]
+    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(specs))
 
 
 def values_at(gm: fx.GraphModule, growth: int) -> Shapes:

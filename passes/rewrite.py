@@ -113,6 +113,8 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
         _merge_sides(gm, node, span)
         if isinstance(conv, nn.Sequential):
             pad_name = f"{node.target}_pad"
+            while pad_name in dict(gm.named_modules()):  # a layer of the model's own
+                pad_name += "_"
             set_submodule(gm, pad_name, conv[0])
             with gm.graph.inserting_before(node):
                 pad = gm.graph.create_node("call_module", pad_name, node.args, {}, name=pad_name.replace(".", "_"))

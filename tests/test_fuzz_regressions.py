@@ -14,7 +14,7 @@ from lmfx.passes.observed import spatial_maps
 from lmfx.passes.spans import SpanOptions
 from lmfx.passes.trace import trace
 from tests.fuzz.prelude import Output
-from tests.helpers import check_trace, double, ops_of, spans_of
+from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, spans_of
 from tests.helpers import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +103,46 @@ def test_a_model_may_call_its_layers_as_a_graph_module_calls_its_own(name: str) 
 
     gm = check_trace(double(Net()), example(1, 3, 8, 8), ["Conv2d", "Conv2d", "ReLU"])
     assert [str(n.target) for n in gm.graph.nodes if n.op == "call_module"] == ["first", f"{name}_.0", f"{name}_.1"]
+
+
+def test_the_pad_of_a_merged_conv_takes_no_name_of_the_model() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.merged_pad = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.merged_pad(self.conv(F.pad(x, (0, 1, 1, 0))).relu())  # type: ignore[no-any-return]
+
+    model, x = double(Net()), example(2, 3, 6, 6)
+    merged = check_rewrite(model, x, pick(realization="compose", convs=("conv",)), edits=1)
+    assert ops_of(merged) == ["ConstantPad2d", "Conv2d", "ReLU", "Conv2d"]
+
+
+def test_the_size_rule_of_a_network_of_a_dict_is_that_of_its_layers_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 2, padding=1), nn.Conv2d(3, 3, 3, stride=3)
+
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            x = self.a(given["x"])
+            return self.b(torch.sin(x.transpose(2, 3)).transpose(2, 3))  # type: ignore[no-any-return]
+
+    model = double(Net())
+    both = [c for c in spans_of(WithTensor(model), example(1, 3, 9, 9), realize=("fit",)) if len(c.all_convs) == 2]
+    assert not both  # floor((n + 1) / 3) is ceil(n / 3) for 9 pixels, not for 10
+    assert not [c for c in spans_of(model, ({"x": example(1, 3, 9, 9)},), realize=("fit",)) if len(c.all_convs) == 2]
+
+
+class WithTensor(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model({"x": x})
 
 
 def test_a_slice_of_a_sequential_is_traced_into() -> None:
