@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nworse than {options.table}:\n  " + "\n  ".join(worse))
     if options.write:
         with_names = {n: {"model": n, "family": f} for n, f in known.items()}
+        for name, line in new.items():  # a stage that was left out keeps the cells that the table has
+            new[name] = {**old.get(name, {}), **{c: v for c, v in line.items() if v}}
         write_table(options.table, {**with_names, **old, **new})
     return bool(worse)
 
