@@ -32,6 +32,7 @@ __all__ = ["FitGroup", "fit_groups", "fit_plan"]
 
 LEAST_SAMPLES = 4096
 MOST_SAMPLES = {True: 10000, False: 20000}  # quick or not
+FLOAT32_ROUNDING = 1e-6
 SAMPLES_AN_UNKNOWN = {True: 2, False: 4}
 CG_ITERATIONS, CG_IMAGES = {True: 6, False: 20}, {True: 16, False: 64}
 
@@ -71,6 +72,7 @@ class FitGroup:
             depthwise=self.depthwise,
             holdout=not quick,
             dtype=torch.float32 if quick else torch.float64,
+            rounding=0.0 if x.dtype == torch.float64 else FLOAT32_ROUNDING,
         )
         size = ys[narrow[0].span.output].shape[2:]
         unknowns = window.unknowns(self.depthwise)

@@ -115,6 +115,10 @@ class Gram:
     less. `holdout=False` saves the second sum, and with it half of the memory. `dtype=torch.float32` multiplies
     chunks of samples in single precision, at twice the speed, where damping drowns the rounding.
 
+    `rounding` bounds lambda from below, relative to the mean square of a feature. A feature that varies far less than
+    it is large would get a large weight, and the bias would cancel what that makes of its mean: in float32 such sums
+    lose all digits. 1e-6 means variations of a thousandth.
+
     Raises OptionError if there would be more than `limit` unknowns an output channel: use `fit_cg` there.
     """
 
@@ -130,6 +134,7 @@ class Gram:
         holdout: bool = True,
         dtype: torch.dtype = torch.float64,
         limit: int = MAX_UNKNOWNS,
+        rounding: float = 0.0,
     ) -> None:
         self.in_channels, self.kernel_size, self.stride = in_channels, tuple(kernel_size), tuple(stride)
         self.padding = tuple((lo, hi) for lo, hi in padding)
@@ -152,6 +157,7 @@ class Gram:
             raise OptionError(f"{rows - 1} unknowns an output channel are more than {limit}; use fit_cg")
         self._shape = (in_channels if depthwise else 1, rows)
         self._holdout = holdout
+        self._rounding = rounding
         self._dtype = dtype
         self._images = 0
         self._sums: dict[Part, _Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
@@ -312,7 +318,9 @@ class Gram:
         """The centred sums of some taps, kept with their factorisations while there is room."""
         key = (part, taps, depthwise)
         if key not in self._systems:
-            self._systems[key] = System.of(self._part(part), self.in_channels, taps, depthwise, self.depthwise)
+            self._systems[key] = System.of(
+                self._part(part), self.in_channels, taps, depthwise, self.depthwise, self._rounding
+            )
         self._systems.move_to_end(key)
         while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:
             self._systems.popitem(last=False)
@@ -329,10 +337,19 @@ class System:
     matrix: Tensor  # (blocks, m, m)
     mean: Tensor  # (blocks, m)
     scale: Tensor  # (blocks, 1, 1) mean of the diagonal, never 0
+    least: Tensor  # (blocks, 1, 1) the least lambda
     factors: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sums: _Sums, channels: int, taps: tuple[int, ...], depthwise: bool, stored_depthwise: bool) -> System:
+    def of(
+        cls,
+        sums: _Sums,
+        channels: int,
+        taps: tuple[int, ...],
+        depthwise: bool,
+        stored_depthwise: bool,
+        rounding: float = 0.0,
+    ) -> System:
         xx = sums.xx
         t = torch.tensor(taps, device=xx.device)
         if stored_depthwise:
@@ -346,11 +363,12 @@ class System:
             total = xx[0, :, -1][rows]
         # only blocks on and above the diagonal were summed, and a selection keeps their order
         matrix = matrix.triu() + matrix.triu(1).transpose(1, 2)
+        least = rounding * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
         scale = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         whole_scale = float(scale.mean())
         floor = whole_scale * 1e-9 if whole_scale > 0 else 1.0  # a dead channel must not make a singular block
-        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor))
+        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor), least)
 
     def bytes(self) -> int:
         return 8 * self.matrix.numel() * (1 + len(self.factors))
@@ -377,7 +395,7 @@ class System:
     def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
         more = 0.0
         while True:
-            lam = (damping + more) * self.scale
+            lam = torch.maximum((damping + more) * self.scale, self.least)
             damped = self.matrix.clone()
             damped.diagonal(dim1=1, dim2=2).add_(lam[:, :, 0])
             factor, info = torch.linalg.cholesky_ex(damped)

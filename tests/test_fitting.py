@@ -14,11 +14,12 @@ from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups, fit_plan, set_fitted
 from lmfx.passes.errors import OptionError
 from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import merge, rewrite, span_names
-from lmfx.passes.spans import SpanSet
-from lmfx.passes.trace import fingerprint
+from lmfx.passes.spans import SpanSet, enumerate_spans
+from lmfx.passes.trace import fingerprint, trace
 from lmfx.passes.verify import relative_error
 from lmfx.values import record_batches
 
@@ -242,3 +243,24 @@ def test_set_fitted_writes_in_the_dtype_of_the_module() -> None:
     set_fitted(conv, LinearOp(weight, bias, (1, 1), ((0, 0), (0, 0)), (1, 1), 1))
     assert conv.weight.dtype == torch.float32 and torch.equal(conv.weight, weight.float())
     assert conv.bias is not None and torch.equal(conv.bias, bias.float())
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_channel_that_hardly_varies_gets_no_weight_that_float32_can_not_carry(depthwise: bool, quick: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 3, 3) * torch.tensor([1.0, 1e-4, 1e-5, 0.0]).view(1, 4, 1, 1) + 1.0
+    y = torch.randn(1, 4, 3, 3)
+    network = Network(trace(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1)).eval(), x))
+    (c,) = [
+        c
+        for c in enumerate_spans(network)
+        if c.realization == "fit"
+        and len(c.convs) == 2
+        and c.conv
+        and c.conv.kernel_size == (1, 1)
+        and (c.conv.groups > 1) == depthwise
+    ]
+    op = FitGroup(c.span.entry, depthwise, (c,)).fit(x, {c.span.output: y}, quick)[c.key]
+    small = LinearOp(op.weight.float(), op.bias.float(), op.stride, op.padding, op.dilation, op.groups)
+    assert float((small(x).double() - op(x)).abs().max()) <= 1e-4

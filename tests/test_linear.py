@@ -370,7 +370,7 @@ def test_a_module_that_is_not_one_convolution_is_refused(make: object, words: st
         (lambda: linear.add_configs([conv2d(padding=1), conv2d(padding=0)]), "never have the same output size"),
         (lambda: linear.densify(linear.identity(4, 2), 3), "divisor"),
         (lambda: linear.diagonal(torch.ones(2), torch.ones(3), 2), "one entry a channel"),
-        (lambda: LinearOp(torch.ones(2, 2), torch.ones(2), (), (), ()), "spatial dimensions"),
+        (lambda: LinearOp(torch.ones(2), torch.ones(2), (), (), ()), "spatial dimensions"),
         (lambda: LinearOp(torch.ones(2, 2, 3), torch.ones(3), (1,), ((0, 0),), (1,)), "disagree"),
         (lambda: LinearOp(torch.ones(2, 2, 3), torch.ones(2), (1, 1), ((0, 0),), (1,)), "entries each"),
     ],
