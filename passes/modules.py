@@ -4,8 +4,8 @@
     ChannelSelect     y[:, k] = x[:, index[k]]                 a part of the channels, or all in another order
     ChannelLayerNorm  nn.LayerNorm over dimension 1
 
-A selection runs as cheaply as what it was written as: a range is a view of its input, a shuffle (the channels as a
-matrix of `groups` rows, transposed) one copy, and anything else a gather.
+A selection runs as cheaply as what it was written as: a range is a view of its input, and anything else a gather, which
+for a shuffle is faster than to transpose a view (`benchmarks/layouts.py`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class ChannelSelect(nn.Module):
     """Output channel `k` is input channel `index[k]`, for maps of shape (batch, channels, \\*size).
 
     `index` holds one input channel, counted from 0, for each output channel. `span` is (start, stop, step) if that is a
-    range, `groups` the rows of the matrix of channels that is transposed if it is a shuffle, else both are None.
-    OptionError if the index is empty or negative.
+    range, else None. OptionError if the index is empty or negative.
     """
 
     def __init__(self, index: Sequence[int], device: torch.device | str | None = None) -> None:
@@ -59,8 +58,7 @@ class ChannelSelect(nn.Module):
         if not self.index or min(self.index) < 0:
             raise OptionError(f"a selection needs one input channel or more, counted from 0, not {list(self.index)}")
         self.span = _range(self.index)
-        self.groups = None if self.span else _shuffle(self.index)
-        gather = None if self.span or self.groups else torch.tensor(self.index, device=device)
+        gather = None if self.span else torch.tensor(self.index, device=device)
         self.register_buffer("gather", gather, persistent=False)  # follows the network to its device, never saved
         self.gather: Tensor | None
 
@@ -68,15 +66,14 @@ class ChannelSelect(nn.Module):
         if self.span is not None:
             start, stop, step = self.span
             return x[:, start:stop:step]
-        if self.groups is not None:
-            return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
         assert self.gather is not None
         return x.index_select(1, self.gather)
 
     def extra_repr(self) -> str:
         if self.span is not None:
             return "{}:{}:{}".format(*self.span)
-        return f"{len(self.index)}, groups={self.groups}" if self.groups is not None else str(list(self.index))
+        groups = _shuffle(self.index)
+        return f"{len(self.index)}, groups={groups}" if groups is not None else str(list(self.index))
 
 
 def _range(index: tuple[int, ...]) -> tuple[int, int, int] | None:
@@ -88,7 +85,7 @@ def _range(index: tuple[int, ...]) -> tuple[int, int, int] | None:
 
 
 def _shuffle(index: tuple[int, ...]) -> int | None:
-    """g if channel (i, j) of a g x (C / g) matrix becomes channel (j, i), or None."""
+    """g if the index transposes the channels as a matrix of g rows, or None."""
     width = index.index(1) if 1 in index else 0  # the second channel opens the second row of the transposed matrix
     rows = width
     if not rows or len(index) % rows:

@@ -155,7 +155,7 @@ def test_shuffles_of_any_rank_and_size_are_selections(shape: tuple[int, ...], tr
     for body in (lambda m, x: F.channel_shuffle(x, 3), lambda m, x: m.s(x)):
         gm = trace(mapped(body, x, s=nn.ChannelShuffle(3)), x, (tracer,))
         assert ops_of(gm)[1:] == ["ChannelSelect"]
-        assert next(m.groups for m in gm.modules() if isinstance(m, ChannelSelect)) == 3
+        assert next(m.index for m in gm.modules() if isinstance(m, ChannelSelect)) == shuffled(6, 3)
 
 
 def test_a_shuffle_that_was_traced_symbolically_runs_at_other_batches_and_sizes() -> None:

@@ -214,18 +214,10 @@ def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
 
 
 def _select(e: Emitter, node: fx.Node, m: ChannelSelect) -> str:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    name = e.value(source)
-    if m.span is not None:
-        start, stop, step = ([i] for i in m.span)
-        return e.node("Slice", name, e.ints(start), e.ints(stop), e.ints([1]), e.ints(step))
-    if m.groups is None:
-        return e.node("Gather", name, e.ints(m.index), axis=1)
-    batch, channels, *size = e.shape(source)
-    rows = e.node("Reshape", name, e.ints((batch, m.groups, channels // m.groups, *size)))
-    turned = e.node("Transpose", rows, perm=[0, 2, 1, *range(3, len(size) + 3)])
-    return e.node("Reshape", turned, e.ints((batch, channels, *size)))
+    if m.span is None:
+        return e.node("Gather", e.value(node.args[0]), e.ints(m.index), axis=1)
+    start, stop, step = (e.ints([i]) for i in m.span)
+    return e.node("Slice", e.value(node.args[0]), start, stop, e.ints([1]), step)
 
 
 def _affine(e: Emitter, node: fx.Node, m: ChannelAffine) -> str:
