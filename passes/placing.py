@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["bypass", "place", "set_submodule"]
+__all__ = ["bypass", "is_attribute", "place", "set_submodule"]
 
 _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
 
@@ -52,7 +52,7 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
     separator = "_" if _owns_tensors(gm, path) else "."
     base = f"{path}{separator}{name}" if path else name
     candidate, i = base, 0
-    while _is_attribute(gm, candidate):  # a module, a tensor, or a method of the graph module
+    while is_attribute(gm, candidate):  # a module, a tensor, or a method of the graph module
         i += 1
         candidate = f"{base}_{i}"
     return candidate
@@ -89,7 +89,8 @@ def _attributes_read(gm: fx.GraphModule, owner: str) -> set[str]:
     return {name for parent, _, name in targets if parent == owner}
 
 
-def _is_attribute(gm: fx.GraphModule, path: str) -> bool:
+def is_attribute(gm: nn.Module, path: str) -> bool:
+    """Whether the dotted path below a module leads to anything: a module, a tensor, a method."""
     item: Any = gm
     for atom in path.split("."):
         if not hasattr(item, atom):

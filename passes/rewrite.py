@@ -23,6 +23,7 @@ from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
 from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan
+from .placing import is_attribute
 from .sides import SideAdd, side_vector
 from .states import is_dropped, side_inputs
 from .trace import fingerprint
@@ -83,13 +84,13 @@ def rewrite(
 
 def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
     """The module name that each candidate's merged conv gets, `layer1.0.merged` beside the span's first conv."""
-    taken = {name for name, _ in graph.named_modules(remove_duplicate=False)}
+    taken: set[str] = set()
     names = []
     for candidate in plan.candidates:
         parent = candidate.convs[0].rpartition(".")[0] if candidate.convs else ""
         base = f"{parent}.merged" if parent else "merged"
         name, i = base, 0
-        while name in taken:
+        while name in taken or is_attribute(graph, name):
             i += 1
             name = f"{base}_{i}"
         taken.add(name)
@@ -113,7 +114,7 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
         _merge_sides(gm, node, span)
         if isinstance(conv, nn.Sequential):
             pad_name = f"{node.target}_pad"
-            while pad_name in dict(gm.named_modules()):  # a layer of the model's own
+            while is_attribute(gm, pad_name):  # a layer of the model's own
                 pad_name += "_"
             set_submodule(gm, pad_name, conv[0])
             with gm.graph.inserting_before(node):

@@ -120,6 +120,20 @@ def test_the_pad_of_a_merged_conv_takes_no_name_of_the_model() -> None:
     assert ops_of(merged) == ["ConstantPad2d", "Conv2d", "ReLU", "Conv2d"]
 
 
+def test_a_merged_conv_takes_no_name_of_a_parameter() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+            self.merged = nn.Parameter(torch.randn(5, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("nchw,oc->nohw", self.b(self.a(x).relu()), self.merged)
+
+    merged = check_rewrite(double(Net()), example(2, 3, 9, 9), pick(realization="compose", convs=("a", "b")), edits=1)
+    assert isinstance(merged.merged, nn.Parameter) and isinstance(merged.merged_1, nn.Conv2d)
+
+
 def test_the_size_rule_of_a_network_of_a_dict_is_that_of_its_layers_alone() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
