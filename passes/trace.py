@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -76,12 +77,22 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     reference = _run(eval_copy(model), example)
     reasons: list[str] = []
     best: tuple[int, fx.GraphModule] | None = None
-    for name in tracers:
+    queue = list(tracers)
+    deferred: dict[str, Traced] = {}
+    while queue:
+        name = queue.pop(0)
         if name == "export" and any(kind in reason for kind in _DATA_DEPENDENT for reason in reasons):
             reasons.append(f"{name}: not tried, because the control flow depends on data")
             continue
         try:
-            gm = _graph_of(name, model, example, reference)
+            traced = deferred.get(name)
+            if traced is None:
+                traced = _traced(name, model, example)
+                if queue and _holds_convs(traced):  # only worth finishing if no other tracer does better
+                    deferred[name] = traced
+                    queue.append(name)
+                    continue
+            gm = _graph_of(name, traced, example, reference)
         except Exception as error:  # any tracer may fail in any way; the next one is tried
             reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
@@ -99,10 +110,20 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     )
 
 
-def _graph_of(name: str, model: nn.Module, example: Example, reference: Any) -> fx.GraphModule:
-    """The canonical graph that one tracer gives. Raises anything that the tracer raises, or `TraceError`."""
+def _traced(name: str, model: nn.Module, example: Example) -> Traced:
     with _quiet():
-        traced = TRACERS[name](model, example)
+        return TRACERS[name](model, example)
+
+
+def _holds_convs(traced: Traced) -> bool:
+    """Whether there are convolution modules in what the tracer could not follow."""
+    modules = dict(traced.gm.named_modules())
+    opaque = [modules[name] for name in traced.opaque if name in modules]
+    return any(isinstance(m, _ConvNd) for module in opaque for m in module.modules())
+
+
+def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx.GraphModule:
+    """The canonical graph of what a tracer gave. Raises anything that an op raises, or `TraceError`."""
     gm = traced.gm
     gm.train(False)
     make_pure(gm)
