@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,7 +213,8 @@ class _Expect:
     def __call__(self, **seen: Any) -> None:
         for name, value in seen.items():
             expected = self.constants[name]
-            if value is not expected and not _equal(value, expected):
+            traced = isinstance(value, fx.Proxy)  # torch.fx traces the forward of a graph that was pickled
+            if value is not expected and not traced and not _equal(value, expected):
                 raise InputError(
                     f"the graph was traced with {name}={expected!r} and computes nothing else, not {name}={value!r}: "
                     "trace the model with this value"
@@ -220,6 +222,18 @@ class _Expect:
 
     def __getitem__(self, name: str) -> Any:
         return self.constants[name]
+
+
+def expect_written(**pairs: tuple[Any, Any]) -> None:
+    """The same for constants that stand in the generated code, by name: (the argument, what it must be)."""
+    _Expect({n: expected for n, (_, expected) in pairs.items()})(**{n: seen for n, (seen, _) in pairs.items()})
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a constant can stand in code as it prints itself."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or type(value) in (bool, int, str)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -246,16 +260,19 @@ class ModelCodeGen(fx.graph.CodeGen):
         self.behind = [] if variable else [n for n in tail if kinds[n] is by_position]
         self.keywords = [n for n in binding.absent if n not in self.behind]
         self.checked = [*fixed, *binding.absent]
+        self.written = all(_is_written(self.expect[n]) for n in self.checked)
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The signature, and a check of all that is constant."""
-        default = lambda name: f"{name}=_lmfx_expect[{name!r}]"  # noqa: E731
+        written = self.written
+        default = lambda n: f"{n}={self.expect[n]!r}" if written else f"{n}=_lmfx_expect[{n!r}]"  # noqa: E731
         names = [*free_vars, *(default(n) for n in self.behind)]
         if self.keywords:
             names += ["*", *(default(n) for n in self.keywords)]
         text = super().gen_fn_def(names, maybe_return_annotation, **options)
         if self.checked:
-            text += f"\n    _lmfx_expect({', '.join(f'{n}={n}' for n in self.checked)})"
+            pairs = [f"{n}=({n}, {self.expect[n]!r})" if written else f"{n}={n}" for n in self.checked]
+            text += f"\n    _lmfx_expect({', '.join(pairs)})"
         return text
 
     def generate_output(self, output_args: Any, **options: Any) -> str:
@@ -270,6 +287,7 @@ class ModelCodeGen(fx.graph.CodeGen):
         return _restore(self.structure, outputs)
 
     def additional_globals(self) -> list[tuple[str, Any]]:
-        """What the generated code calls; without any the graph can be pickled."""
-        found: list[tuple[str, Any]] = [("_lmfx_expect", self.expect)] if self.checked else []
+        """What the generated code calls; what can be imported can be pickled with the graph."""
+        expect: Any = expect_written if self.written else self.expect
+        found: list[tuple[str, Any]] = [("_lmfx_expect", expect)] if self.checked else []
         return found if self.structure is None else [*found, ("_lmfx_restore", self.process_outputs)]

@@ -160,6 +160,16 @@ def test_flags_of_the_example_choose_the_branch(tracer: str) -> None:
             gm(X, return_dict=True)
 
 
+def test_a_graph_with_defaults_can_be_copied_through_its_code() -> None:
+    import importlib
+
+    pickle = importlib.import_module("pickle")  # what callers do with a graph module is theirs
+    model = Net(OUTPUTS["dict"]).double().eval()
+    gm = pickle.loads(pickle.dumps(trace(model, X)))
+    with torch.no_grad():
+        assert relative_error(model(X), gm(X)) == 0
+
+
 class Steps(nn.Module):
     """A sample, a time step in any form, and optional conditions."""
 
