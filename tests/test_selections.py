@@ -467,3 +467,19 @@ def test_a_network_with_selections_is_traced_again_after_it_was_compressed() -> 
 def test_what_is_read_elsewhere_stays_two_selections() -> None:
     model = mapped(lambda m, x: (m.a(x.chunk(2, 1)[0]), x.chunk(2, 1)[1] + 1), a=conv(6, 3, 3))
     assert selections(model) == [tuple(range(6)), tuple(range(6, 12))]
+
+
+def test_an_op_is_made_on_the_device_of_its_span() -> None:
+    # Skips, pools and selections have no parameter that says where they are; "meta" refuses to be mixed like a GPU.
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        return m.b(torch.cat([y[:, [3, 0]], F.avg_pool2d(y, 3, 1, 1), y], 1)) + x
+
+    model = net(body, a=conv(12, 12, 3), b=conv(26, 12, 3))
+    spans = spans_of(model, X)
+    gm = spans.network.gm
+    plan = MergePlan(tuple(pick(realization="compose", kept=("a", "b"))(spans)), fingerprint(gm))
+    trainable = rewrite(gm, plan).to("meta")
+    (span,) = (m for m in trainable.modules() if isinstance(m, LinearSpan))
+    assert span.linear_op().weight.is_meta and span.linear_op().bias.is_meta
+    assert all(p.is_meta for p in span.reparameterize().parameters())
