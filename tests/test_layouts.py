@@ -155,7 +155,9 @@ KEPT: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", KEPT)
 def test_islands_with_anything_else_stay_whole(name: str) -> None:
     body, modules = KEPT[name]
-    words = ops_of(check_trace(last(body, **modules), X))
+    gm = check_trace(last(body, **modules), X)
+    words = ops_of(gm)
+    assert gm.meta["lmfx"]["tracer"] == "symbolic"  # a wrong rewrite would only be seen by the check of the output
     assert words.count("permute") == 2 and "Linear" in words and "ChannelLayerNorm" not in words
 
 

@@ -201,6 +201,10 @@ def test_what_is_not_channels_alone_stays_as_it_is(body: Body, tracer: str) -> N
     [
         (lambda m, x: x.transpose(2, 3), (1, 4, 1, 1)),  # at other sizes it turns the map
         (lambda m, x: x.transpose(0, 1).reshape(x.shape), (1, 4, 2, 3)),  # mixes the images of a larger batch
+        (  # at other heights it mixes rows and channels
+            lambda m, x: x.view(2, 2, 2, x.shape[2], 5).permute(0, 3, 2, 1, 4).reshape(x.shape),
+            (2, 4, 1, 5),
+        ),
         (lambda m, x: x.flatten(2).unsqueeze(2), (2, 4, 1, 5)),  # the rows of a higher map come one after the other
         (lambda m, x: x.reshape(2, 2, x.shape[2], x.shape[3]).transpose(0, 1).reshape(x.shape), (1, 4, 2, 3)),
     ],
@@ -213,7 +217,7 @@ def test_what_only_looks_like_a_selection_at_this_size_stays_as_it_is(body: Body
 
 def test_parts_of_tokens_are_not_channels_and_follow_the_size() -> None:
     def body(m: Any, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
+        tokens = x.flatten(2).transpose(1, 2).relu()
         return tokens[:, 1:] + tokens[:, :35][:, 1:].mean()
 
     model = mapped(body)
@@ -224,7 +228,7 @@ def test_parts_of_tokens_are_not_channels_and_follow_the_size() -> None:
 
 
 def test_the_rows_of_a_channels_last_value_are_not_channels() -> None:
-    model = mapped(lambda m, x: x.permute(0, 2, 3, 1).chunk(2, 1)[0][:, :, :, 2:])
+    model = mapped(lambda m, x: x.permute(0, 2, 3, 1).softmax(-1).chunk(2, 1)[0][:, :, :, 2:])
     assert "ChannelSelect" not in ops_of(check_trace(model, X, tolerance=1e-15))
 
 
