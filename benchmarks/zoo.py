@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--stage-seconds", type=int, default=90, help="limit of one stage, CPU time")
     parser.add_argument("--seconds", type=int, default=900, help="limit of one network, wall time")
-    parser.add_argument("--memory-gb", type=float, default=7.0, help="limit of one process")
+    parser.add_argument("--memory-gb", type=float, default=8.0, help="limit of one process")
     parser.add_argument("--rows", type=Path, default=ROOT / "out" / "zoo.jsonl", help="rows as they are finished")
     parser.add_argument("--table", type=Path, default=TABLE, help="the table to compare with")
     parser.add_argument("--fresh", action="store_true", help="take no finished row of an earlier run")
