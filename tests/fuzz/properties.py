@@ -35,9 +35,9 @@ FIXES = (":", "pass", "use", "make", "call", "ask", "return", "check", "convert"
 class Shares:
     """How many of a hundred networks get the slow checks."""
 
-    compress: int = 12
-    again: int = 10
-    save: int = 30
+    compress: int = 8
+    again: int = 15
+    save: int = 40
     onnx: int = 8  # of those that are compressed
 
 
@@ -163,10 +163,11 @@ def _check_plans(
     if spans.network.regions:
         outcome.note("regions")
     x, reference = inputs[0]
-    with _only_lmfx_errors("the empty plan"):
-        kept = call(merge(rewrite(gm, MergePlan())), x)
-    check_same("the empty plan", reference, kept, 1e-13, floor)
-    for _ in range(2):
+    if rng.random() < 0.5:
+        with _only_lmfx_errors("the empty plan"):
+            kept = call(merge(rewrite(gm, MergePlan())), x)
+        check_same("the empty plan", reference, kept, 1e-13, floor)
+    for _ in range(rng.choice([1, 2])):
         plan = random_plan(spans, random.Random(rng.randrange(10**9)))
         if not plan.candidates:
             continue
