@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                                  everything, two processes at a time; again: goes on
     python benchmarks/zoo.py --models 'timm/*net*' --fresh    some, whatever was found before
     python benchmarks/zoo.py --families regnet --stages compress
+    python benchmarks/zoo.py --summary                        what the committed table says
     python benchmarks/zoo.py --write                          and replace these networks' lines in the committed table
 
 Each network runs in a process of its own with a time and a memory limit (`zoo_runner`), through the stages of
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="take no finished row of an earlier run")
     parser.add_argument("--any-source", action="store_true", help="take finished rows of other sources too")
     parser.add_argument("--failed", action="store_true", help="run those finished rows again that have a failure")
+    parser.add_argument("--summary", action="store_true", help="print what the table says, and run nothing")
     parser.add_argument("--write", action="store_true", help="put the new lines into the table")
     options = parser.parse_args(arguments)
     known = families()
@@ -77,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = chosen(known, options.models, options.families)
     if not names:
         parser.error("no network matches")
+    if options.summary:
+        print(summary({n: line for n, line in old.items() if n in names}))
+        return 0
     source = f"{sources()} {' '.join(sorted(options.stages))}"
     finished = {} if options.fresh else read_rows(options.rows, None if options.any_source else source)
     done = {n: r for n, r in finished.items() if n in names and not (options.failed and failures(r))}

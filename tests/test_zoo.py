@@ -377,6 +377,14 @@ def test_the_command_compares_with_the_table_and_writes_it(tmp_path: Path, capsy
     assert rows.read_text() == before  # the finished row was taken again
 
 
+def test_the_command_sums_up_a_table_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "zoo.csv"
+    write_table(table, {"timm/test_resnet": {**LINE, "model": "timm/test_resnet"}})
+    assert zoo.main(["--summary", "--table", str(table), "--rows", str(tmp_path / "none")]) == 0
+    assert "1 networks, of them 1 conv networks" in capsys.readouterr().out
+    assert zoo.main(["--summary"]) == 0  # the committed one
+
+
 def test_the_command_refuses_globs_that_match_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         zoo.main(["--models", "no/such"])
