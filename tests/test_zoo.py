@@ -178,18 +178,41 @@ def test_the_rounding_of_a_network_is_measured() -> None:
     assert zoo_stages._rounding(net, example) > 1e-4
 
 
-def test_a_wrong_merge_is_an_error_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_merge = zoo_stages.merge
+@pytest.mark.parametrize(
+    ("wrong", "last_bit", "cell"),
+    [
+        (1, 1e-15, "error: off by"),  # the plan's network
+        (1, 1e-9, "exact to rounding: "),  # ... which is so badly conditioned that no more can be asked of it
+        (0, 1e-9, "error: off by"),  # the network of the empty plan has no excuse
+        (2, 1e-9, "exact"),
+    ],
+)
+def test_a_wrong_merge_is_an_error_in_the_row(
+    wrong: int, last_bit: float, cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_merge, calls = zoo_stages.merge, []
 
-    def wrong(net: Any, **options: Any) -> Any:
+    def merge(net: Any, **options: Any) -> Any:
         merged = true_merge(net, **options)
-        with torch.no_grad():
-            next(m for m in merged.modules() if isinstance(m, nn.Conv2d)).weight.mul_(1 + 1e-9)
+        if len(calls) == wrong:
+            conv = next(m for m in merged.modules() if isinstance(m, nn.Conv2d))
+            conv.weight = nn.Parameter(conv.weight * (1 + 1e-9), requires_grad=False)
+        calls.append(net)
         return merged
 
-    monkeypatch.setattr(zoo_stages, "merge", wrong)
+    monkeypatch.setattr(zoo_stages, "merge", merge)
+    monkeypatch.setattr(zoo_stages, "_last_bit", lambda *arguments: last_bit)
     row = examine("timm/test_resnet", ("exact",), sizes=(64,))
-    assert row["exact"].startswith("error: off by")
+    assert len(calls) == 2
+    assert row["exact"].startswith(cell) and (cell != "exact" or row["exact"] == cell)
+
+
+def test_the_last_bit_of_the_weights_is_measured() -> None:
+    net, example = nn.Conv2d(3, 4, 3).double().requires_grad_(False), torch.randn(1, 3, 8, 8).double()
+    assert 1e-17 < zoo_stages._last_bit(net, example, net(example)) < 1e-15
+    net.weight[:, 0], net.weight[:, 1] = 1e9, -1e9  # two large terms that cancel
+    example[:, 1] = example[:, 0]
+    assert zoo_stages._last_bit(net, example, net(example)) > 1e-9
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
