@@ -64,7 +64,7 @@ def cells() -> nn.Module:
 
 def test_a_mesh_and_what_is_inside_it_are_candidates(cells: nn.Module) -> None:
     spans = enumerate_spans(Network(trace(cells, example())))
-    assert len(spans.network.regions) == 1
+    assert len(spans.network.regions) == 2  # the Linear that makes the vector, and all the rest
     found = {c.convs for c in spans if c.realization == "fit"}
     assert ("a.0", "b.0", "c.0") in found and ("a.0",) in found and ("qkv.0",) in found
     assert ("a.0", "b.0", "c.0", "out.0") in found

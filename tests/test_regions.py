@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "does not count its padding",
     ),
     "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ZeroPad2d((-1, 1, 0, 0))}, "p", "the pad crops"),
-    "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2)}, "p", "ConvTranspose2d is not"),
+    "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2, 2)}, "p", "ConvTranspose2d is not"),
     "softmax": (lambda m, x: torch.softmax(m.a(x), 1), {}, "softmax", "softmax is not an affine op"),
     "adaptive pool": (
         lambda m, x: F.adaptive_avg_pool2d(m.a(x), 2),
