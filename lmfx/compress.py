@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Executor
+from statistics import median
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -14,7 +15,7 @@ from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
 from lmfx.latency import Backend, Store, get_backend
-from lmfx.passes.errors import ModelError, OptionError
+from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import MergePlan, Realization
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
@@ -93,18 +94,21 @@ def compress(
     images = as_calibration(calibration, example_input)
     if wanted.kind != "ms" and wanted.value == 1:
         return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None, images)
+    args, kwargs = example_arguments(example_input)
+    inputs = [*args, *kwargs.values()]
     if not any(c.realization != "keep" for c in spans):
-        raise ModelError(
-            f"nothing in {type(model).__name__} can be merged: "
-            + "; ".join(str(r) for r in spans.refusals[:3])
-            + ". See lmfx.spans(graph).refusals"
+        reached = median(backend.measure_interleaved([(graph, inputs)])[0])
+        reasons = "; ".join(str(r) for r in spans.refusals[:3])
+        raise InfeasibleBudget(
+            f"nothing in {type(model).__name__} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
+            "See lmfx.spans(graph).refusals",
+            reached,
         )
     with Store.open(cache_dir) as store:
         table = profile_spans(spans, backend, store, progress)
         scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
     frontier = solve_spans(spans, table, scores, surrogate=surrogate)
-    args, kwargs = example_arguments(example_input)
-    found = find_plan(graph, frontier, wanted, backend, [*args, *kwargs.values()], progress)
+    found = find_plan(graph, frontier, wanted, backend, inputs, progress)
     student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
     return _finish(graph, net, found.plan, spans, wanted, backend, merge, found, images)

@@ -417,3 +417,18 @@ def test_a_frozen_student_is_refused() -> None:
     student = compress(toy(), X, 0.6, calibration=DATA, merge=False).requires_grad_(False)
     with pytest.raises(lmfx.InputError, match="requires_grad_"):
         lmfx.distill(student, toy(), [X], progress=False)
+
+
+def test_a_network_in_which_nothing_can_be_merged_is_infeasible_with_its_own_latency() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.patch(x).flatten(2).softmax(2)
+
+    model, x = Tokens().eval(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(lmfx.InfeasibleBudget, match=r"nothing in Tokens can be merged.*\(100\.0%\)") as caught:
+        lmfx.compress(model, x, 0.5, latency="roofline", realize=("compose",), progress=False)
+    assert caught.value.latency > 0
