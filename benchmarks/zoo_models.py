@@ -26,7 +26,7 @@ from benchmarks.zoo_ddpm import DenoisingNet
 __all__ = ["SIZES", "TABLE", "build", "examples", "families", "randomise"]
 
 TABLE = Path(__file__).parent / "results" / "zoo.csv"
-SIZES = (96, 128, 160, 224, 256)
+SIZES = (96, 128, 160, 224, 256, 300)
 VIDEO = {"r3d": (8, 64), "mc3": (8, 64), "r2plus1d": (8, 64), "s3d": (16, 224), "mvit": (16, 224), "swin3d": (8, 64)}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nobody asks a server for weights
