@@ -292,7 +292,7 @@ MODELS: list[Case] = [
     (
         "one conv alone",
         lambda e: e.compress(nn.Conv2d(3, 4, 1).eval(), realize=("compose",)),
-        ModelError,
+        InfeasibleBudget,
         "Conv2d",
         "See",
     ),
@@ -391,7 +391,7 @@ OPTIONS: list[Case] = [
     ("include a string", lambda e: e.compress(include="stem"), OptionError, "include='stem'", "pass a tuple"),
     ("exclude a number", lambda e: e.compress(exclude=3), OptionError, "exclude=3", "pass a tuple"),
     ("exclude numbers", lambda e: e.compress(exclude=(3,)), OptionError, "exclude=(3,)", "pass a tuple"),
-    ("exclude everything", lambda e: e.compress(exclude=("*",)), ModelError, "excluded", "See lmfx.spans"),
+    ("exclude everything", lambda e: e.compress(exclude=("*",)), InfeasibleBudget, "excluded", "See lmfx.spans"),
     ("kernel 0", lambda e: e.compress(max_kernel_size=0), OptionError, "max_kernel_size=0", "from 1"),
     ("kernel -1", lambda e: e.compress(max_kernel_size=-1), OptionError, "max_kernel_size=-1", "from 1"),
     ("kernel 2.5", lambda e: e.compress(max_kernel_size=2.5), OptionError, "max_kernel_size=2.5", "whole number"),
