@@ -255,4 +255,6 @@ class Network:
             return pool_config(module, before[1], ndim) if follows_rule(module, ndim) else None
         if module is not None and isinstance(module, ops.CONVS) and ops.plain_in(module, ops.CONVS):
             return module_config(module, before[1], ndim)
-        return identity_config(before[1], ndim) if before == after else None
+        # Equal sizes at the example (a strided op on one pixel) are no rule: only an op that is known to keep them is.
+        keeps = module is not None and ops.keeps_shape(module)
+        return identity_config(before[1], ndim) if keeps and before == after else None

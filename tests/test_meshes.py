@@ -159,3 +159,11 @@ def test_a_size_of_its_own_a_larger_map_and_another_batch_follow_no_rule() -> No
     assert observed_geometry([((4, 3, 8), (1, 3, 8))]) is None
     one = ConvConfig(3, 3, (3,), (1,), ((0, 0),), (1,))
     assert not follows(one, (1, 3, 2), (1, 3, 0))
+
+
+def test_an_opaque_op_of_one_pixel_is_not_taken_for_one_that_keeps_the_size() -> None:
+    strided = nn.Conv2d(4, 4, 1, stride=3)
+    strided.register_forward_hook(lambda m, i, o: o * 1.5)
+    model = double(nn.Sequential(nn.Conv2d(4, 4, 5), strided, nn.Conv2d(4, 4, 3, padding=1)))
+    spans = enumerate_spans(Network(trace(model, torch.randn(1, 4, 5, 5, dtype=torch.float64))))
+    assert not [c for c in spans if c.realization in ("fit", "drop") and len(c.convs) > 1]
