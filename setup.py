@@ -20,6 +20,8 @@ EXTRAS = {
     "onnx": ["onnx>=1.17", "onnxscript>=0.3"],
     "ort": ["onnx>=1.17", "onnxruntime>=1.20"],
     "trt": ["tensorrt>=10"],
+    # builds engines without a GPU; there are wheels for these platforms only
+    "trt-rtx": ["tensorrt_rtx>=1.2; platform_machine in 'x86_64 AMD64' and sys_platform in 'linux win32'"],
     "vision": ["torchvision"],
     "plot": ["matplotlib"],
 }

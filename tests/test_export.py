@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from lmfx.export import UnsupportedOp, build_engine, emit, export_onnx, to_onnx_bytes
-from lmfx.passes.errors import ExportError, InputError, MissingExtra, OptionError
+from lmfx.export import UnsupportedOp, emit, export_onnx, to_onnx_bytes
+from lmfx.passes.errors import ExportError, InputError
 from lmfx.passes.modules import ChannelAffine, ChannelLayerNorm, ChannelSelect
 
 ort = pytest.importorskip("onnxruntime")
@@ -357,30 +357,3 @@ def test_bad_targets_and_examples_are_named(tmp_path: Path) -> None:
         export_onnx(net, torch.randn(1, 2), tmp_path)
     with pytest.raises(InputError, match="not int"):
         export_onnx(net, 3, tmp_path / "net.onnx")  # type: ignore[arg-type]
-
-
-def test_an_engine_is_built_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    model = to_onnx_bytes(graph(nn.Conv2d(6, 8, 3), nn.ReLU()), [torch.randn(IMAGE)])
-    (tmp_path / "net.onnx").write_bytes(model)
-    engine = build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", target="sm89")
-    assert engine.stat().st_size > 1000
-    with pytest.raises(OptionError, match="it knows .*sm89"):
-        build_engine(tmp_path / "net.onnx", tmp_path / "other.engine", target="sm12")
-    (tmp_path / "bad.onnx").write_bytes(b"nonsense")
-    with pytest.raises(ExportError, match="can not read the ONNX model"):
-        build_engine(tmp_path / "bad.onnx", tmp_path / "bad.engine", target="sm89")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.onnx", "net.engine", "net.onnx"]
-
-
-def test_engines_need_a_known_target_an_onnx_file_and_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="sm89"):
-        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", target="ada")
-    with pytest.raises(ExportError, match="no ONNX file"):
-        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", target="sm89")
-    (tmp_path / "net.onnx").write_bytes(b"")
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(MissingExtra, match=r"pip install"):
-        build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", target="sm89")
-    assert not (tmp_path / "net.engine").exists()

@@ -101,10 +101,11 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
     assert "License-Expression: Apache-2.0" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, re.MULTILINE)
     assert sorted(required) == ["numpy", "safetensors", "torch", "tqdm"]
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", metadata, re.MULTILINE)) == {
+    assert set(re.findall(r"^Provides-Extra: ([\w-]+)$", metadata, re.MULTILINE)) == {
         "onnx",
         "ort",
         "trt",
+        "trt-rtx",
         "vision",
         "plot",
         "dev",

@@ -51,25 +51,33 @@ class UnsupportedOp(ExportError):
     """The emitter has no rule for an op; `torch.onnx.export` may have one."""
 
 
-def emit(gm: fx.GraphModule, inputs: Sequence[Any], *, fill: float | None = None) -> onnx.ModelProto:
+def emit(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, fill: float | None = None, precision: str = "fp32"
+) -> onnx.ModelProto:
     """The ONNX model of a canonical graph, with inputs `input_0...` and outputs `output_0...`.
 
     `inputs` are tensors or `(shape, dtype)` pairs. Parameters on the meta device get the constant `fill` (for timing,
-    where values do not matter); without a `fill` they are refused. Raises `UnsupportedOp`, `MissingExtra` without onnx.
+    where values do not matter); without a `fill` they are refused. With the precision "fp16" or "bf16" a float32 graph
+    becomes a half precision one, inputs and outputs included (`lmfx.export.precision`). Raises `UnsupportedOp`,
+    `OptionError`, `MissingExtra` without onnx.
     """
     from lmfx.export.emitter import Emitter
+    from lmfx.export.precision import convert
 
-    return Emitter(gm, input_specs(inputs), fill).model()
+    return convert(Emitter(gm, input_specs(inputs), fill).model(), precision)
 
 
-def to_onnx_bytes(module: nn.Module, inputs: Sequence[Any], *, fill: float | None = None) -> bytes:
+def to_onnx_bytes(
+    module: nn.Module, inputs: Sequence[Any], *, fill: float | None = None, precision: str = "fp32"
+) -> bytes:
     """A serialized ONNX model: by `emit` if it can, else by `torch.onnx.export`, always in memory.
 
-    Raises `ExportError` if neither can, or if the model is larger than the 2 GB that one protobuf holds.
+    `precision` as for `emit`. Raises `ExportError` if neither can, or if the model is larger than the 2 GB that one
+    protobuf holds.
     """
     if isinstance(module, fx.GraphModule):
         try:
-            model = emit(module, inputs, fill=fill)
+            model = emit(module, inputs, fill=fill, precision=precision)
         except UnsupportedOp:
             pass
         else:
@@ -77,7 +85,9 @@ def to_onnx_bytes(module: nn.Module, inputs: Sequence[Any], *, fill: float | Non
             if size > PROTO_LIMIT:
                 raise ExportError(f"the weights take {size / 1e9:.1f} GB, and one ONNX protobuf holds 2 GB; use fewer")
             return bytes(model.SerializeToString())
-    return fallback_bytes(module, inputs)
+    from lmfx.export.precision import convert_bytes
+
+    return convert_bytes(fallback_bytes(module, inputs), precision)
 
 
 def fallback_bytes(module: nn.Module, inputs: Sequence[Any]) -> bytes:

@@ -50,8 +50,8 @@ class TensorRTBackend(TimedBackend):
         }
 
     def prepare(self, workload: Workload) -> Runner:
-        data = to_onnx_bytes(workload.build(), workload.inputs, fill=0.01)
-        engine = self.runtime.deserialize_cuda_engine(serialize_engine(self.trt, data, fp16=self.fp16))
+        data = to_onnx_bytes(workload.build(), workload.inputs, fill=0.01, precision="fp16" if self.fp16 else "fp32")
+        engine = self.runtime.deserialize_cuda_engine(serialize_engine(self.trt, data))
         if engine is None:
             raise ExportError("TensorRT could not load the engine that it has just built")
         context = engine.create_execution_context()
