@@ -24,6 +24,7 @@ EXTRAS = {
     "trt-rtx": ["tensorrt_rtx>=1.2; platform_machine in 'x86_64 AMD64' and sys_platform in 'linux win32'"],
     "vision": ["torchvision"],
     "plot": ["matplotlib"],
+    "dask": ["distributed>=2024.1"],
 }
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}

@@ -12,8 +12,9 @@ from lmfx.compress import compress
 from lmfx.distill import distill
 from lmfx.export import build_engine, export_onnx
 from lmfx.frontier import Frontier
-from lmfx.importance import ImportanceTable
+from lmfx.importance import Finetune, ImportanceTable
 from lmfx.latency import LatencyTable, Measurement
+from lmfx.on_demand import OnDemand, score_on_demand
 from lmfx.passes.errors import (
     BudgetError,
     DeviceError,
@@ -43,6 +44,7 @@ __all__ = [
     "Candidate",
     "DeviceError",
     "ExportError",
+    "Finetune",
     "Frontier",
     "ImportanceTable",
     "InfeasibleBudget",
@@ -53,6 +55,7 @@ __all__ = [
     "MergePlan",
     "MissingExtra",
     "ModelError",
+    "OnDemand",
     "OptionError",
     "PlanError",
     "Refusal",
@@ -77,6 +80,7 @@ __all__ = [
     "save",
     "save_plan",
     "score",
+    "score_on_demand",
     "solve",
     "spans",
     "trace",

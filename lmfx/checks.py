@@ -44,10 +44,11 @@ def span_options(**options: Any) -> SpanOptions:
 
 def check_run_options(executor: Any = None, cache_dir: Any = None) -> None:
     """Raises `OptionError` for an executor or a cache folder that is none."""
-    if executor is not None and not isinstance(executor, Executor) and not callable(getattr(executor, "map", None)):
+    known = executor is None or isinstance(executor, Executor) or callable(getattr(executor, "map", None))
+    if isinstance(executor, type) or not (known or callable(executor)):
         raise OptionError(
             f"executor={executor!r} is a {type(executor).__name__}: pass a concurrent.futures.Executor, like "
-            "ThreadPoolExecutor(4)"
+            "ThreadPoolExecutor(4), or a function that makes one"
         )
     if cache_dir is not None and not isinstance(cache_dir, (str, os.PathLike)):
         raise OptionError(f"cache_dir={cache_dir!r} is a {type(cache_dir).__name__}: pass the path of a folder")

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lmfx.compress import compress
-from lmfx.importance import ESTIMATORS
 from lmfx.latency import BACKENDS
 from lmfx.models import load_model
 from lmfx.passes.errors import InputError
@@ -66,7 +65,8 @@ SYNTAX: dict[str, dict[str, Any]] = {
     "max_fit_unknowns": {"help": "most input channels times taps of a fitted conv"},
     "include": {"action": "append", "metavar": "GLOB", "help": "touch only modules of these names (repeatable)"},
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
-    "importance": {"choices": tuple(ESTIMATORS), "help": "how the cost in quality is estimated"},
+    # "finetune" needs two functions, which a command line can not give.
+    "importance": {"choices": ("reconstruction", "magnitude"), "help": "how the cost in quality is estimated"},
     "surrogate": {"choices": ("affine", "identity"), "help": "what stands for the activations that composing removes"},
     "cache_dir": {"metavar": "DIR", "help": "where measurements are kept and found again"},
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Executor
 from statistics import median
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from lmfx.calibration import Calibration, as_calibration
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
+from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, Store, get_backend
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import MergePlan, Realization
@@ -46,7 +46,7 @@ def compress(
     surrogate: Surrogate = "affine",
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
-    executor: Executor | None = None,
+    executor: ExecutorLike = None,
     cache_dir: str | os.PathLike[str] | None = None,
     merge: bool = True,
     progress: bool = True,
@@ -60,13 +60,14 @@ def compress(
         calibration: unlabelled images, a tensor (images, ...) or a loader of batches; without it the example stands in.
         latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
             "roofline", or a backend object.
-        importance: "reconstruction", "magnitude", or an estimator object.
+        importance: "reconstruction", "magnitude", or an estimator object like `Finetune(train, evaluate)`.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares).
         max_kernel_size: of merged convs; None for no bound.
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
         include, exclude: globs of module names that may, or may not, be touched.
-        executor: runs the fits of different spans side by side.
+        executor: runs the fits of different spans, or the rows of `Finetune`, side by side (or a function that makes
+            an executor).
         cache_dir: where measurements are kept (default: the user's cache); a second budget reuses them.
         merge: False gives the trainable form; `lmfx.merge` makes the deploy form of it.
         progress: show progress bars on stderr.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from lmfx.checks import check_batched, check_graph, check_model, check_run_optio
 from lmfx.fitting import fit_plan
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
+from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.errors import InputError, PlanError, TableError
 from lmfx.passes.ir import Candidate, MergePlan
@@ -162,14 +162,15 @@ def score(
     spans: SpanSet | None = None,
     latency: LatencyTable | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    executor: Executor | None = None,
+    executor: ExecutorLike = None,
     progress: bool = True,
     **options: Any,
 ) -> ImportanceTable:
     """An importance for every candidate (higher is better, 0 keeps the network as it is).
 
     With `latency` only candidates that could be chosen are scored. `calibration` is a tensor of images or a loader;
-    without it the example that the graph was traced with stands in. `options` go to the estimator.
+    without it the example that the graph was traced with stands in. `executor` runs rows side by side: any executor of
+    concurrent.futures, or a function that makes one. `options` go to the estimator.
     """
     check_graph(graph, "score")
     check_run_options(executor, cache_dir)

@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = sorted((ROOT / "passes").glob("*.py"))
 OPTIONAL = (
+    "dask",
     "diffusers",
+    "distributed",
     "matplotlib",
     "onnx",
     "onnxruntime",

@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lmfx.importance.base import Estimator, ImportanceTable
+from lmfx.importance.finetune import Finetune
 from lmfx.importance.magnitude import Magnitude
 from lmfx.importance.reconstruction import Reconstruction
 from lmfx.passes.errors import OptionError
 
-__all__ = ["ESTIMATORS", "Estimator", "ImportanceTable", "Magnitude", "Reconstruction", "get_estimator"]
+__all__ = ["ESTIMATORS", "Estimator", "Finetune", "ImportanceTable", "Magnitude", "Reconstruction", "get_estimator"]
 
-ESTIMATORS: dict[str, type[Any]] = {"reconstruction": Reconstruction, "magnitude": Magnitude}
+ESTIMATORS: dict[str, type[Any]] = {
+    "reconstruction": Reconstruction,
+    "magnitude": Magnitude,
+    "finetune": Finetune,
+}
 
 
 def get_estimator(estimator: str | Estimator = "reconstruction", **options: Any) -> Estimator:

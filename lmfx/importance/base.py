@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from lmfx.calibration import Calibration
+from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.store import Store
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate
@@ -18,10 +18,14 @@ __all__ = ["Estimator", "ImportanceTable"]
 
 @dataclass(frozen=True)
 class ImportanceTable(Mapping[str, float]):
-    """Candidate key -> importance. `identity` says what the values are good for: estimator, weights, calibration."""
+    """Candidate key -> importance. `identity` says what the values are good for: estimator, weights, calibration.
+
+    `unusable` are candidates that were scored and have no row, because their score was no finite number.
+    """
 
     rows: Mapping[str, float]
     identity: Mapping[str, Any]
+    unusable: tuple[str, ...] = ()
 
     def __getitem__(self, key: str) -> float:
         try:
@@ -57,6 +61,6 @@ class Estimator(Protocol):
         calibration: Calibration | None,
         store: Store | None = None,
         progress: bool = False,
-        executor: Executor | None = None,
+        executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """An importance for each candidate (those that are `keep` need none: it is 0)."""

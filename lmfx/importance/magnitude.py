@@ -7,11 +7,11 @@ lose only its activations. It is the cheapest baseline, and a poor one: prefer `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from lmfx.calibration import Calibration
 from lmfx.importance.base import ImportanceTable
+from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.store import Store
 from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
@@ -35,7 +35,7 @@ class Magnitude:
         calibration: Calibration | None = None,
         store: Store | None = None,
         progress: bool = False,
-        executor: Executor | None = None,
+        executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """See `Estimator.score`; needs no calibration and is too cheap to store."""
         network = spans.network

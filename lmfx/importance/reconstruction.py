@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups
 from lmfx.importance.base import ImportanceTable
+from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.store import Store
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate
@@ -78,18 +79,15 @@ class Reconstruction:
         calibration: Calibration | None,
         store: Store | None = None,
         progress: bool = False,
-        executor: Executor | None = None,
+        executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """See `Estimator.score`. Rows are stored as they are made, under the weights and the calibration data."""
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
         wanted = {c.key: c for c in candidates if c.realization != "keep"}
-        judged = min(self.images, len(calibration.split(self.images)[1]))
         if self.exact is None:
-            cost = multiply_accumulates(spans.network) * judged * len(wanted) / 2  # half of the network on average
-            return replace(self, exact=cost <= EXACT_MACS).score(
-                spans, candidates, calibration, store, progress, executor
-            )
+            resolved = self.resolved(spans.network, len(wanted), calibration)
+            return resolved.score(spans, candidates, calibration, store, progress, executor)
         identity = {
             "estimator": self.name,
             "version": VERSION,
@@ -106,14 +104,23 @@ class Reconstruction:
         todo = [c for c in wanted.values() if c.key not in rows]
         if todo:
             with progress_bar(len(todo), "scoring (reconstruction)", progress) as bar:
-                for key, value in _Scorer(self, spans, calibration, executor).run(todo):
-                    bar.update(1)
-                    if not math.isfinite(value):
-                        continue  # its arithmetic overflows: without a row it can not be chosen
-                    rows[key] = value
-                    if store is not None:
-                        store.put("importance", identity, key, value)
+                with opened(executor) as pool:
+                    for key, value in _Scorer(self, spans, calibration, pool).run(todo):
+                        bar.update(1)
+                        if not math.isfinite(value):
+                            continue  # its arithmetic overflows: without a row it can not be chosen
+                        rows[key] = value
+                        if store is not None:
+                            store.put("importance", identity, key, value)
         return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
+
+    def resolved(self, network: Network, candidates: int, calibration: Calibration) -> Reconstruction:
+        """The same with `exact` decided for this many candidates."""
+        if self.exact is not None:
+            return self
+        judged = min(self.images, len(calibration.split(self.images)[1]))
+        cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
+        return replace(self, exact=cost <= EXACT_MACS)
 
 
 def multiply_accumulates(network: Network) -> float:
