@@ -1,4 +1,12 @@
-"""Calibration images: from whatever the caller has to a list of batches, checked against the example."""
+"""Calibration images: from whatever the caller has to a list of batches, checked against the example.
+
+An example may hold more than batches of tensors: numbers and flags, tensors without a batch dimension, containers. What
+has as many rows as the images is *batched* and comes from the calibration data; all else is a constant of the example.
+
+    example      (sample (2, 3, 32, 32), 10, {"text": (2, 768), "scale": ()})
+    batched       sample                      text                                 -> `Calibration.tensors`
+    constants                            10                 scale                  -> `Frame.leaves`
+"""
 
 from __future__ import annotations
 
@@ -9,21 +17,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lmfx.passes.errors import InputError
 from lmfx.passes.trace import example_arguments
 
-__all__ = ["Calibration", "as_calibration"]
+__all__ = ["Calibration", "Frame", "as_calibration"]
 
 MAX_IMAGES = 512
 
 
+class _Batched:
+    """Stands in a frame for what comes from the calibration data."""
+
+
+BATCHED = _Batched()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An example with holes for its batched tensors: `leaves` in the order of `spec`, the tree of (args, kwargs)."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    batch: int  # rows of the example's batched tensors
+
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments with `tensors` in the holes, in order."""
+        given = iter(tensors)
+        args, kwargs = pytree.tree_unflatten([next(given) if v is BATCHED else v for v in self.leaves], self.spec)
+        return tuple(args), kwargs
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """Unlabelled inputs: one tensor a model input, all with the images along dimension 0."""
+    """Unlabelled inputs: one tensor a batched model input, all with the images along dimension 0."""
 
     tensors: tuple[Tensor, ...]
-    names: tuple[str, ...] = ()  # keyword names of the last tensors, if the model takes them by name
+    # Keyword names of the last tensors, if the model takes them by name; a frame where there are constants as well.
+    names: tuple[str, ...] | Frame = ()
 
     def __len__(self) -> int:
         return len(self.tensors[0])
@@ -58,25 +90,23 @@ class Calibration:
 
 
 def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES) -> Calibration:
-    """Calibration inputs from a tensor, a tuple or dict of tensors, or an iterable of batches (a DataLoader, say).
+    """Calibration inputs from a tensor, a tuple or dict like the example, or an iterable of batches (a DataLoader).
 
-    Of a batch that is a tuple, the first entries are taken, as many as the model has inputs; labels are ignored. At
-    most `limit` images are read. None stands for the example itself. Raises `InputError` for shapes that do not fit the
-    example, NaN, or nothing at all.
+    Of a batch that is a tuple, the first entries are taken, as many as the model has inputs; labels are ignored. A
+    batch may leave out what is no tensor in the example; where it has it, it must be equal, since constants are taken
+    from the example. At most `limit` images are read. None stands for the example itself. Raises `InputError` for
+    shapes that do not fit the example, NaN, or nothing at all.
     """
     if isinstance(calibration, Calibration):
         return calibration
     args, kwargs = example_arguments(example_input)
-    example = [*args, *kwargs.values()]
-    if not example or not all(isinstance(v, Tensor) for v in example):
-        raise InputError(
-            f"the example's inputs are {', '.join(type(v).__name__ for v in example) or 'nothing'}, and images must go "
-            "through the model in batches: wrap it in a module that takes tensors only and fixes the rest"
-        )
-    source = example if calibration is None else calibration
+    frame, example = _frame(args, kwargs)
+    plain = all(v is BATCHED for v in frame.leaves) and len(frame.leaves) == len(args) + len(kwargs)
+    reader = _Reader(frame, example, args, kwargs)
+    source = [tuple(example)] if calibration is None else calibration
     columns: list[list[Tensor]] = [[] for _ in example]
     count = 0
-    for batch in _batches(source, len(example), tuple(kwargs)):
+    for batch in reader.batches(source):
         _check(batch, example)
         for column, value in zip(columns, batch, strict=True):
             column.append(value[: limit - count].detach().to(example[0].device))
@@ -89,42 +119,129 @@ def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES
     for tensor in tensors:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise InputError("the calibration data has NaN or infinite values: clean it, or check the normalisation")
-    return Calibration(tensors, tuple(kwargs))
+    return Calibration(tensors, tuple(kwargs) if plain else frame)
 
 
-def _batches(source: Any, inputs: int, names: tuple[str, ...]) -> Iterable[list[Tensor]]:
-    if isinstance(source, Tensor):
-        yield [source]
-        return
-    if isinstance(source, dict) and not names:
+def _frame(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, list[Tensor]]:
+    """The frame of an example, and its batched tensors. The images are the first map, else the first tensor."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [v for v in leaves if isinstance(v, Tensor) and v.dim()]
+    if not tensors:
         raise InputError(
-            "the calibration is a dict, and the example is not: pass a tensor, or a tuple of tensors in the order of "
-            "the model's inputs"
+            f"the example's inputs are {', '.join(_kind(v) for v in leaves) or 'nothing'}: at least one must be a "
+            "tensor of images, with the images along its first dimension"
         )
-    if isinstance(source, dict):
-        missing = [n for n in names if n not in source]
-        if missing:
-            raise InputError(f"the calibration dict has no {missing}; it has {sorted(source)}")
-        yield [source[n] for n in names]
-        return
-    if isinstance(source, (list, tuple)) and source and all(isinstance(v, Tensor) for v in source) and inputs > 1:
-        yield list(source[:inputs])
-        return
-    if not isinstance(source, Iterable):
-        raise InputError(
-            f"calibration={type(source).__name__}: pass a tensor, a tuple of tensors or a loader of batches"
-        )
-    for batch in source:
-        if isinstance(batch, Tensor):
-            yield [batch]
-        elif isinstance(batch, dict) and names:
-            yield from _batches(batch, inputs, names)
-        elif isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
-            yield list(batch[:inputs])
-        else:
+    images = next((v for v in tensors if v.dim() > 2), tensors[0])
+    batched = [isinstance(v, Tensor) and v.dim() > 0 and len(v) == len(images) for v in leaves]
+    # A constant is kept as a copy: what the caller does with the example later changes nothing.
+    own = [v.detach().clone() if isinstance(v, Tensor) else v for v in leaves]
+    held = [BATCHED if b else v for v, b in zip(own, batched, strict=True)]
+    return Frame(tuple(held), spec, len(images)), [v for v, b in zip(leaves, batched, strict=True) if b]
+
+
+def _kind(value: Any) -> str:
+    return "a tensor without dimensions" if isinstance(value, Tensor) else type(value).__name__
+
+
+class _Reader:
+    """Takes batches apart into the tensors that are batched in the example."""
+
+    def __init__(self, frame: Frame, example: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.frame, self.inputs, self.args, self.kwargs = frame, len(example), args, kwargs
+        self.names = tuple(kwargs)
+        self.width = len(args)
+        self.framed = len(frame.leaves) != self.inputs or len(frame.leaves) != len(args) + len(kwargs)
+
+    def batches(self, source: Any) -> Iterable[list[Tensor]]:
+        if isinstance(source, Tensor):
+            yield [source]
+            return
+        if isinstance(source, dict):
+            yield self.named(source)
+            return
+        if isinstance(source, (list, tuple)) and source and self.is_batch(source):
+            yield self.row(source)
+            return
+        if not isinstance(source, Iterable):
             raise InputError(
-                f"a calibration batch is a {type(batch).__name__}: expected a tensor or a tuple of tensors"
+                f"calibration={type(source).__name__}: pass a tensor, a tuple of tensors or a loader of batches"
             )
+        for batch in source:
+            if isinstance(batch, Tensor):
+                yield [batch]
+            elif isinstance(batch, dict) and self.names:
+                yield self.named(batch)
+            elif isinstance(batch, (list, tuple)) and batch and (isinstance(batch[0], Tensor) or self.is_whole(batch)):
+                yield self.row(batch)
+            else:
+                raise InputError(
+                    f"a calibration batch is a {type(batch).__name__}: expected a tensor or a tuple of tensors"
+                )
+
+    def is_batch(self, source: Any) -> bool:
+        """Whether a tuple is one batch, not a list of them."""
+        tensors = all(isinstance(v, Tensor) for v in source) and self.inputs > 1
+        return tensors or (self.framed and self.is_whole(source))
+
+    def is_whole(self, batch: Any) -> bool:
+        """Whether a tuple begins with all positional arguments of the example, constants included."""
+        if self.names or len(batch) < self.width:
+            return False
+        return pytree.tree_structure((tuple(batch[: self.width]), {})) == self.frame.spec and all(
+            isinstance(a, Tensor) == isinstance(b, Tensor)
+            for a, b in zip(pytree.tree_leaves(tuple(batch[: self.width])), pytree.tree_leaves(self.args), strict=True)
+        )
+
+    def row(self, batch: Any) -> list[Tensor]:
+        if self.framed and self.is_whole(batch):
+            return self.picked(pytree.tree_leaves(tuple(batch[: self.width])))
+        return list(batch[: self.inputs])
+
+    def named(self, batch: dict[str, Any]) -> list[Tensor]:
+        if not self.names:
+            raise InputError(
+                "the calibration is a dict, and the example is not: pass a tensor, or a tuple of tensors in the order "
+                "of the model's inputs"
+            )
+
+        def needed(value: Any) -> bool:
+            return any(v is BATCHED for v in pytree.tree_leaves(value))
+
+        _, holes = pytree.tree_unflatten(list(self.frame.leaves), self.frame.spec)
+        missing = [n for n in self.names if n not in batch and needed(holes[n])]
+        if missing:
+            raise InputError(f"the calibration dict has no {missing}; it has {sorted(batch)}")
+        whole = {n: batch.get(n, self.kwargs[n]) for n in self.names}
+        if pytree.tree_structure(((), whole)) != self.frame.spec:
+            raise InputError(
+                f"the calibration dict is not built like the example: {pytree.tree_structure(whole)} for "
+                f"{pytree.tree_structure(self.kwargs)}"
+            )
+        return self.picked(pytree.tree_leaves(((), whole)))
+
+    def picked(self, leaves: list[Any]) -> list[Tensor]:
+        """The batched ones of a whole batch's leaves; the others must be those of the example."""
+        for value, held in zip(leaves, self.frame.leaves, strict=True):
+            if held is not BATCHED and not _same(value, held):
+                raise InputError(
+                    f"the calibration has {_text(value)} where the example has {_text(held)}: constants are taken from "
+                    "the example. Leave them out, or give the example a tensor with one entry an image"
+                )
+        return [v for v, held in zip(leaves, self.frame.leaves, strict=True) if held is BATCHED]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool((a.cpu() == b.cpu()).all())
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
+    return type(a) is type(b) and bool(a == b)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.dim() else f"the tensor {value.item()}"
+    return repr(value)
 
 
 def _check(batch: list[Tensor], example: list[Tensor]) -> None:
@@ -133,11 +250,6 @@ def _check(batch: list[Tensor], example: list[Tensor]) -> None:
     for value, like in zip(batch, example, strict=True):
         if not isinstance(value, Tensor):
             raise InputError(f"a calibration batch holds a {type(value).__name__}: expected a tensor for each input")
-        if not like.dim():
-            raise InputError(
-                "an input of the example has the shape (), without a batch dimension: wrap the model in a module that "
-                "fixes it"
-            )
         if value.dim() != like.dim() or value.shape[1:] != like.shape[1:]:
             raise InputError(
                 f"a calibration batch has shape {tuple(value.shape)}, the example {tuple(like.shape)}: "

@@ -15,6 +15,7 @@ from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, Store, get_backend
+from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import MergePlan, Realization
 from lmfx.passes.layers import Network
@@ -95,10 +96,8 @@ def compress(
     images = as_calibration(calibration, example_input)
     if wanted.kind != "ms" and wanted.value == 1:
         return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None, images)
-    args, kwargs = example_arguments(example_input)
-    inputs = [*args, *kwargs.values()]
     if not any(c.realization != "keep" for c in spans):
-        reached = median(backend.measure_interleaved([(graph, inputs)])[0])
+        reached = median(backend.measure_interleaved([bare(graph, example_arguments(example_input))])[0])
         reasons = "; ".join(str(r) for r in spans.refusals[:3])
         raise InfeasibleBudget(
             f"nothing in {type(model).__name__} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
@@ -109,7 +108,7 @@ def compress(
         table = profile_spans(spans, backend, store, progress)
         scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
     frontier = solve_spans(spans, table, scores, surrogate=surrogate)
-    found = find_plan(graph, frontier, wanted, backend, inputs, progress)
+    found = find_plan(graph, frontier, wanted, backend, example_input, progress)
     student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
     return _finish(graph, net, found.plan, spans, wanted, backend, merge, found, images)

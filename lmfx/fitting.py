@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.calibration import Calibration
+from lmfx.calibration import Calibration, Frame
 from lmfx.passes import fit
 from lmfx.passes.errors import OptionError
 from lmfx.passes.fit import Gram, fit_cg, sample_positions
@@ -201,7 +201,7 @@ def fit_plan(
 
 
 def _inputs(
-    student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...], targets: set[str]
+    student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
 ) -> Iterator[tuple[fx.Node, Tensor]]:
     """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its input on
     all images, so that the caller can set the module before it runs."""

@@ -19,9 +19,11 @@ from torch import fx
 from lmfx.budget import Budget
 from lmfx.frontier import Frontier
 from lmfx.latency import Backend, Calibration, calibrate
+from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.rewrite import merge, rewrite
+from lmfx.passes.trace import example_arguments
 from lmfx.progress import progress as progress_bar
 
 __all__ = ["Found", "find_plan", "timing_form"]
@@ -61,11 +63,11 @@ def find_plan(
     frontier: Frontier,
     budget: Budget,
     backend: Backend,
-    inputs: list[Any],
+    example_input: Any,
     progress: bool = False,
 ) -> Found:
     """The best plan whose measured latency is within `budget`. Raises `InfeasibleBudget` with the fastest measured."""
-    search = _Search(graph, frontier, budget, backend, inputs)
+    search = _Search(graph, frontier, budget, backend, example_input)
     with progress_bar(STEPS, "searching the budget", progress) as bar:
         found = search.run(lambda: bar.update(1))
         bar.update(max(0, STEPS - search.steps))
@@ -74,10 +76,10 @@ def find_plan(
 
 class _Search:
     def __init__(
-        self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, inputs: list[Any]
+        self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, example_input: Any
     ) -> None:
         self.graph, self.frontier, self.budget = graph, frontier, budget
-        self.backend, self.inputs = backend, inputs
+        self.backend, self.example = backend, example_arguments(example_input)
         self.sums: list[float] = []
         self.wholes: list[float] = []
         self.ratios: dict[int, float] = {}
@@ -90,7 +92,7 @@ class _Search:
         net = timing_form(self.graph, self.frontier.plan(index))
         # A short network is run more often: a median of five runs of 2 ms is off by several percent.
         repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
-        times = self.backend.measure_interleaved([(self.graph, self.inputs), (net, self.inputs)], repeats)
+        times = self.backend.measure_interleaved([bare(self.graph, self.example), bare(net, self.example)], repeats)
         del net
         gc.collect()  # graphs hold themselves in cycles, and a large network's copies would pile up
         ratio = median(b / a for a, b in zip(*times, strict=True))
@@ -108,7 +110,7 @@ class _Search:
         return calibrate([s for s, _ in useful], [w for _, w in useful])
 
     def run(self, tick: Callable[[], None]) -> Found:
-        times = self.backend.measure_interleaved([(self.graph, self.inputs)], REPEATS)
+        times = self.backend.measure_interleaved([bare(self.graph, self.example)], REPEATS)
         self.original = median(times[0])
         self.sums, self.wholes = [self.frontier.original_sum], [self.original]
         fraction = self.budget.resolve(self.original) / self.original

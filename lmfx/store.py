@@ -194,6 +194,11 @@ def example_of(inputs: dict[str, Any], device: torch.device | None = None) -> tu
     generator = torch.Generator().manual_seed(0)
 
     def value(spec: Any) -> Any:
+        if isinstance(spec, dict) and set(spec) == {"dict"} and isinstance(spec["dict"], dict):
+            return {k: value(v) for k, v in spec["dict"].items()}
+        for kind in (tuple, list):
+            if isinstance(spec, dict) and set(spec) == {kind.__name__} and isinstance(spec[kind.__name__], list):
+                return kind(value(v) for v in spec[kind.__name__])
         if not (isinstance(spec, dict) and set(spec) == {"shape", "dtype"}):
             return spec
         dtype, shape = getattr(torch, str(spec["dtype"]), None), spec["shape"]

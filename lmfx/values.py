@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lmfx.calibration import Calibration
+from lmfx.calibration import Calibration, Frame
 from lmfx.passes.errors import ModelError
 from lmfx.passes.interface import plain_output
 
@@ -23,6 +23,14 @@ def batches_for(
 ) -> Iterator[tuple[Tensor, ...]]:
     """The calibration inputs in batches that the graph can take: of the example's size where that is baked in."""
     meta = gm.meta.get("lmfx", {})
+    if isinstance(calibration.names, Frame):
+        if meta.get("tracer", "symbolic") == "symbolic":
+            yield from calibration.batches(size, limit)
+            return
+        fixed = calibration.names.batch
+        whole = None if limit is None else max(limit // fixed, 1) * fixed
+        yield from calibration.whole_batches(fixed).batches(fixed, whole)
+        return
     specs = [s for s in [*meta.get("positional", ()), *meta.get("keyword", {}).values()] if isinstance(s, dict)]
     if meta.get("tracer", "symbolic") == "symbolic" or not specs or not specs[0]["shape"]:
         yield from calibration.batches(size, limit)
@@ -49,9 +57,18 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def placeholder_values(gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tuple[str, ...] = ()) -> list[Any]:
-    """The placeholders' values for calibration tensors: positional ones in order, the last ones by name."""
+def placeholder_values(
+    gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tuple[str, ...] | Frame = ()
+) -> list[Any]:
+    """The placeholders' values for calibration tensors: positional ones in order, the last ones by name.
+
+    With a frame in place of names, the constants of the example stand beside them.
+    """
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    if isinstance(names, Frame):
+        args, kwargs = names.arguments(inputs)
+        known = {**dict(zip([str(n.target).lstrip("*") for n in nodes], args, strict=False)), **kwargs}
+        return [known.get(str(n.target).lstrip("*"), n.args[0] if n.args else None) for n in nodes]
     positional = len(inputs) - len(names)
     given: dict[str, Any] = dict(zip(names, inputs[positional:], strict=True))
     values = []
@@ -66,7 +83,7 @@ def record(
     gm: fx.GraphModule,
     inputs: tuple[Tensor, ...],
     wanted: Iterable[str],
-    names: tuple[str, ...] = (),
+    names: tuple[str, ...] | Frame = (),
     differentiable: bool = False,
 ) -> tuple[dict[str, Tensor], Any]:
     """The values of the nodes `wanted` and the output, for one batch; if `differentiable`, with their graph."""

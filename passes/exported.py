@@ -31,6 +31,8 @@ __all__ = ["trace_export"]
 def trace_export(model: nn.Module, example: Example) -> Traced:
     """Trace with torch.export; the graph is specialised to the example. `model` is not changed."""
     binding = bind(model, example)
+    # Inputs are named in the order of the model's parameters, whatever the order of the example's names.
+    example = example[0], {name: example[1][name] for name in binding.given if name in example[1]}
     source = _Flat(eval_copy(model), example)
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
     unseen = io.StringIO()  # torch.export prints a whole graph when it fails

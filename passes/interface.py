@@ -31,7 +31,17 @@ from torch.utils import _pytree as pytree
 
 from .errors import InputError
 
-__all__ = ["Binding", "Example", "ModelCodeGen", "Structure", "bind", "plain_face", "plain_output", "strip"]
+__all__ = [
+    "Binding",
+    "Example",
+    "ModelCodeGen",
+    "Structure",
+    "bind",
+    "plain_face",
+    "plain_output",
+    "strip",
+    "value_output",
+]
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -183,16 +193,16 @@ def plain_face(net: nn.Module) -> nn.Module:
     graph: Any = copy.deepcopy(net.graph)
     graph._codegen.structure = None
     output = next(n for n in graph.nodes if n.op == "output")
-    output.args = (_values(output.args[0]),)
+    output.args = (value_output(output.args[0]),)
     return fx.GraphModule(net, graph, type(net).__name__).train(net.training)
 
 
-def _values(plain: Any) -> Any:
+def value_output(plain: Any) -> Any:
     """A plain output without what is no value: exporters take no strings."""
     if isinstance(plain, dict):
-        return {k: _values(v) for k, v in plain.items() if isinstance(v, (fx.Node, dict, tuple, list))}
+        return {k: value_output(v) for k, v in plain.items() if isinstance(v, (fx.Node, dict, tuple, list))}
     if isinstance(plain, (tuple, list)):
-        return type(plain)(_values(v) for v in plain if isinstance(v, (fx.Node, dict, tuple, list)))
+        return type(plain)(value_output(v) for v in plain if isinstance(v, (fx.Node, dict, tuple, list)))
     return plain
 
 

@@ -242,8 +242,16 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _spec(value: Any) -> Any:
+    """What a saved network needs to know of an input: a tensor's shape and type, a constant as it is.
+
+    Containers say what they are, so that no dict is taken for a tensor and no tuple for a list.
+    """
     if isinstance(value, Tensor):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _spec(v) for k, v in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_spec(v) for v in value]}
     return value
 
 

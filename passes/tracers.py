@@ -98,6 +98,17 @@ class SymbolicTracer(fx.Tracer):
         self.fixed[name] = value
         return value
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> Any:
+        """Record an op. `TraceError` where a proxy was taken for a number: torch.is_tensor says no of a proxy."""
+        if self.follows_numbers and kind == "call_function" and target in (torch.tensor, torch.as_tensor):
+            seen: list[fx.Proxy] = []
+            fx.node.map_aggregate(args, lambda v: seen.append(v) if isinstance(v, fx.Proxy) else None)
+            for proxy in seen:
+                given = self.binding.given.get(str(proxy.node.target)) if proxy.node.op == "placeholder" else None
+                if isinstance(given, Tensor):
+                    raise TraceError(f"{proxy.node.target} is a tensor, and torch.is_tensor says no of its proxy")
+        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
     def create_arg(self, a: Any) -> Any:
         """Parameters and buffers by their names, found in constant time."""
         if isinstance(a, fx.Proxy):

@@ -97,7 +97,8 @@ def fallback_bytes(module: nn.Module, inputs: Sequence[Any]) -> bytes:
     specs = input_specs(inputs)
     module = off_meta(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    example = tuple(torch.rand(shape, dtype=dtype, device=device) for shape, dtype in specs)
+    drawn = [torch.rand(shape, device=device).to(dtype) for shape, dtype in specs]  # integers become 0
+    example = tuple(drawn)
     return bytes(quiet_export(module, example).model_proto.SerializeToString())
 
 

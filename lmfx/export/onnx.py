@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lmfx.export.emit import PROTO_LIMIT, eval_mode, require_onnx
+from lmfx.passes.bare import bare
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.interface import plain_face, plain_output
 
@@ -56,6 +57,9 @@ def export_onnx(
     if target.is_dir():
         raise ExportError(f"can not write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
+    if isinstance(net, fx.GraphModule) and not all(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
+        net, tensors = bare(net, (args, kwargs))  # numbers and flags are constants of the file
+        args, kwargs = tuple(tensors), {}
     with eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
         program = quiet_export(net, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
         model = program.model_proto

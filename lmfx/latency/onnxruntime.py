@@ -33,7 +33,14 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 FILL = 0.01
 LARGE_BYTES = 2**16
 FASTER_THAN_SENTINEL = 2.0  # no op runs at more than this many times the FLOP/s of the sentinel
-DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",  # a time step, say: random numbers below one become 0
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
 
 
 class OnnxRuntimeBackend(TimedBackend):
@@ -162,7 +169,8 @@ class OnnxRuntimeBackend(TimedBackend):
         binding = session.io_binding()
         random = np.random.default_rng(0)
         for value in session.get_inputs():
-            binding.bind_cpu_input(value.name, random.random(value.shape, dtype=np.float32).astype(DTYPES[value.type]))
+            drawn = np.asarray(random.random(value.shape, dtype=np.float32))
+            binding.bind_cpu_input(value.name, drawn.astype(DTYPES[value.type]))
         for value in session.get_outputs():
             binding.bind_output(value.name, "cpu")
         run = session.run_with_iobinding

@@ -157,6 +157,6 @@ def _flops(module: nn.Module | None, shapes: dict[fx.Node, tuple[int, ...]], nod
 
 
 def _element_size(gm: nn.Module, inputs: Sequence[Any]) -> int:
-    first = inputs[0]
-    dtype = first.dtype if isinstance(first, torch.Tensor) else first[1]
+    dtypes = [v.dtype if isinstance(v, torch.Tensor) else v[1] for v in inputs]
+    dtype = next((d for d in dtypes if d.is_floating_point), dtypes[0])  # a time step may come first
     return int(torch.empty((), dtype=dtype).element_size())
