@@ -40,6 +40,7 @@ __all__ = ["examine", "main"]
 ROOT = Path(__file__).resolve().parents[1]
 ACCEPTANCE = ("resnet18", "resnet50", "mobilenet_v2", "unet", "diffusers/unet2d-tiny-noattn")
 FORMS = ("original", "merged")
+GPU = {"peak_gflops": 40_000.0, "bandwidth_gbs": 1000.0, "overhead_us": 5.0}
 
 
 def network(name: str) -> tuple[nn.Module, Any]:
@@ -67,8 +68,7 @@ def examine(name: str, targets: Sequence[str] = ("sm89",), budget: float = 0.6, 
     model, example = network(name)
     graph = lmfx.trace(model, example)
     nets: dict[str, nn.Module] = {"original": graph}
-    gpu = get_backend("roofline", peak_gflops=40_000.0, bandwidth_gbs=1000.0, overhead_us=5.0)
-    options: dict[str, Any] = {"latency": gpu, "importance": "magnitude", "progress": False}
+    options: dict[str, Any] = {"latency": get_backend("roofline", **GPU), "importance": "magnitude", "progress": False}
     with tempfile.TemporaryDirectory() as folder:
         try:
             nets["merged"] = lmfx.compress(model, example, budget, cache_dir=folder, **options)
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"tensorrt_rtx {version}, {options.precision}, merged to {options.budget:g} of the roofline's latency")
     head = "".join(f" {'MB ' + t:>10} -> after  {'s':>6} after" for t in options.targets)
     print(f"{'':34} {'layers':>5} -> after {'convs':>4} -> after{head}", flush=True)
-    source = f"{version} {options.precision} {options.budget} {' '.join(options.targets)}"
+    source = f"{version} {GPU} {options.precision} {options.budget} {' '.join(options.targets)}"
     done = read_rows(options.rows, source)
     for name in wanted:
         if name in done:

@@ -181,6 +181,28 @@ def test_equal_configurations_are_measured_once() -> None:
     assert rows["b@2"] == Measurement(2.0, 0.0, 5, "nowhere", "fake", "full")
 
 
+def test_what_a_runner_sees_besides_times_goes_into_its_row_and_the_store(tmp_path: Path) -> None:
+    class Watching(FakeBackend):
+        def prepare(self, workload: Workload) -> CallRunner:
+            runner = super().prepare(workload)
+            if workload.signature.startswith("a"):
+                runner.conditions = {"sm_mhz": [1980, 1980]}  # type: ignore[attr-defined]
+            return runner
+
+    with Store.open(tmp_path) as store:
+        rows = Watching().measure(named("a@1", "b@2"), store)
+        assert [row.conditions for row in rows.values()] == [{"sm_mhz": [1980, 1980]}, {}]
+        assert len(set(rows.values())) == 2
+        assert Watching().measure(named("a@1", "b@2"), store) == rows
+
+
+def test_rows_of_an_older_store_have_no_conditions(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        old = {"ms": 1.5, "spread": 0.1, "n": 5, "device": "nowhere", "backend": "fake", "quality": "full"}
+        store.put("latency", FakeBackend().identity(), "a@1", old)
+        assert FakeBackend().measure(named("a@1"), store)["a@1"] == Measurement(1.5, 0.1, 5, "nowhere", "fake")
+
+
 def test_a_row_in_the_store_is_not_measured_again(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         first = FakeBackend().measure(named("a@1", "b@2"), store)

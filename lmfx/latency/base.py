@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
@@ -39,7 +39,8 @@ class Measurement:
     """A latency in ms: the median of `n` samples, and their interquartile range.
 
     `quality` is "full", "noisy" (the spread stayed large), "quick" (two runs of a row that was pruned), "bound" (pruned
-    by a lower bound, not run) or "analytic".
+    by a lower bound, not run) or "analytic". `conditions` are what else was seen while it was measured, such as the
+    clock of a GPU (`lmfx.latency.gpu`); JSON values.
     """
 
     ms: float
@@ -48,6 +49,7 @@ class Measurement:
     device: str = ""
     backend: str = ""
     quality: Literal["full", "quick", "noisy", "bound", "analytic"] = "full"
+    conditions: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 @runtime_checkable
@@ -135,7 +137,7 @@ class TimedBackend:
 
         def flush() -> None:
             for signature, taken in session.time(rows, quick).items():
-                commit(signature, self._full(taken, sampling))
+                commit(signature, self._full(taken, sampling, conditions_of(rows[signature])))
             for runner in rows.values():
                 runner.close()
             rows.clear()
@@ -187,14 +189,20 @@ class TimedBackend:
             for runner in runners:
                 runner.close()
 
-    def _full(self, samples: Sequence[float], sampling: Sampling) -> Measurement:
+    def _full(self, samples: Sequence[float], sampling: Sampling, conditions: dict[str, Any]) -> Measurement:
         ms, spread = summary(samples)
-        return self._row(ms, spread, len(samples), "noisy" if spread > 2 * sampling.max_spread * ms else "full")
+        row = self._row(ms, spread, len(samples), "noisy" if spread > 2 * sampling.max_spread * ms else "full")
+        return replace(row, conditions=conditions)
 
     def _row(
         self, ms: float, spread: float, n: int, quality: Literal["full", "quick", "noisy", "bound"]
     ) -> Measurement:
         return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
+
+
+def conditions_of(runner: Runner) -> dict[str, Any]:
+    """What a runner has seen besides times; most see nothing."""
+    return dict(getattr(runner, "conditions", {}))
 
 
 def _same(module: nn.Module) -> nn.Module:
