@@ -618,16 +618,6 @@ def another_programs_store(e: Env) -> Any:
     return e.compress(cache_dir=e.folder / "cache")
 
 
-def truncated_store(e: Env) -> Any:
-    from lmfx.latency import Store
-
-    with Store.open(e.folder / "cache") as store:
-        store.put("latency", "x", "y", 1.0)
-    path = e.folder / "cache" / "lmfx.sqlite"
-    e.given("cache/lmfx.sqlite", path.read_bytes()[:5000])
-    return e.compress(cache_dir=e.folder / "cache")
-
-
 FILES: list[Case] = [
     (
         "store is text",
@@ -637,7 +627,6 @@ FILES: list[Case] = [
         "delete the file",
     ),
     ("store of another program", another_programs_store, StoreError, "another program", "delete the file"),
-    ("store truncated", truncated_store, StoreError, "truncated", "delete the file"),
     (
         "cache_dir a file",
         lambda e: e.compress(cache_dir=e.given("cache", "mine")),

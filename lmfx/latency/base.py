@@ -8,6 +8,8 @@ A backend only says how to prepare one workload as a `Runner`; `TimedBackend.mea
     quick pass                    two runs, and `prune` is asked again
     interleaved rounds            `lmfx.latency.rounds`, in batches that share a sentinel
     each finished row             committed to the store at once
+
+Several processes may measure into one store: each claims a few rows before it makes them ready (`lmfx.latency.claims`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
+from lmfx.latency.claims import Share
 from lmfx.latency.rounds import Runner, Sampling, Session, summary
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
@@ -32,6 +35,8 @@ Prune = Callable[[str, float], bool]
 Whole = Workload | tuple[nn.Module, Sequence[Any]]
 """A workload, or a module with its example inputs (tensors or (shape, dtype) pairs)."""
 KIND = "latency"
+SENTINEL, REFERENCE = "sentinel", "reference"
+CLAIM_ROWS = 8  # at a time: two processes that begin together then share the rows evenly
 
 
 @dataclass(frozen=True)
@@ -116,15 +121,14 @@ class TimedBackend:
         identity = self.identity()
         unique = {w.signature: w for w in workloads}
         done = {k: m for k, m in stored_rows(store, identity, list(unique)).items() if is_finished(k, m, prune)}
-        todo = [w for k, w in unique.items() if k not in done]
-        if not todo:
+        waiting = {k: w for k, w in unique.items() if k not in done}
+        if not waiting:
             return {k: done[k] for k in unique}
         sampling = self.sampling if rounds is None else replace(self.sampling, rounds=check_rounds(rounds))
         session = self.session()
         session.sampling = sampling
-        session.reference = stored_reference(store, identity)
-        if session.reference is None and store is not None:
-            store.put("sentinel", identity, "reference", session.start())
+        rows: dict[str, Runner] = {}
+        quick: dict[str, float] = {}
 
         def commit(signature: str, measurement: Measurement) -> None:
             done[signature] = measurement
@@ -132,8 +136,32 @@ class TimedBackend:
                 store.put(KIND, identity, signature, asdict(measurement))
             bar.update(1)
 
-        rows: dict[str, Runner] = {}
-        quick: dict[str, float] = {}
+        def collect(signatures: Sequence[str]) -> None:
+            """Takes what other processes have finished."""
+            for signature, measurement in stored_rows(store, identity, signatures).items():
+                if is_finished(signature, measurement, prune):
+                    done[signature] = measurement
+                    del waiting[signature]
+                    bar.update(1)
+
+        def start(workload: Workload) -> None:
+            """Gets a row as far as a bound or a quick timing, or ready for the rounds."""
+            if prune is not None:
+                module = workload.build()
+                ms = self.lower_bound(module, workload, session)
+                if ms > 0 and prune(workload.signature, ms):
+                    commit(workload.signature, self._row(ms, 0.0, 0, "bound"))
+                    return
+                workload = replace(workload, build=functools.partial(_same, module))
+            runner = self.prepare(workload)
+            ms = session.quick(runner)
+            if prune is not None and prune(workload.signature, ms):
+                runner.close()
+                commit(workload.signature, self._row(ms, 0.0, 2, "quick"))
+                return
+            rows[workload.signature], quick[workload.signature] = runner, ms
+            if len(rows) >= sampling.batch_rows or sum(r.nbytes for r in rows.values()) >= sampling.batch_bytes:
+                flush()
 
         def flush() -> None:
             for signature, taken in session.time(rows, quick).items():
@@ -142,27 +170,24 @@ class TimedBackend:
                 runner.close()
             rows.clear()
 
-        with progress_bar(len(todo), f"measuring ({self.name})", progress) as bar:
+        with (
+            progress_bar(len(waiting), f"measuring ({self.name})", progress) as bar,
+            Share(store, KIND, identity) as share,
+        ):
             try:
-                for workload in todo:
-                    if prune is not None:
-                        module = workload.build()
-                        ms = self.lower_bound(module, workload, session)
-                        if ms > 0 and prune(workload.signature, ms):
-                            commit(workload.signature, self._row(ms, 0.0, 0, "bound"))
-                            continue
-                        workload = replace(workload, build=functools.partial(_same, module))
-                    runner = self.prepare(workload)
-                    ms = session.quick(runner)
-                    if prune is not None and prune(workload.signature, ms):
-                        runner.close()
-                        commit(workload.signature, self._row(ms, 0.0, 2, "quick"))
-                        continue
-                    rows[workload.signature], quick[workload.signature] = runner, ms
-                    if len(rows) >= sampling.batch_rows or sum(r.nbytes for r in rows.values()) >= sampling.batch_bytes:
+                session.reference = shared_reference(store, identity, session)
+                while waiting or rows:
+                    taken = share.take(waiting, CLAIM_ROWS)
+                    collect(taken or list(waiting))
+                    share.give_back([k for k in taken if k not in waiting])
+                    for signature in taken:
+                        if signature in waiting:
+                            start(waiting.pop(signature))
+                    if not taken and rows:  # the rest is claimed by others: get ready what they may be waiting for
                         flush()
-                if rows:
-                    flush()
+                    elif not taken and waiting:
+                        bar.set_postfix_str(f"{len(waiting)} rows are with another process")
+                        share.wait()
             finally:
                 for runner in rows.values():
                     runner.close()
@@ -231,7 +256,17 @@ def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Seque
         raise StoreError(f"a latency in {store.path} is not one ({error}); delete the file") from error
 
 
-def stored_reference(store: Store | None, identity: dict[str, Any]) -> float | None:
-    """The sentinel's time when the store's first rows were made."""
-    value = None if store is None else store.get("sentinel", identity, "reference")
-    return None if value is None else float(value)
+def shared_reference(store: Store | None, identity: dict[str, Any], session: Session) -> float | None:
+    """The sentinel's time when the store's first rows were made: taken now, by one process, if there is none."""
+    if store is None:
+        return None
+    with Share(store, SENTINEL, identity) as share:
+        while True:
+            mine = share.take([REFERENCE])
+            value = store.get(SENTINEL, identity, REFERENCE)
+            if value is not None:
+                return float(value)
+            if mine:
+                store.put(SENTINEL, identity, REFERENCE, reference := session.start())
+                return reference
+            share.wait()

@@ -1,0 +1,25 @@
+"""Other processes that use a store. They import it without torch, which takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BARE = """
+import sys, types
+for name, folder in (("lmfx", "lmfx"), ("lmfx.latency", "lmfx/latency")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [sys.argv[1] + "/" + folder]
+del sys.argv[1]
+from lmfx.latency.claims import Share
+from lmfx.latency.store import Store
+assert "torch" not in sys.modules
+"""
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A process that runs `code` with `Store`, `Share` and `sys.argv[1:]`, its stdin and stdout open."""
+    root = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-c", BARE + code, root, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
