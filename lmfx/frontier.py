@@ -148,10 +148,14 @@ def solve_spans(
     spans: SpanSet,
     latency: LatencyTable,
     importance: ImportanceTable,
-    line: Line = IDENTITY,
+    line: Line | None = None,
     surrogate: Literal["identity", "affine"] = "identity",
 ) -> Frontier:
-    """Every budget from one exact solve. Candidates without a row in both tables can not be chosen."""
+    """Every budget from one exact solve. Candidates without a row in both tables can not be chosen.
+
+    Latencies are those of whole networks by `line`, by default the table's calibration if it has one.
+    """
+    line = line or latency.calibration or IDENTITY
     by_series: dict[str, list[Candidate]] = {}
     for c in spans:
         by_series.setdefault(c.span.series, []).append(c)

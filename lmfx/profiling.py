@@ -17,12 +17,12 @@ from torch import fx
 
 from lmfx.latency import LatencyTable, Measurement, Store, Workload
 from lmfx.latency.base import Backend
-from lmfx.passes.ir import Candidate, Layer, Series
+from lmfx.passes.ir import Candidate
 from lmfx.passes.spans import SpanSet
 from lmfx.passes.trace import fingerprint
 from lmfx.workloads import Workloads
 
-__all__ = ["digest", "kept_latency", "profile_spans"]
+__all__ = ["digest", "profile_spans", "table_identity"]
 
 MARGIN = 1.5  # a merged conv may reach this much more throughput than the best kept layer
 SLACK = 1.1  # a quick timing may be wrong by this much
@@ -42,23 +42,19 @@ def profile_spans(
     Rows that the store has are not measured again; each new one is committed as it is made.
     """
     make = Workloads(spans.network)
-    movable = _movable(spans)
-    keeps = [_Row(c, make(c)) for c in spans if c.realization == "keep" and _covered(c, movable)]
+    keeps = [_Row(c, make(c)) for c in spans if c.realization == "keep"]
     measured = backend.measure([r.workload for r in keeps if r.workload], store, progress, rounds)
-    rows: dict[str, Measurement] = {}
-    for candidate in spans:
-        if candidate.realization == "keep":
-            rows[candidate.key] = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
-    for row in keeps:
-        if row.workload is not None:
-            rows[row.candidate.key] = measured[row.workload.signature]
+    nothing = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
+    rows = {r.candidate.key: nothing if r.workload is None else measured[r.workload.signature] for r in keeps}
+    identity = table_identity(spans, backend)
+    kept_rows = LatencyTable(dict(rows), identity)
     best = _throughput(spans, keeps, measured)
     merged: list[_Row] = []
     limits: dict[str, float] = {}
     for candidate in spans:
         if candidate.realization == "keep":
             continue
-        kept = kept_latency(spans, rows, candidate)
+        kept = kept_rows.kept(candidate)
         if candidate.conv is not None and _macs(spans, candidate) / (MARGIN * best) >= kept:
             continue
         workload = make(candidate)
@@ -69,12 +65,11 @@ def profile_spans(
     times = backend.measure(
         list(unique.values()), store, progress, rounds, prune=lambda key, ms: ms > SLACK * limits.get(key, float("inf"))
     )
-    nothing = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
     for row in merged:
         measurement = nothing if row.workload is None else times[row.workload.signature]
-        if measurement.ms < kept_latency(spans, rows, row.candidate):
+        if measurement.ms < kept_rows.kept(row.candidate):
             rows[row.candidate.key] = measurement
-    return LatencyTable(rows, table_identity(spans, backend))
+    return LatencyTable(rows, identity)
 
 
 def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
@@ -96,43 +91,8 @@ def digest(graph: fx.GraphModule) -> str:
     return hashlib.sha256(f"{fingerprint(graph)} {shapes}".encode()).hexdigest()[:16]
 
 
-def kept_latency(spans: SpanSet, rows: dict[str, Measurement], candidate: Candidate) -> float:
-    """The latency of a candidate's span if every layer in it is kept as it is, ms."""
-    series = spans.network.series[candidate.span.series]
-    return sum(_layer_latency(rows, series, i) for i in range(candidate.span.start, candidate.span.stop))
-
-
-def _layer_latency(rows: dict[str, Measurement], series: Series, index: int) -> float:
-    layer: Layer = series.layers[index]
-    own = rows[f"{series.name}:{index}-{index + 1}:keep"].ms
-    if layer.parallel is None:
-        return own
-    return own + sum(_layer_latency(rows, b, i) for b in layer.parallel.branches for i in range(len(b.layers)))
-
-
 def _device(backend: Backend) -> str:
     return str(backend.identity().get("device", ""))
-
-
-def _movable(spans: SpanSet) -> dict[str, list[tuple[int, int]]]:
-    """For each series the spans that something else than `keep` can replace."""
-    found: dict[str, list[tuple[int, int]]] = {}
-    for c in spans:
-        if c.realization != "keep":
-            found.setdefault(c.span.series, []).append((c.span.start, c.span.stop))
-    return found
-
-
-def _covered(candidate: Candidate, movable: dict[str, list[tuple[int, int]]]) -> bool:
-    """Whether some plan changes this layer; one that is in every plan costs the same in all and need not be timed."""
-    name, at = candidate.span.series, candidate.span.start
-    while True:
-        if any(start <= at < stop for start, stop in movable.get(name, ())):
-            return True
-        parent, slash, rest = name.rpartition("/")
-        if not slash:
-            return False
-        name, at = parent, int(rest.split(".")[0])
 
 
 def _macs(spans: SpanSet, candidate: Candidate) -> float:

@@ -22,11 +22,11 @@ from lmfx.latency import Backend, Calibration, calibrate
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget
 from lmfx.passes.ir import MergePlan
-from lmfx.passes.rewrite import merge, rewrite
 from lmfx.passes.trace import example_arguments
 from lmfx.progress import progress as progress_bar
+from lmfx.wholes import timing_form
 
-__all__ = ["Found", "find_plan", "timing_form"]
+__all__ = ["Found", "find_plan"]
 
 MARGIN = 0.975  # aim this far below the budget, and accept what is measured up to ACCEPT of it
 ACCEPT = 0.985
@@ -47,15 +47,6 @@ class Found:
     measured: float
     original: float
     ratio: float
-
-
-def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
-    """The merged network of a plan with arbitrary values in its new convs: all that a timing needs."""
-    plain = tuple(
-        replace(c, realization="fit") if c.realization == "compose" and c.conv is not None else c
-        for c in plan.candidates
-    )
-    return merge(rewrite(graph, replace(plan, candidates=plain), share_tensors=True), share_tensors=True)
 
 
 def find_plan(

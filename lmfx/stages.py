@@ -24,6 +24,7 @@ from lmfx.passes.rewrite import rewrite as rewrite_graph
 from lmfx.passes.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.spans import SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
+from lmfx.wholes import calibrate_table
 from lmfx.profiling import digest, profile_spans
 from lmfx.result import Result
 from lmfx.surrogates import affine_surrogates
@@ -126,10 +127,13 @@ def profile(
     spans: SpanSet | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    calibrate: bool = True,
     **options: Any,
 ) -> LatencyTable:
     """A latency (ms) for every candidate that may pay on `backend`; rows that the store has are not measured again.
 
+    With `calibrate` some random plans are measured as whole networks, so that `LatencyTable.predict` and the frontier
+    of `lmfx.solve` speak of whole networks; `LatencyTable.calibration` says how far they are off.
     `options` go to the backend (`threads=1`, ...). Each row is committed to `cache_dir` as it is made, so a run that is
     stopped goes on where it was.
     """
@@ -138,7 +142,9 @@ def profile(
     candidates = spans if spans is not None else globals()["spans"](graph)
     made = get_backend(backend if backend is not None else default_backend(graph), **options)
     with Store.open(cache_dir) as store:
-        return profile_spans(candidates, made, store, progress)
+        table = profile_spans(candidates, made, store, progress)
+        whole = calibrate and made.name != "roofline"  # whose networks are sums by definition
+        return calibrate_table(candidates, table, made, store, progress) if whole else table
 
 
 def worth_scoring(spans: SpanSet, latency: LatencyTable) -> list[Candidate]:

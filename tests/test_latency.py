@@ -7,18 +7,21 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
 
 from lmfx.latency import LatencyTable, Measurement, Store, Workload, calibrate, get_backend, signature
 from lmfx.latency.base import Backend, TimedBackend
-from lmfx.latency.rounds import CallRunner, Sampling, Session
+from lmfx.latency.rounds import CallRunner, Sampling, Session, Taken
 from lmfx.latency.table import kendall_tau
 from lmfx.passes.errors import DeviceError, LmfxError, MissingExtra, OptionError, StoreError, TableError
+from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Span
 from lmfx.progress import progress
 
 IMAGE = ((1, 8, 12, 12), torch.float32)
@@ -63,6 +66,10 @@ class Machine:
 
 
 def times(machine: Machine, session: Session, rows: dict[str, float]) -> dict[str, list[float]]:
+    return {k: t.samples for k, t in taken(machine, session, rows).items()}
+
+
+def taken(machine: Machine, session: Session, rows: dict[str, float]) -> dict[str, Taken]:
     return session.time({k: machine.runner(k, ms) for k, ms in rows.items()}, rows)
 
 
@@ -129,15 +136,77 @@ def test_a_row_that_scatters_gets_more_rounds_than_a_steady_one() -> None:
     got = machine.session(rounds=4, extra_rounds=3).time(
         {"wild": wild, "calm": machine.runner("calm", 1.0)}, {"wild": 1, "calm": 1}
     )
-    assert len(got["wild"]) == 7 and len(got["calm"]) == 4
+    assert len(got["wild"].samples) == 7 and len(got["calm"].samples) == 4
 
 
 def test_the_cost_of_an_empty_call_is_taken_off() -> None:
     machine = Machine()
     session = machine.session()
-    session.overhead = 0.5
+    session.nothing = machine.runner("nothing", 0.5)
+    session.quick(machine.runner("first", 2.0))
     assert times(machine, session, {"a": 2.0})["a"] == pytest.approx([1.5] * 5)
     assert session.quick(machine.runner("tiny", 0.1)) > 0
+
+
+def test_a_row_that_can_be_run_once_is_timed_once_a_round_right_after_its_inputs_were_written() -> None:
+    machine = Machine()
+    rows = {name: machine.runner(name, 1.0) for name in "abc"}
+    for name, runner in rows.items():
+        runner.refresh = lambda name=name: machine.log.append(name.upper())
+    got = machine.session(visits=4, min_ms=100.0).time(rows, dict.fromkeys("abc", 1.0))
+    assert all(len(t.samples) == 4 and t.samples == pytest.approx([1.0] * 4) for t in got.values())
+    for name in "abc":
+        assert "".join(machine.log).count(name.upper() + name) == 4 == machine.log.count(name)
+    hot = machine.session(rounds=4, min_ms=100.0, caches="hot").time(rows, dict.fromkeys("abc", 1.0))
+    assert all(len(t.samples) == 4 for t in hot.values()) and machine.log.count("A") == 4, "a loop writes no inputs"
+
+
+def test_the_empty_call_is_timed_like_the_rows() -> None:
+    machine = Machine()
+    session = machine.session(visits=4)
+    session.nothing = machine.runner("nothing", 0.25)
+    session.nothing.refresh = lambda: None
+    row = machine.runner("a", 2.0)
+    row.refresh = lambda: None
+    assert session.time({"a": row}, {"a": 2.0})["a"].samples == pytest.approx([1.75] * 4)
+
+
+def test_a_row_that_was_only_seen_on_a_busy_machine_is_marked() -> None:
+    calm, busy = Machine(), Machine(lambda now: 3.0 if now > 60 else 1.0)
+    assert not taken(calm, calm.session(), {"a": 2.0})["a"].busy
+    busy_session = busy.session(rounds=30)
+    got = taken(busy, busy_session, {"a": 2.0})["a"]
+    assert got.busy and len(got.samples) > 5
+
+
+class Sweeping(Session):
+    """A session in which the sweep takes what the test says."""
+
+    slow = False
+
+    def _sweep(self, held: int) -> float:
+        self._sweeps.append(3.0 if self.slow else 1.0)
+        return self._sweeps[-1]
+
+
+def test_traffic_in_the_shared_caches_makes_a_spell_busy_though_the_sentinel_does_not_feel_it() -> None:
+    machine = Machine()
+    session = Sweeping(machine.runner("S", 1.0), Sampling(min_ms=0.0, visits=6, extra_visits=6))
+    row = machine.runner("a", 2.0)
+    row.refresh = lambda: None
+    for _ in range(2):
+        assert not session.time({"a": row}, {"a": 2.0})["a"].busy
+    session.slow = True
+    before = machine.log.count("a")
+    assert session.time({"a": row}, {"a": 2.0})["a"].busy
+    assert machine.log.count("a") - before == 12, "it was tried again"
+
+
+def test_a_backend_marks_rows_of_a_busy_machine() -> None:
+    backend = FakeBackend()
+    backend.machine.speed = lambda now: 5.0 if now > 120 else 1.0
+    rows = backend.measure(named(*(f"{name}@10" for name in "abcdefgh")))
+    assert {m.quality for m in rows.values()} == {"busy"}
 
 
 # a backend on that machine
@@ -260,7 +329,8 @@ def test_whole_networks_are_run_in_turn_and_in_alternating_order() -> None:
     backend = FakeBackend()
     got = backend.measure_interleaved(named("a@1", "b@3"), 3)
     assert got == [pytest.approx([1, 1, 1]), pytest.approx([3, 3, 3])]
-    assert backend.machine.log[-6:] == ["a@1", "b@3", "b@3", "a@1", "a@1", "b@3"]
+    assert backend.machine.log[-12::2] == backend.machine.log[-11::2], "each is run once before it is timed"
+    assert backend.machine.log[-12::2] == ["a@1", "b@3", "b@3", "a@1", "a@1", "b@3"]
 
 
 @pytest.mark.parametrize("rounds", [0, -1, 2.5, "3"])
@@ -613,6 +683,48 @@ def test_a_truncated_or_missing_table_is_refused(tmp_path: Path) -> None:
     assert json.loads(table().save(path).read_text())["identity"]["backend"] == "fake"
 
 
+def nested() -> LatencyTable:
+    """Two layers, of which the second has two branches, the first with a layer that has a branch of its own."""
+    keeps = {"0:0-1": 1.0, "0:1-2": 2.0, "0/1.0:0-1": 4.0, "0/1.0/0.1:0-1": 8.0, "0/1.1:0-1": 16.0}
+    rows = {f"{k}:keep": Measurement(ms) for k, ms in keeps.items()}
+    return LatencyTable({**rows, "0:1-2:fit:3x3s1x1g1": Measurement(5.0)}, {"backend": "fake"})
+
+
+def merged(table_key: str) -> MergePlan:
+    series, run, *_ = table_key.split(":")
+    start, stop = map(int, run.split("-"))
+    conv = ConvConfig(1, 1, (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    return MergePlan((Candidate(Span(series, start, stop, "x", "y", "y", None), "fit", conv),))
+
+
+def test_the_sum_of_a_plan_has_its_rows_in_place_of_all_that_the_spans_held() -> None:
+    table = nested()
+    plan = merged("0:1-2:fit:3x3s1x1g1")
+    assert table.total() == 31.0 and table.kept(plan.candidates[0]) == 30.0 and table.total(plan) == 6.0
+    with pytest.raises(TableError, match="no row '0/1.1:0-1:fit"):
+        table.total(merged("0/1.1:0-1:fit:3x3s1x1g1"))
+
+
+def test_a_calibrated_table_predicts_whole_networks_and_travels_with_its_calibration(tmp_path: Path) -> None:
+    table = nested()
+    with pytest.raises(TableError, match="calibrate=True"):
+        table.predict()
+    line = calibrate([1.0, 2.0, 3.0], [2.5, 4.5, 6.5])
+    known = replace(table, calibration=line)
+    assert known.predict() == pytest.approx(62.5)
+    assert known.predict(merged("0:1-2:fit:3x3s1x1g1")) == pytest.approx(12.5)
+    again = LatencyTable.load(known.save(tmp_path / "t.json"))
+    assert again.calibration == line and again.merge(table).calibration == line
+    few = replace(table, calibration=calibrate([1.0], [2.5]))
+    assert math.isnan(LatencyTable.load(few.save(tmp_path / "few.json")).calibration.held_out)  # type: ignore[union-attr]
+    assert LatencyTable.load(table.save(tmp_path / "none.json")).calibration is None
+    body = json.loads((tmp_path / "t.json").read_text())
+    body["calibration"]["b"] = "1"
+    (tmp_path / "t.json").write_text(json.dumps(body))
+    with pytest.raises(TableError, match="damaged"):
+        LatencyTable.load(tmp_path / "t.json")
+
+
 # calibration
 
 
@@ -629,8 +741,24 @@ def test_calibration_finds_the_line_despite_one_bad_measurement() -> None:
 
 def test_calibration_with_few_or_equal_points_is_an_offset() -> None:
     assert (calibrate([2.0], [2.5]).a, calibrate([2.0], [2.5]).b) == (0.5, 1.0)
-    assert math.isnan(calibrate([2.0], [2.5]).held_out)
+    assert math.isnan(calibrate([2.0], [2.5]).held_out) and math.isnan(calibrate([2.0], [2.5]).worst)
     assert calibrate([2.0, 2.0], [2.5, 2.7]).b == 1.0
+
+
+def test_held_out_networks_say_how_far_a_prediction_is_off_and_move_nothing() -> None:
+    line = calibrate([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], held_out=[(4.0, 4.0), (6.0, 8.0)])
+    assert (line.a, line.b, line.mape, line.plans) == pytest.approx((1.0, 1.0, 0.0, 5))
+    assert (line.held_out, line.worst) == pytest.approx(((1 / 4 + 1 / 8) / 2, 1 / 4)) and line.kendall_tau == 1
+    assert calibrate([1.0, 2.0], [1.0, 2.0], held_out=[(4.0, 4.0), (6.0, 3.0)]).kendall_tau == -1
+
+
+def test_the_line_has_the_least_mean_relative_error() -> None:
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(1, 10, 9))
+    y = (0.3 + 1.2 * x) * np.exp(0.05 * rng.normal(size=9))
+    line = calibrate(x.tolist(), y.tolist())
+    others = [(line.a + da, line.b + db) for da in (-0.05, 0, 0.05) for db in (-0.02, 0, 0.02)]
+    assert min(float(np.mean(np.abs(a + b * x - y) / y)) for a, b in others) == pytest.approx(line.mape)
 
 
 def test_calibration_never_turns_the_order_round() -> None:

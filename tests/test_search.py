@@ -17,7 +17,8 @@ from lmfx.frontier import Frontier
 from lmfx.latency.roofline import RooflineBackend
 from lmfx.passes.errors import InfeasibleBudget
 from lmfx.passes.linear_span import LinearSpan
-from lmfx.search import ACCEPT, CLOSE, FINAL_REPEATS, REPEATS, STEPS, find_plan, timing_form
+from lmfx.search import ACCEPT, CLOSE, FINAL_REPEATS, REPEATS, STEPS, find_plan
+from lmfx.wholes import timing_form
 
 X = images(1)
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import nn
 
 from lmfx.latency.claims import Share
-from lmfx.latency.rounds import Runner, Sampling, Session, summary
+from lmfx.latency.rounds import Runner, Sampling, Session, Taken, summary
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError, StoreError
@@ -34,18 +34,20 @@ Prune = Callable[[str, float], bool]
 """(signature, quick latency in ms) -> True if no plan can use the row at that latency."""
 Whole = Workload | tuple[nn.Module, Sequence[Any]]
 """A workload, or a module with its example inputs (tensors or (shape, dtype) pairs)."""
+Quality = Literal["full", "noisy", "busy", "quick", "bound", "analytic"]
 KIND = "latency"
 SENTINEL, REFERENCE = "sentinel", "reference"
 CLAIM_ROWS = 8  # at a time: two processes that begin together then share the rows evenly
+WARM_MS = 30.0  # longer networks hold more weights than caches do
 
 
 @dataclass(frozen=True)
 class Measurement:
     """A latency in ms: the median of `n` samples, and their interquartile range.
 
-    `quality` is "full", "noisy" (the spread stayed large), "quick" (two runs of a row that was pruned), "bound" (pruned
-    by a lower bound, not run) or "analytic". `conditions` are what else was seen while it was measured, such as the
-    clock of a GPU (`lmfx.latency.gpu`); JSON values.
+    `quality` is "full", "noisy" (the spread stayed large), "busy" (the machine was never quiet while it was timed),
+    "quick" (two runs of a row that was pruned), "bound" (pruned by a lower bound, not run) or "analytic". `conditions`
+    are what else was seen while it was measured, such as the clock of a GPU (`lmfx.latency.gpu`); JSON values.
     """
 
     ms: float
@@ -53,7 +55,7 @@ class Measurement:
     n: int = 1
     device: str = ""
     backend: str = ""
-    quality: Literal["full", "quick", "noisy", "bound", "analytic"] = "full"
+    quality: Quality = "full"
     conditions: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -106,7 +108,7 @@ class TimedBackend:
         return 0.0
 
     def session(self) -> Session:
-        """The sentinel of this backend, and the overhead of a call."""
+        """The sentinel of this backend, and what an empty call takes."""
         raise NotImplementedError
 
     def measure(
@@ -124,7 +126,9 @@ class TimedBackend:
         waiting = {k: w for k, w in unique.items() if k not in done}
         if not waiting:
             return {k: done[k] for k in unique}
-        sampling = self.sampling if rounds is None else replace(self.sampling, rounds=check_rounds(rounds))
+        sampling = self.sampling
+        if rounds is not None:
+            sampling = replace(sampling, rounds=check_rounds(rounds), visits=rounds)
         session = self.session()
         session.sampling = sampling
         rows: dict[str, Runner] = {}
@@ -191,11 +195,15 @@ class TimedBackend:
             finally:
                 for runner in rows.values():
                     runner.close()
-                session.sentinel.close()
+                session.close()
         return {k: done[k] for k in unique}
 
     def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
-        """See `Backend.measure_interleaved`. Every round runs the networks in turn, in alternating order."""
+        """See `Backend.measure_interleaved`. Every round runs the networks in turn, in alternating order.
+
+        Short networks are run once before each sample: the others have thrown their weights out of the caches, where a
+        network that is run again and again finds them.
+        """
         check_rounds(repeats)
         runners: list[Runner] = []
         try:
@@ -208,20 +216,22 @@ class TimedBackend:
             for turn in range(repeats):
                 order = range(len(runners)) if turn % 2 == 0 else reversed(range(len(runners)))
                 for i in order:
+                    if once[i] <= WARM_MS:
+                        runners[i].time(1)
                     result[i].append(runners[i].time(counts[i]) / counts[i])
             return result
         finally:
             for runner in runners:
                 runner.close()
 
-    def _full(self, samples: Sequence[float], sampling: Sampling, conditions: dict[str, Any]) -> Measurement:
-        ms, spread = summary(samples)
-        row = self._row(ms, spread, len(samples), "noisy" if spread > 2 * sampling.max_spread * ms else "full")
-        return replace(row, conditions=conditions)
+    def _full(self, taken: Taken, sampling: Sampling, conditions: dict[str, Any]) -> Measurement:
+        ms, spread = summary(taken.samples)
+        noisy = spread > 2 * sampling.max_spread * ms
+        quality: Quality = "busy" if taken.busy else "noisy" if noisy else "full"
+        return replace(self._row(ms, spread, len(taken.samples), quality), conditions=conditions)
 
-    def _row(
-        self, ms: float, spread: float, n: int, quality: Literal["full", "quick", "noisy", "bound"]
-    ) -> Measurement:
+
+    def _row(self, ms: float, spread: float, n: int, quality: Quality) -> Measurement:
         return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
 
 

@@ -1,12 +1,19 @@
-"""Noise is the enemy: how rows are timed on a machine that is not quiet.
+"""Noise is the enemy: how rows are timed on a machine that is not quiet, and in the state in which a network runs them.
 
-    round 1    S a b c d S e f g S        S is the sentinel, one fixed workload
+    round 1    S a b c d S e f g S        S is the sentinel, one fixed workload, with a sweep over `sweep_bytes`
     round 2    S g e a ... S              another order
 
-Every round times every row once, so that a slow minute touches all rows alike; one sample repeats its row until it
-takes `min_ms`. A sample is divided by how slow the sentinels before and after it were compared with the reference; if
-they were off by more than `max_drift`, the sample is not used and taken again. Rows whose spread stays large get more
-rounds. The result is the median, the spread the interquartile range, both in ms.
+Every round times every row once, so that a slow minute touches all rows alike. A sample is divided by how slow the
+sentinels before and after it were compared with the reference. The machine counts as *busy* where the sentinels differ
+from each other or from the reference by more than `max_drift`, or where the sweep (which feels other processes' traffic
+in the shared caches, as the sentinel does not) took `max_sweep` times its usual time: samples of a busy spell are taken
+again, and a row that has none but those is marked. Rows whose spread stays large get more rounds. The result is the
+median, the spread the interquartile range, both in ms.
+
+Inside a network a row finds its input where the row before has just written it, and its weights and code where the rest
+of the network has left them. A row that is run in a loop finds everything in the nearest cache, and is up to a quarter
+too fast. So (`caches="network"`) a sample is a single run, right after the inputs were written, with all other rows and
+the sweep between two samples of a row. Runners that can not time a single run (GPU events) are looped until `min_ms`.
 """
 
 from __future__ import annotations
@@ -16,11 +23,11 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-__all__ = ["CallRunner", "Runner", "Sampling", "Session", "cpu_clock", "summary", "wall_clock"]
+__all__ = ["CallRunner", "Runner", "Sampling", "Session", "Taken", "cpu_clock", "summary", "wall_clock"]
 
 Clock = Callable[[Callable[[], Any], int], float]
 
@@ -39,17 +46,33 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much to sample: `min_ms` a sample, `max_spread` and `max_drift` as fractions, a sentinel `every` rows."""
+    """How much to sample: `max_spread` and `max_drift` as fractions, a sentinel `every` rows.
+
+    `rounds` samples of at least `min_ms` where a row is looped, `visits` of a single run where it is not.
+    """
 
     rounds: int = 5
     extra_rounds: int = 5
+    visits: int = 15
+    extra_visits: int = 15
     min_ms: float = 2.0
     max_repeats: int = 1000
     max_spread: float = 0.1
     max_drift: float = 0.25
+    max_sweep: float = 1.5
     every: int = 8
     batch_rows: int = 64
     batch_bytes: int = 768 * 2**20
+    caches: Literal["network", "hot"] = "network"
+    sweep_bytes: int = 4 * 2**20
+
+
+@dataclass
+class Taken:
+    """The samples of one row, ms a run. `busy`: the machine was never quiet while they were taken."""
+
+    samples: list[float] = field(default_factory=list)
+    busy: bool = False
 
 
 def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
@@ -88,31 +111,45 @@ def _involuntary_switches() -> int:
 
 @dataclass
 class CallRunner:
-    """A runner that times a plain call."""
+    """A runner that times a plain call. `refresh` writes the call's inputs again, as the op before it would."""
 
     call: Callable[[], Any]
     clock: Clock = cpu_clock
     nbytes: int = 0
     on_close: Callable[[], None] | None = None
+    refresh: Callable[[], None] | None = None
 
     def time(self, repeats: int) -> float:
         return self.clock(self.call, repeats)
 
+    def once(self) -> float:
+        """ms of a single run right after its inputs were written."""
+        assert self.refresh is not None
+        self.refresh()
+        return self.clock(self.call, 1)
+
     def close(self) -> None:
         self.call = _closed  # what it timed may go now
+        self.refresh = None
         if self.on_close is not None:
             self.on_close()
 
 
 @dataclass
 class Session:
-    """One series of measurements that share a sentinel. `reference` is its time in ms on the quiet machine (None: it is
-    taken at the start), so that the rows of an earlier session compare."""
+    """One series of measurements that share a sentinel.
+
+    `reference` is the sentinel's time in ms on the quiet machine (None: it is taken at the start), so that the rows of
+    an earlier session compare. `nothing` is an empty call, timed as the rows are and taken off each of them.
+    """
 
     sentinel: Runner
     sampling: Sampling = field(default_factory=Sampling)
     reference: float | None = None
-    overhead: float = 0.0  # ms of an empty call, taken off every row
+    nothing: Runner | None = None
+    _sweeps: list[float] = field(default_factory=list)
+    _empty: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
+    _buffer: np.ndarray | None = None
 
     def start(self) -> float:
         """The reference, taken now if there is none."""
@@ -122,41 +159,85 @@ class Session:
 
     def quick(self, runner: Runner) -> float:
         """ms of one run after one warm-up."""
+        if self.nothing is not None and not self._empty[False]:
+            self._empty[False] = [self._empty_call(self.nothing, False) for _ in range(15)]
         first = runner.time(1)
-        return self._net(min(first, runner.time(1)))
+        return self._net(min(first, runner.time(1)), False)
 
-    def time(self, rows: Mapping[str, Runner], quick: Mapping[str, float]) -> dict[str, list[float]]:
-        """Samples (ms a run) for every row: `rounds` each, and up to `extra_rounds` more where the spread is large."""
-        reference = self.start()
-        s = self.sampling
-        repeats = {k: min(s.max_repeats, max(1, math.ceil(s.min_ms / max(quick[k], 1e-6)))) for k in rows}
-        samples: dict[str, list[float]] = {k: [] for k in rows}
+    def time(self, rows: Mapping[str, Runner], quick: Mapping[str, float]) -> dict[str, Taken]:
+        """Samples for every row; more where the spread is large or the machine was busy, see `Sampling`."""
+        reference, s = self.start(), self.sampling
+        once = {k: s.caches == "network" and getattr(r, "refresh", None) is not None for k, r in rows.items()}
+        single = all(once.values())
+        least, most = (s.visits, s.extra_visits) if single else (s.rounds, s.extra_rounds)
+        taken: dict[str, list[float]] = {k: [] for k in rows}
+        bad: dict[str, list[float]] = {k: [] for k in rows}
         order = list(rows)
         shuffle = random.Random(0)
-        for attempt in range(s.rounds + s.extra_rounds):
-            due = [k for k in order if len(samples[k]) < s.rounds]
-            if attempt >= s.rounds:
-                due += [k for k in order if k not in set(due) and _relative_spread(samples[k]) > s.max_spread]
+        for attempt in range(least + most):
+            due = [k for k in order if len(taken[k]) < least]
+            if attempt >= least:
+                due += [k for k in order if k not in set(due) and _relative_spread(taken[k]) > s.max_spread]
+            if not due:
+                break
             shuffle.shuffle(due)
-            last_attempt = attempt == s.rounds + s.extra_rounds - 1
-            before = self._sentinel() if due else 0.0
+            before = self._sentinel()
             for i in range(0, len(due), s.every):
-                part = [(k, rows[k].time(repeats[k]) / repeats[k]) for k in due[i : i + s.every]]
+                sweep = self._sweep(sum(r.nbytes for r in rows.values())) if single else 0.0
+                if single and self.nothing is not None:
+                    self._empty[True].append(self._empty_call(self.nothing, True))
+                part = [(k, self._sample(rows[k], once[k], quick[k])) for k in due[i : i + s.every]]
                 after = self._sentinel()
                 slow = 0.5 * (before + after) / reference
-                steady = abs(after - before) <= s.max_drift * min(before, after)
-                if (steady and abs(slow - 1) <= s.max_drift) or last_attempt:
-                    for k, ms in part:
-                        samples[k].append(self._net(ms / slow))
+                steady = abs(after - before) <= s.max_drift * min(before, after) and abs(slow - 1) <= s.max_drift
+                for k, ms in part:
+                    (taken if steady and not self._disturbed(sweep) else bad)[k].append(ms / slow)
                 before = after
-        return {k: v if v else [quick[k]] for k, v in samples.items()}
+        result = {}
+        for k in rows:
+            quiet = 2 * len(taken[k]) >= least
+            samples = taken[k] if quiet else [*taken[k], *bad[k]]
+            result[k] = Taken([self._net(ms, once[k]) for ms in samples] or [quick[k]], busy=not quiet)
+        return result
+
+    def close(self) -> None:
+        """Gives the memory of the sentinel and of the empty call back."""
+        self.sentinel.close()
+        if self.nothing is not None:
+            self.nothing.close()
+
+    def _sample(self, runner: Any, once: bool, quick: float) -> float:
+        if once:
+            return float(runner.once())
+        s = self.sampling
+        repeats = min(s.max_repeats, max(1, math.ceil(s.min_ms / max(quick, 1e-6))))
+        return float(runner.time(repeats)) / repeats
+
+    def _sweep(self, held: int) -> float:
+        """Throws old data out of the nearer caches; ms. The fewer rows there are to do that, the more of it."""
+        if self._buffer is None:
+            self._buffer = np.zeros(max(1, self.sampling.sweep_bytes // 8))
+        times = 1 + max(0, min(3, (4 * self.sampling.sweep_bytes - held) // max(1, self.sampling.sweep_bytes)))
+        start = time.thread_time_ns()
+        for _ in range(times):
+            self._buffer += 1.0
+        ms = (time.thread_time_ns() - start) / 1e6 / times
+        self._sweeps.append(ms)
+        return ms
+
+    def _disturbed(self, sweep: float) -> bool:
+        return len(self._sweeps) >= 8 and sweep > self.sampling.max_sweep * float(np.percentile(self._sweeps, 25))
 
     def _sentinel(self) -> float:
         self.sentinel.time(1)  # other rows have just thrown it out of the caches
         return self.sentinel.time(2) / 2
 
-    def _net(self, ms: float) -> float:
-        return max(ms - self.overhead, 0.02 * ms)
+    def _empty_call(self, nothing: Any, once: bool) -> float:
+        return float(nothing.once()) if once else float(nothing.time(20)) / 20
+
+    def _net(self, ms: float, once: bool) -> float:
+        empty = self._empty[once] or self._empty[False]
+        return max(ms - (float(np.median(empty)) if empty else 0.0), 0.02 * ms)
 
 
 def summary(samples: Sequence[float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import numpy as np
 from lmfx.export.atomic import atomic_write
 from lmfx.latency.base import Measurement
 from lmfx.passes.errors import TableError
+from lmfx.passes.ir import Candidate, MergePlan
 
 __all__ = ["Calibration", "LatencyTable", "calibrate", "kendall_tau"]
 
@@ -23,12 +25,90 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """whole = a + b * sum, in ms, and how far it was off on `plans` measured networks, as fractions.
+
+    `mape` is the mean absolute error on the networks that the line was fitted to. `held_out` is that on networks which
+    were not used for it, and `worst` the largest of those errors; `kendall_tau` compares the orders of sums and wholes
+    of the held-out networks. Without any, each network in turn is predicted from the others (NaN below three).
+    """
+
+    a: float
+    b: float
+    mape: float
+    kendall_tau: float
+    held_out: float
+    worst: float = math.nan
+    plans: int = 0
+
+    def __call__(self, total: float) -> float:
+        """The predicted whole for a sum of rows, in ms."""
+        return self.a + self.b * total
+
+
+def calibrate(
+    sums: Sequence[float], wholes: Sequence[float], held_out: Sequence[tuple[float, float]] = ()
+) -> Calibration:
+    """Fits whole = a + b * sum to a handful of measured networks; b is positive. `held_out` are (sum, whole) pairs.
+
+    One point gives b = 1. Of two or more, the line through two of them that has the least mean relative error on all,
+    which one bad measurement in four does not move. Raises `TableError` without points or with one that is no latency.
+    """
+    x, y = np.asarray(sums, dtype=float), np.asarray(wholes, dtype=float)
+    if x.ndim != 1 or x.shape != y.shape or not x.size:
+        raise TableError(f"calibration needs as many sums as wholes and at least one; got {x.shape} and {y.shape}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
+        raise TableError(f"calibration needs positive latencies; got sums {x.tolist()} and wholes {y.tolist()}")
+    a, b = _line(x, y)
+    errors = np.zeros(0)
+    tau = kendall_tau(x, y)
+    if len(held_out):
+        p, q = np.asarray(held_out, dtype=float).T
+        errors = np.abs(a + b * p - q) / q
+        tau = kendall_tau(p, q)
+    elif x.size >= 3:
+        keep = ~np.eye(x.size, dtype=bool)
+        lines = [_line(x[k], y[k]) for k in keep]
+        errors = np.array([abs(p + q * xi - yi) / yi for (p, q), xi, yi in zip(lines, x, y, strict=True)])
+    return Calibration(
+        a,
+        b,
+        float(np.mean(np.abs(a + b * x - y) / y)),
+        tau,
+        float(errors.mean()) if errors.size else math.nan,
+        float(errors.max()) if errors.size else math.nan,
+        x.size + len(held_out),
+    )
+
+
+def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Least relative deviations: such a line passes through two of the points (and b = 1 through one is tried, too)."""
+    i, j = np.triu_indices(x.size, 1)
+    apart = np.abs(x[i] - x[j]) > 1e-3 * x.max()
+    i, j = i[apart], j[apart]
+    slopes = (y[j] - y[i]) / (x[j] - x[i])
+    i, slopes = i[slopes > 0], slopes[slopes > 0]
+    if slopes.size:
+        offsets = y[i] - slopes * x[i]
+    else:  # equal sums, or noise turned the order round: an offset, or a scale only
+        slopes = np.array([1.0] if not apart.any() else [float(np.median(y / x))])
+        offsets = np.array([float(np.median(y - slopes[0] * x))])
+    errors = np.abs(offsets[:, None] + slopes[:, None] * x - y) / y
+    best = int(errors.sum(1).argmin())
+    return float(offsets[best]), float(slopes[best])
+
+
+@dataclass(frozen=True)
 class LatencyTable(Mapping[str, Measurement]):
     """Candidate key -> `Measurement` (ms), and the identity it is good for: backend, version, device, threads, dtype,
-    batch. A missing row is a `TableError`, never a guess."""
+    batch. A missing row is a `TableError`, never a guess.
+
+    `calibration` relates sums of rows to whole networks, where some were measured (`lmfx.profile`).
+    """
 
     rows: Mapping[str, Measurement]
     identity: Mapping[str, Any]
+    calibration: Calibration | None = None
 
     def __getitem__(self, key: str) -> Measurement:
         try:
@@ -52,6 +132,45 @@ class LatencyTable(Mapping[str, Measurement]):
         """The latency of one candidate."""
         return self[key].ms
 
+    def total(self, plan: MergePlan | None = None) -> float:
+        """The sum of the rows of a plan's network in ms; without a plan that of the original network."""
+        total = sum(m.ms for key, m in self.rows.items() if _is_keep(key))
+        for candidate in plan.candidates if plan is not None else ():
+            total += self.ms(candidate.key) - self.kept(candidate)
+        return total
+
+    def kept(self, candidate: Candidate) -> float:
+        """The sum of the rows of a candidate's span if every layer in it is kept as it is, in ms."""
+        span = candidate.span
+        return sum(self._layer(span.series, i) for i in range(span.start, span.stop))
+
+    def predict(self, plan: MergePlan | None = None) -> float:
+        """The latency of a plan's whole network in ms, by the calibration; without a plan that of the original network.
+
+        Raises `TableError` if the table was not calibrated, or has no row for one of the plan's candidates.
+        """
+        if self.calibration is None:
+            raise TableError(
+                "this latency table was not calibrated on whole networks, so it predicts sums only (`total`); profile "
+                "with calibrate=True"
+            )
+        return self.calibration(self.total(plan))
+
+    def _layer(self, series: str, index: int) -> float:
+        return self.ms(f"{series}:{index}-{index + 1}:keep") + self._inside.get((series, index), 0.0)
+
+    @functools.cached_property
+    def _inside(self) -> dict[tuple[str, int], float]:
+        """(series, layer) -> the rows of all layers in the branches of that layer."""
+        found: dict[tuple[str, int], float] = {}
+        for key, m in self.rows.items():
+            series = key.split(":")[0]
+            while _is_keep(key) and "/" in series:
+                series, _, rest = series.rpartition("/")
+                place = series, int(rest.split(".")[0])
+                found[place] = found.get(place, 0.0) + m.ms
+        return found
+
     def check(self, other: LatencyTable | Mapping[str, Any]) -> None:
         """Raises `TableError` if the other table (or identity) is of another backend, version, device, threads..."""
         theirs = other.identity if isinstance(other, LatencyTable) else other
@@ -63,7 +182,7 @@ class LatencyTable(Mapping[str, Measurement]):
     def merge(self, other: LatencyTable) -> LatencyTable:
         """Both tables' rows; where both have one, the other's. Raises `TableError` if they do not go together."""
         self.check(other)
-        return LatencyTable({**self.rows, **other.rows}, self.identity)
+        return LatencyTable({**self.rows, **other.rows}, self.identity, other.calibration or self.calibration)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes JSON; the file is complete or not there."""
@@ -73,6 +192,7 @@ class LatencyTable(Mapping[str, Measurement]):
             "version": VERSION,
             "identity": dict(self.identity),
             "rows": {k: asdict(m) for k, m in self.rows.items()},
+            "calibration": None if self.calibration is None else _finite(asdict(self.calibration)),
         }
         try:
             return atomic_write(target, json.dumps(body, indent=1).encode())
@@ -97,7 +217,9 @@ class LatencyTable(Mapping[str, Measurement]):
             bad = [k for k, m in rows.items() if not (isinstance(m.ms, (int, float)) and math.isfinite(m.ms))]
             if bad:
                 raise ValueError(f"row {bad[0]!r} is not a latency")
-            return cls(rows, dict(body["identity"]))
+            line = body.get("calibration")
+            calibration = None if line is None else Calibration(**{k: _number(v) for k, v in line.items()})
+            return cls(rows, dict(body["identity"]), calibration)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"the latency table {path} is damaged ({error}); profile again") from error
 
@@ -105,50 +227,19 @@ class LatencyTable(Mapping[str, Measurement]):
         return " on ".join(str(self.identity[k]) for k in ("backend", "device") if self.identity.get(k))
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """whole = a + b * sum, in ms. `mape` is the mean absolute error (as a fraction) and `held_out` that of each point
-    predicted from the others (NaN below three points); `kendall_tau` compares the orders of sums and wholes."""
-
-    a: float
-    b: float
-    mape: float
-    kendall_tau: float
-    held_out: float
-
-    def __call__(self, total: float) -> float:
-        """The predicted whole for a sum of rows, in ms."""
-        return self.a + self.b * total
+def _is_keep(key: str) -> bool:
+    return key.endswith(":keep")
 
 
-def calibrate(sums: Sequence[float], wholes: Sequence[float]) -> Calibration:
-    """Fits whole = a + b * sum to a handful of measured networks; b is positive.
-
-    One point gives b = 1. Two or more give Theil-Sen (the median of the pairwise slopes, then the median of the rests),
-    which one bad measurement in four does not move. Raises `TableError` without points or with one that is no latency.
-    """
-    x, y = np.asarray(sums, dtype=float), np.asarray(wholes, dtype=float)
-    if x.ndim != 1 or x.shape != y.shape or not x.size:
-        raise TableError(f"calibration needs as many sums as wholes and at least one; got {x.shape} and {y.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise TableError(f"calibration needs positive latencies; got sums {x.tolist()} and wholes {y.tolist()}")
-    a, b = _line(x, y)
-    held_out = math.nan
-    if x.size >= 3:
-        keep = ~np.eye(x.size, dtype=bool)
-        lines = [_line(x[k], y[k]) for k in keep]
-        held_out = float(np.mean([abs(p + q * xi - yi) / yi for (p, q), xi, yi in zip(lines, x, y, strict=True)]))
-    return Calibration(a, b, float(np.mean(np.abs(a + b * x - y) / y)), kendall_tau(x, y), held_out)
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN, which JSON does not have, as None."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    i, j = np.triu_indices(x.size, 1)
-    apart = np.abs(x[i] - x[j]) > 1e-3 * x.max()
-    slopes = (y[j] - y[i])[apart] / (x[j] - x[i])[apart]
-    b = float(np.median(slopes)) if slopes.size else 1.0
-    if not b > 0:
-        b = float(np.median(y / x))  # noise turned the order round: scale only
-    return float(np.median(y - b * x)), b
+def _number(value: Any) -> Any:
+    if value is not None and not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is not a number")
+    return math.nan if value is None else value
 
 
 def kendall_tau(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:

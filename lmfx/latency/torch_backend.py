@@ -52,6 +52,7 @@ class TorchBackend(TimedBackend):
             "device": torch.cuda.get_device_name(self.device) if cuda else cpu_name(),
             "threads": self.threads,
             "clock": "cuda graph" if cuda else "cpu" if self.threads == 1 else "wall",
+            "caches": "hot" if cuda else self.sampling.caches,
             **host_facts(),
         }
 
@@ -69,7 +70,12 @@ class TorchBackend(TimedBackend):
 
         if self.device.type == "cuda":
             return CudaRunner(call, nbytes)
-        return CallRunner(call, cpu_clock if self.threads == 1 else wall_clock, nbytes)
+
+        def refresh() -> None:
+            for tensor in inputs:
+                torch.sub(1.0, tensor, out=tensor)
+
+        return CallRunner(call, cpu_clock if self.threads == 1 else wall_clock, nbytes, refresh=refresh)
 
     def session(self) -> Session:
         sentinel = self.prepare(sentinel_workload())
@@ -77,7 +83,7 @@ class TorchBackend(TimedBackend):
         if self.device.type == "cuda":
             return Session(sentinel, self.sampling)
         nothing = self.prepare(Workload.of(fx.symbolic_trace(nn.Sequential(nn.Identity())), ((1,), torch.float32)))
-        return Session(sentinel, self.sampling, overhead=min(nothing.time(50) / 50 for _ in range(5)))
+        return Session(sentinel, self.sampling, nothing=nothing)
 
     def measure(
         self,
