@@ -39,7 +39,7 @@ MODELS = ("resnet18", "resnet50", "mobilenet_v2", "regnet_x_400mf", "densenet121
 
 
 def uniform_plan(spans: SpanSet, table: LatencyTable, rng: random.Random) -> MergePlan:
-    """A plan that walks each series from cut to cut; with a random probability, one for the plan, it changes something."""
+    """A plan that walks each series from cut to cut and, with a probability drawn for the plan, changes something."""
     starts: dict[tuple[str, int], list[Candidate]] = {}
     for c in spans:
         if c.key in table:
@@ -79,11 +79,13 @@ def main() -> None:
     parser.add_argument("--cache-dir", help="keep the tables here (default: measure them anew)")
     parser.add_argument("--dump", help="write all figures of the plans to this JSON file")
     args = parser.parse_args()
-    print(f"{'model':15} {'rows':>5} {'s':>6} {'plans':8} {'fastest':>7} {'a':>6} {'b':>6} {'MAPE':>6} {'worst':>6}  tau (all)")
+    head = f"{'model':15} {'rows':>5} {'s':>6} {'plans':8} {'fastest':>7} {'a':>6} {'b':>6} {'MAPE':>6} {'worst':>6}"
+    print(head, " tau (all)")
     dump = {}
     for name in args.models:
         torch.manual_seed(0)
-        graph = lmfx.trace(getattr(torchvision.models, name)(weights=None).eval(), torch.randn(1, 3, args.size, args.size))
+        model = getattr(torchvision.models, name)(weights=None).eval()
+        graph = lmfx.trace(model, torch.randn(1, 3, args.size, args.size))
         spans = lmfx.spans(graph, max_kernel_size=7, max_span_convs=12, max_fit_convs=12)
         backend = get_backend(args.backend)
         with tempfile.TemporaryDirectory() as folder, Store.open(args.cache_dir or folder) as store:
@@ -110,7 +112,8 @@ def main() -> None:
                     f"({kendall_tau(sums, wholes):.3f})",
                     flush=True,
                 )
-                dump[f"{name} {way}"] = {"sums": sums, "wholes": wholes, "plans": [[c.key for c in p.candidates] for p in plans]}
+                chosen = [[c.key for c in p.candidates] for p in plans]
+                dump[f"{name} {way}"] = {"sums": sums, "wholes": wholes, "plans": chosen}
     if args.dump:
         Path(args.dump).write_text(json.dumps(dump))
 

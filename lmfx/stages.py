@@ -24,10 +24,10 @@ from lmfx.passes.rewrite import rewrite as rewrite_graph
 from lmfx.passes.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.spans import SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
-from lmfx.wholes import calibrate_table
 from lmfx.profiling import digest, profile_spans
 from lmfx.result import Result
 from lmfx.surrogates import affine_surrogates
+from lmfx.wholes import calibrate_table
 
 __all__ = [
     "default_backend",

@@ -1,6 +1,7 @@
 """Whole networks against the sums of their rows: random plans are measured, and the table is calibrated on them.
 
-    random importances -> the solver's plans at random latencies -> their networks, measured in turn -> whole = a + b * sum
+    random importances -> the solver's plans at random latencies -> their networks, measured in turn
+    whole = a + b * sum
 
 Sums of rows miss what happens between rows. The plans come from the solver, because what it picks are the candidates
 that look fast, some of them by an error of measurement; a line fitted to networks that were drawn any other way would
@@ -163,4 +164,3 @@ def _groups(items: Iterable[int], sizes: Sequence[int]) -> list[list[int]]:
         groups[-1].append(i)
         held += sizes[i]
     return groups
-

@@ -204,7 +204,7 @@ def test_traffic_in_the_shared_caches_makes_a_spell_busy_though_the_sentinel_doe
 
 def test_a_backend_marks_rows_of_a_busy_machine() -> None:
     backend = FakeBackend()
-    backend.machine.speed = lambda now: 5.0 if now > 120 else 1.0
+    backend.machine.speed = lambda now: 5.0 if now > 260 else 1.0
     rows = backend.measure(named(*(f"{name}@10" for name in "abcdefgh")))
     assert {m.quality for m in rows.values()} == {"busy"}
 

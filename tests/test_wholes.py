@@ -98,7 +98,7 @@ def test_networks_too_large_to_be_held_together_are_measured_in_groups(monkeypat
 
 
 def test_a_network_in_which_nothing_pays_has_no_calibration() -> None:
-    spans = lmfx.spans(lmfx.trace(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()).eval(), X), realize=("compose",))
+    spans = lmfx.spans(lmfx.trace(nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU()).eval(), X), realize=("compose",))
     backend = Bent()
     assert calibrate_table(spans, profile_spans(spans, backend), backend).calibration is None
     assert not backend.networks
