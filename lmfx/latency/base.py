@@ -230,7 +230,6 @@ class TimedBackend:
         quality: Quality = "busy" if taken.busy else "noisy" if noisy else "full"
         return replace(self._row(ms, spread, len(taken.samples), quality), conditions=conditions)
 
-
     def _row(self, ms: float, spread: float, n: int, quality: Quality) -> Measurement:
         return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
 
