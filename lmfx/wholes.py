@@ -26,7 +26,7 @@ from torch import fx
 from lmfx.frontier import solve_spans
 from lmfx.importance import ImportanceTable
 from lmfx.latency import Backend, LatencyTable, Store, calibrate
-from lmfx.latency.base import stored_reference
+from lmfx.latency.base import REFERENCE, SENTINEL
 from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.bare import bare
 from lmfx.passes.ir import MergePlan
@@ -115,7 +115,7 @@ def measure_wholes(
     known = {} if store is None else store.get_many(KIND, identity, [*keys, ORIGINAL])
     todo = [i for i, k in enumerate(keys) if k not in known and k != ORIGINAL and k not in keys[:i]]
     example = example_arguments(graph.meta["lmfx"]["example"])
-    reference = stored_reference(store, backend.identity())
+    reference = None if store is None else store.get(SENTINEL, backend.identity(), REFERENCE)
     sentinel = sentinel_workload()
     rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, ceil(MS_A_NETWORK / max(table.total(), 1e-3))))
 
