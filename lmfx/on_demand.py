@@ -13,6 +13,8 @@ as in a bisection: a bad score there lowers the bounds of all that it bounds, an
 later or for good. Scoring the plan's own candidates instead would begin with the largest spans, which are fastest and
 bound nothing, and in the end score nearly all.
 
+"No change" is importance 0, or what the estimator's `no_change` gives: a training may do the original good as well.
+
 Two assumptions are made: no candidate is better than no change, and none is better than one that bounds it. The result
 says how often the second failed among the scored ones. With `tolerance` it stops earlier, at a plan that is proven
 (under these assumptions) to lose no more than that.
@@ -110,7 +112,7 @@ def score_on_demand(
         width: candidates scored a round for each one that a plan lacks; more keep more workers busy and score more.
 
     Other arguments are those of `lmfx.score`. Raises `InfeasibleBudget` for a budget that no plan reaches, and
-    `OptionError` for no budget at all, or for `Finetune(keep="retrained")`, where no bound is known beforehand.
+    `OptionError` for no budget at all.
     """
     check_graph(graph, "score_on_demand")
     check_run_options(executor, cache_dir)
@@ -121,15 +123,19 @@ def score_on_demand(
     if not isinstance(width, int) or width < 1:
         raise OptionError(f"width={width!r}: use a whole number from 1")
     made = get_estimator(estimator, **options)
-    if isinstance(made, Finetune) and made.keep == "retrained":
-        raise OptionError('keep="retrained" changes what no change is worth: score all of it, or use keep="unchanged"')
     found = spans if spans is not None else find_spans(graph)
     data = as_calibration(calibration, graph.meta["lmfx"]["example"])
     chosen = [c for c in worth_scoring(found, latency) if c.realization != "keep"]
     if isinstance(made, Reconstruction):
         made = made.resolved(found.network, len(chosen), data)  # by the size of the table, not of a round
-    search = _Search(found, chosen, latency, [Budget.parse(b) for b in budgets], tolerance, width, made)
+    wanted = [Budget.parse(b) for b in budgets]
+    anything = solve_spans(found, latency, ImportanceTable({c.key: 0.0 for c in chosen}, {}))
+    for budget in wanted:
+        anything.index_at(budget)  # said before anything is trained
     with _rows(made, cache_dir) as (named, store):
+        no_change = getattr(named, "no_change", None)
+        best = [0.0] * len(chosen) if no_change is None else no_change(found, chosen, data, store, executor)
+        search = _Search(found, chosen, latency, wanted, best, tolerance, width)
         return search.run(named, data, store, executor, progress)
 
 
@@ -152,9 +158,9 @@ class _Search:
         candidates: list[Candidate],
         latency: LatencyTable,
         budgets: list[Budget],
+        best: Sequence[float],
         tolerance: float,
         width: int,
-        estimator: Estimator,
     ) -> None:
         self.spans, self.candidates, self.latency = spans, candidates, latency
         self.budgets, self.tolerance, self.width = budgets, tolerance, width
@@ -164,8 +170,7 @@ class _Search:
         for i, over in enumerate(self.bounded):
             for j in over.tolist():
                 self.bounding[j].append(i)
-        unchanged: Any = getattr(estimator, "unchanged", None)
-        self.best = np.array([0.0 if unchanged is None else unchanged(c) for c in candidates])
+        self.best = np.array(best)
         self.bound = np.zeros(len(candidates))  # of the value less `best`
         self.scores: dict[int, float] = {}  # the same; -inf without a row
         self.identity: dict[str, Any] = {}

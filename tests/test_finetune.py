@@ -123,6 +123,17 @@ def test_keeping_costs_nothing_and_is_not_trained(made: Made) -> None:
     assert set(table.values()) == {0.0} and len(table) == len(keeps)
 
 
+def test_the_baseline_may_be_the_original_after_the_same_training(made: Made) -> None:
+    plain, trained = made.score(), made.score(baseline="trained")
+    with isolated(0, 1):
+        net = PackedNetwork.of(made.graph).unpack().requires_grad_(True).train()
+        toys.train(net)
+    shift = toys.accuracy(net.eval()) - toys.accuracy(made.graph)
+    assert abs(shift) > 1e-6
+    assert [plain[c.key] - trained[c.key] for c in made.wanted] == pytest.approx([shift] * len(made.wanted), abs=1e-12)
+    assert plain.identity["original"] == trained.identity["original"]
+
+
 def test_a_retrained_layer_is_initialised_anew_trained_and_subtracted(made: Made, tmp_path: Path) -> None:
     candidate = next(c for c in made.wanted if len(c.convs) == 2)
     with Store.open(tmp_path) as store:
@@ -408,6 +419,7 @@ def test_an_evaluation_gives_one_number(made: Made, value: Any) -> None:
     "option",
     [
         {"train": None}, {"evaluate": 3}, {"metric": "error"}, {"objective": "sum"}, {"keep": "no"}, {"scale": 0},
+        {"baseline": "no"},
         {"scale": math.inf}, {"key": ""}, {"key": 3}, {"seed": -1}, {"threads": 0}, {"ahead": 0}, {"retries": 1.5},
         {"surrogate": "none"},
     ],

@@ -15,8 +15,10 @@ from helpers import one_thread as one_thread
 from toys import images, toy
 
 import lmfx
+from lmfx.calibration import Calibration
 from lmfx.importance import Finetune, ImportanceTable, Reconstruction
 from lmfx.importance.dominance import bounded_by, violations
+from lmfx.importance.jobs import PackedNetwork, isolated
 from lmfx.latency import Store
 from lmfx.on_demand import OnDemand
 from lmfx.passes.ir import Candidate
@@ -220,7 +222,8 @@ def test_the_papers_objective_is_bounded_by_its_own_no_change(made: Made) -> Non
     paper = {c.key: math.exp(changes[c.key]) - max(len(c.convs), 1) for c in made.candidates}
 
     class Paper(Known):
-        unchanged = staticmethod(Finetune(len, len, objective="paper").unchanged)  # type: ignore[arg-type]
+        def no_change(self, spans: Any, candidates: Sequence[Candidate], *others: Any) -> list[float]:
+            return [1.0 - max(len(c.convs), 1) for c in candidates]
 
     estimator = Paper(paper)
     found, full = made.on_demand(estimator), made.solve(paper)
@@ -264,15 +267,39 @@ def test_finetune_evaluates_the_original_once_and_keeps_rows_under_a_key(made: M
         evaluated += 1
         return finetune_toys.accuracy(model)
 
-    options: dict[str, Any] = {"train": finetune_toys.nothing, "evaluate": evaluate, "calibration": DATA}
+    options: dict[str, Any] = {"train": finetune_toys.train, "evaluate": evaluate, "calibration": DATA}
     found = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, **options)
-    assert found.rounds > 1 and evaluated == found.evaluations + 1
+    assert found.rounds > 1 and evaluated == found.evaluations + 2  # the original, as it is and trained
     with Store.open(tmp_path) as store:
         assert store.count() == 0
     kept = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, key="a", **options)
     again = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, key="a", **options)
     assert dict(again.table) == dict(kept.table) == dict(found.table)
-    assert evaluated == 2 * (found.evaluations + 1)
+    assert evaluated == 2 * (found.evaluations + 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "paper"}, {"baseline": "trained"}, {"keep": "retrained"}])
+def test_no_change_is_what_the_same_training_makes_of_the_original(made: Made, options: Any) -> None:
+    chosen = [c for c in made.candidates if len(c.convs) == 2][:2]
+    finetune = Finetune(finetune_toys.train, finetune_toys.accuracy, **options)
+    rows = finetune.no_change(made.spans, chosen, Calibration((DATA,)))
+    with isolated(0, 1):
+        net = PackedNetwork.of(made.graph).unpack().requires_grad_(True).train()
+        finetune_toys.train(net)
+    change = finetune_toys.accuracy(net.eval()) - finetune_toys.accuracy(made.graph)
+    assert change != 0
+    expected = {"objective": math.exp(change) - 2, "baseline": 0.0}.get(next(iter(options), ""), change)
+    if "keep" in options:  # less what the training makes of each layer alone
+        table = finetune.score(made.spans, chosen, Calibration((DATA,)))
+        plain = replace(finetune, keep="unchanged").score(made.spans, chosen, Calibration((DATA,)))
+        assert rows == pytest.approx([change + table[c.key] - plain[c.key] for c in chosen], abs=1e-12)
+        assert rows[0] != pytest.approx(change)
+    else:
+        assert rows == pytest.approx([expected] * 2, abs=1e-12)
+
+
+def _never(model: Any) -> float:
+    pytest.fail("called")
 
 
 def test_the_report_says_what_was_saved(made: Made) -> None:
@@ -290,10 +317,8 @@ def test_bad_input_is_refused(made: Made) -> None:
     for option in ({"tolerance": 1.0}, {"tolerance": -0.1}, {"width": 0}):
         with pytest.raises(lmfx.OptionError, match=next(iter(option))):
             made.on_demand(known, **option)
-    with pytest.raises(lmfx.InfeasibleBudget):
-        made.on_demand(known, [0.0001])
-    with pytest.raises(lmfx.OptionError, match="retrained"):
-        made.on_demand(Finetune(print, len, keep="retrained"))  # type: ignore[arg-type]
+    with pytest.raises(lmfx.InfeasibleBudget):  # before anything is trained
+        made.on_demand(Finetune(_never, _never), [0.5, 0.0001], calibration=DATA)
     with pytest.raises(lmfx.InputError, match="score_on_demand needs a graph"):
         lmfx.score_on_demand(toy(), known, made.latency, [0.5])  # type: ignore[arg-type]
     assert known.asked == []

@@ -18,7 +18,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -44,7 +44,17 @@ from lmfx.surrogates import affine_surrogates
 __all__ = ["Finetune"]
 
 VERSION = 1
-ORIGINAL = "original"
+ORIGINAL, TRAINED = "original", "original, trained"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Performances by row, what they are compared with, those of kept layers by convolution, and what they hold for."""
+
+    performances: Mapping[str, float]
+    baseline: float
+    layers: Mapping[str, float]
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Finetune:
         objective: "change" adds up changes of the performance, 0 is the network as it is; "paper" is the paper's sum
             of exponentials over all spans.
         keep: what a single layer that is kept counts: "unchanged", or "retrained" as in the published code.
+        baseline: what a performance is compared with: "original" (the paper), or "trained", the original after the same
+            training. Where `train` itself moves the performance, the first counts that for every candidate.
         scale: what differences of accuracies are divided by; 100 if they are in percent.
         key: a name for `train`, `evaluate` and their data, to be changed with them. Rows are stored under it, and only
             with it.
@@ -76,6 +88,7 @@ class Finetune:
     metric: Metric = "accuracy"
     objective: ObjectiveName = "change"
     keep: Literal["unchanged", "retrained"] = "unchanged"
+    baseline: Literal["original", "trained"] = "original"
     scale: float = 1.0
     key: str | None = None
     surrogate: Literal["affine", "identity"] = "affine"
@@ -98,6 +111,8 @@ class Finetune:
                 raise OptionError(f"{option}={value!r}: use a whole number from {least}")
         if self.keep not in ("unchanged", "retrained"):
             raise OptionError(f"keep={self.keep!r}: use 'unchanged' or 'retrained'")
+        if self.baseline not in ("original", "trained"):
+            raise OptionError(f"baseline={self.baseline!r}: use 'original' or 'trained'")
         if self.surrogate not in ("affine", "identity"):
             raise OptionError(f"surrogate={self.surrogate!r}: use 'affine' or 'identity'")
         if self.key is not None and (not isinstance(self.key, str) or not self.key):
@@ -118,11 +133,62 @@ class Finetune:
         Candidates whose performance is NaN or infinite are worse than all others: they get no row, so they can not be
         chosen, and are named in a warning and in the table's `unusable`.
         """
+        measured = self.measure(spans, candidates, calibration, store, progress, executor)
+        rows = importances(
+            Objective(self.metric, self.objective, self.scale),
+            candidates,
+            measured.performances,
+            measured.baseline,
+            measured.layers,
+        )
+        unusable = tuple(c.key for c in candidates if c.key not in rows)
+        if unusable:
+            warnings.warn(
+                f"{len(unusable)} of {len(candidates)} candidates ended with a performance that is no finite number, "
+                f"and can not be chosen: {', '.join(unusable[:5])}{', ...' if len(unusable) > 5 else ''}. A lower "
+                "learning rate in train(model) may help",
+                stacklevel=2,
+            )
+        options = {name: getattr(self, name) for name in ("metric", "objective", "keep", "baseline", "scale")}
+        whole = {**measured.identity, **options, "original": measured.performances[ORIGINAL]}
+        return ImportanceTable(rows, {**whole, "graph": digest(spans.network.gm)}, unusable)
+
+    def no_change(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None = None,
+        executor: ExecutorLike = None,
+    ) -> list[float]:
+        """The importance of each candidate if it did as well as the original does after the same training.
+
+        Costs that training, and those of the layers with keep="retrained".
+        """
+        kept = [replace(c, realization="keep") for c in candidates]  # nothing of their own is trained
+        trained = replace(self, baseline="trained")
+        measured = trained.measure(spans, kept, calibration, store, False, executor)
+        baseline = measured.performances[TRAINED if self.baseline == "trained" else ORIGINAL]
+        performances = {c.key: measured.performances[TRAINED] for c in candidates}
+        objective = Objective(self.metric, self.objective, self.scale)
+        rows = importances(objective, candidates, performances, baseline, measured.layers)
+        return [rows[c.key] for c in candidates]
+
+    def measure(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None,
+        progress: bool,
+        executor: ExecutorLike,
+    ) -> Measured:
+        """The performances behind a table: of the original, of the candidates, and of kept layers if they count."""
         if calibration is None:
             raise InputError("importance='finetune' needs calibration images to start from: pass calibration=")
         network = spans.network
         wanted = {c.key: c for c in candidates if c.realization != "keep"}
-        layers = kept_layers(network, wanted.values()) if self.keep == "retrained" else {}
+        layers = kept_layers(network, candidates) if self.keep == "retrained" else {}
         identity = {
             "estimator": self.name,
             "version": VERSION,
@@ -134,7 +200,8 @@ class Finetune:
             "calibration": calibration.digest(),
         }
         kept = store if self.key is not None else None
-        keys = [ORIGINAL, *(row for row, _ in layers.values()), *wanted]
+        originals = [ORIGINAL, TRAINED] if self.baseline == "trained" else [ORIGINAL]
+        keys = [*originals, *(row for row, _ in layers.values()), *wanted]
         found = {} if kept is None else _stored(kept, identity, keys)
         todo = [k for k in keys if k not in found]
         jobs = self.jobs(network, todo, wanted, {row: layer for row, layer in layers.values()}, calibration)
@@ -145,38 +212,13 @@ class Finetune:
                 if kept is not None:
                     kept.put("importance", identity, outcome.key, _row(outcome))
                 bar.update(1)
-        return self.table(candidates, found, {name: found[row] for name, (row, _) in layers.items()}, identity, network)
-
-    def unchanged(self, candidate: Candidate) -> float:
-        """The importance of a candidate that changes nothing, with keep="unchanged"."""
-        return 1.0 - max(len(candidate.convs), 1) if self.objective == "paper" else 0.0
-
-    def table(
-        self,
-        candidates: Sequence[Candidate],
-        performances: Mapping[str, float],
-        layers: Mapping[str, float],
-        identity: dict[str, Any],
-        network: Network,
-    ) -> ImportanceTable:
-        """The importances of these performances."""
-        original = performances[ORIGINAL]
-        if not math.isfinite(original):
-            raise InputError(f"evaluate(model) gives {original} for the original network: check it and its data")
-        rows = importances(
-            Objective(self.metric, self.objective, self.scale), candidates, performances, original, layers
-        )
-        unusable = tuple(c.key for c in candidates if c.key not in rows)
-        if unusable:
-            warnings.warn(
-                f"{len(unusable)} of {len(candidates)} candidates ended with a performance that is no finite number, "
-                f"and can not be chosen: {', '.join(unusable[:5])}{', ...' if len(unusable) > 5 else ''}. A lower "
-                "learning rate in train(model) may help",
-                stacklevel=2,
-            )
-        options = {name: getattr(self, name) for name in ("metric", "objective", "keep", "scale")}
-        whole = {**identity, **options, "original": original, "graph": digest(network.gm)}
-        return ImportanceTable(rows, whole, unusable)
+        for row in originals:
+            if not math.isfinite(found[row]):
+                trained = " after train(model)" if row == TRAINED else ""
+                raise InputError(
+                    f"evaluate(model) gives {found[row]} for the original network{trained}: check it and its data"
+                )
+        return Measured(found, found[originals[-1]], {name: found[row] for name, (row, _) in layers.items()}, identity)
 
     def jobs(
         self,
@@ -193,7 +235,7 @@ class Finetune:
                 surrogates = affine_surrogates(network, calibration)
         for key in todo:
             with isolated(self.seed, self.threads):  # a conv that nothing sets yet draws its values
-                if key == ORIGINAL:
+                if key in (ORIGINAL, TRAINED):
                     net = network.gm
                 elif key in layers:
                     net = reset_layer(network, layers[key])

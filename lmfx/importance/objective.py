@@ -1,6 +1,7 @@
 """From performances to a table that the solver maximises, in two objectives.
 
-P is the performance of the original, P(c) that of the network with only candidate c applied and shortly trained:
+P is the performance of the original, P(c) that of the network with only candidate c applied and shortly trained (with
+baseline="trained", P is that of the original after the same training):
 
     d(c) = (P(c) - P) / scale        metric="accuracy"        I(c) = exp d(c)
     d(c) = -(P(c) - P) / P           metric="loss"
