@@ -27,6 +27,7 @@ from lmfx.frontier import solve_spans
 from lmfx.importance import ImportanceTable
 from lmfx.latency import Backend, LatencyTable, Store, calibrate
 from lmfx.latency.base import REFERENCE, SENTINEL
+from lmfx.latency.claims import alone
 from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.bare import bare
 from lmfx.passes.ir import MergePlan
@@ -110,6 +111,18 @@ def measure_wholes(
 
     Networks that the store has are not measured again.
     """
+    with alone(store, KIND, table.identity):  # a process that begins at the same time waits, and finds them measured
+        return _measure(spans, table, plans, backend, store, progress)
+
+
+def _measure(
+    spans: SpanSet,
+    table: LatencyTable,
+    plans: Sequence[MergePlan],
+    backend: Backend,
+    store: Store | None,
+    progress: bool,
+) -> list[float]:
     graph, identity = spans.network.gm, dict(table.identity)
     keys = [_key(p) for p in plans]
     known = {} if store is None else store.get_many(KIND, identity, [*keys, ORIGINAL])

@@ -18,7 +18,7 @@ import pytest
 from store_processes import start
 
 from lmfx.latency import LatencyTable
-from lmfx.latency.claims import HUNG_SECONDS, STALE_SECONDS, Owner, Share, is_live, start_of, this_place
+from lmfx.latency.claims import HUNG_SECONDS, STALE_SECONDS, Owner, Share, alone, is_live, start_of, this_place
 from lmfx.latency.store import Store
 
 HERE = {"backend": "b", "threads": 1}
@@ -72,6 +72,25 @@ def test_a_share_gives_back_what_it_did_not_finish_whatever_happens(two: tuple[S
     assert Share(second, "latency", HERE).take(KEYS) == KEYS
     second.close()
     assert claims(first) == []
+
+
+def test_rows_that_are_made_all_together_are_made_by_one_thread_at_a_time(two: tuple[Store, Store]) -> None:
+    inside: list[int] = []
+
+    def work(store: Store) -> None:
+        with alone(store, "whole", HERE):
+            inside.append(1)
+            time.sleep(0.1)
+            inside.append(-1)
+
+    threads = [threading.Thread(target=work, args=(store,)) for store in two]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [1, -1, 1, -1]
+    with alone(None, "whole", HERE):
+        pass
 
 
 def test_without_a_store_every_row_is_ones_own() -> None:
@@ -301,6 +320,7 @@ def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(t
     with Store.open(tmp_path) as store:
         assert set(store.times_put("latency").values()) == {1}
         assert store.times_put("sentinel") == {"reference": 1}
+        assert first.calibration is not None and set(store.times_put("whole").values()) == {1}
         assert claims(store) == []
     assert len(logged(tmp_path / "lmfx.sqlite")) == 2, "both have measured"
 

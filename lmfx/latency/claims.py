@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from lmfx.passes.errors import StoreError
 if TYPE_CHECKING:
     from lmfx.latency.store import Store
 
-__all__ = ["Owner", "Share", "claim_rows", "is_live"]
+__all__ = ["Owner", "Share", "alone", "claim_rows", "is_live"]
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
@@ -135,6 +135,15 @@ class Share:
         if self.store is not None:
             with contextlib.suppress(StoreError):  # closed or gone; then its claims die with the process
                 self.store.release(self.kind, self.identity)
+
+
+@contextlib.contextmanager
+def alone(store: Store | None, kind: str, identity: Identity) -> Iterator[None]:
+    """Waits until no other process is inside for the same kind and identity: for rows that are made all together."""
+    with Share(store, kind, identity) as share:
+        while not share.take(["*"]):
+            share.wait()
+        yield
 
 
 class Heart:
