@@ -366,6 +366,95 @@ def test_torch_compile_works_on_a_cpu() -> None:
     assert row.ms > 0
 
 
+# ONNX Runtime on a GPU
+
+
+class FakeOrt:
+    """An onnxruntime with GPU providers; `log` lists what is bound and run."""
+
+    __version__ = "1.30.0"
+
+    def __init__(self, starts: bool = True) -> None:
+        self.log: list[Any] = []
+        self.starts = starts
+        self.SessionOptions = types.SimpleNamespace
+        self.ExecutionMode = types.SimpleNamespace(ORT_SEQUENTIAL=0)
+        self.GraphOptimizationLevel = types.SimpleNamespace(ORT_ENABLE_ALL=99)
+        self.OrtValue = types.SimpleNamespace(
+            ortvalue_from_numpy=lambda array, device, i: (str(array.dtype), device, i)
+        )
+
+    def get_available_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, data: bytes, options: Any, providers: list[Any]) -> Any:
+        self.log.append(providers)
+        value = types.SimpleNamespace(name="input_0", shape=[1, 8, 12, 12], type="tensor(float16)")
+        binding = types.SimpleNamespace(
+            bind_ortvalue_input=lambda name, held: self.log.append(("in", name, held)),
+            bind_output=lambda name, device: self.log.append(("out", name, device)),
+            synchronize_inputs=lambda: self.log.append("inputs are there"),
+            synchronize_outputs=lambda: self.log.append("outputs are there"),
+        )
+        return types.SimpleNamespace(
+            io_binding=lambda: binding,
+            get_inputs=lambda: [value],
+            get_outputs=lambda: [types.SimpleNamespace(name="output_0")],
+            get_providers=lambda: [providers[0][0] if self.starts else "CPUExecutionProvider", "CPUExecutionProvider"],
+            run_with_iobinding=lambda binding: self.log.append("run"),
+        )
+
+
+@pytest.fixture
+def gpu_runtime(machine: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
+    fake = FakeOrt()
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return fake
+
+
+def test_on_a_gpu_inputs_and_outputs_stay_there_and_a_run_ends_when_it_is_done(gpu_runtime: FakeOrt) -> None:
+    pytest.importorskip("onnx")
+    options = {"cudnn_conv_algo_search": "HEURISTIC"}
+    made = get_backend("onnxruntime", provider="cuda", precision="fp16", provider_options=options)
+    row = made.prepare(workload())  # type: ignore[attr-defined]
+    assert gpu_runtime.log[:4] == [
+        [("CUDAExecutionProvider", options), "CPUExecutionProvider"],
+        ("in", "input_0", ("float16", "cuda", 0)),
+        ("out", "output_0", "cuda"),
+        "inputs are there",
+    ]
+    assert gpu_runtime.log[4:] == ["run", "outputs are there"] * 3, "it is warm before it is timed"
+    gpu_runtime.log.clear()
+    assert row.time(2) >= 0 and gpu_runtime.log[:4] == ["run", "outputs are there"] * 2
+    assert getattr(row, "refresh", None) is None, "its inputs are not written by the host"
+
+
+def test_the_options_of_a_provider_are_in_the_identity(gpu_runtime: FakeOrt) -> None:
+    found = [
+        get_backend("onnxruntime", provider=provider, **options).identity()
+        for provider in ("cuda", "tensorrt")
+        for options in ({}, {"precision": "fp16"}, {"provider_options": {"trt_max_workspace_size": "1"}})
+    ]
+    assert len({str(identity) for identity in found}) == 6
+    assert {(i["layout"], i["caches"], i["clock"], i["driver"]) for i in found} == {
+        ("isolated", "hot", "wall", "580.1")
+    }
+
+
+def test_a_provider_that_falls_back_to_the_cpu_is_an_error(gpu_runtime: FakeOrt) -> None:
+    pytest.importorskip("onnx")
+    gpu_runtime.starts = False
+    with pytest.raises(DeviceError, match="could not start its CUDAExecutionProvider, and would run on the CPU"):
+        get_backend("onnxruntime", provider="cuda").prepare(workload())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("options", [{"precision": "fp16"}, {"precision": "bf16"}, {"provider_options": {"a": "b"}}])
+def test_what_only_a_gpu_has_is_refused_on_a_cpu(options: Any) -> None:
+    with pytest.raises(OptionError, match="on the providers cuda and tensorrt|go with the providers"):
+        get_backend("onnxruntime", **options)
+
+
 # where there is a GPU
 
 

@@ -12,6 +12,7 @@ layout changes that the network does not.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import fx, nn
 
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.latency.base import TimedBackend
+from lmfx.latency.gpu import monitor_of
 from lmfx.latency.host import cpu_name, host_facts
 from lmfx.latency.layout import in_network
 from lmfx.latency.roofline import RooflineBackend
@@ -44,7 +46,8 @@ DTYPES = {
 
 
 class OnnxRuntimeBackend(TimedBackend):
-    """Times workloads in ONNX Runtime. `provider` is "cpu", "cuda" or "tensorrt".
+    """Times workloads in ONNX Runtime. `provider` is "cpu", "cuda" or "tensorrt", the last two with their
+    `provider_options` and a `precision` ("fp32", "fp16"), and without any copy to or from the host in the timed part.
 
     Raises `MissingExtra` without onnxruntime, `DeviceError` if this build of it does not have the provider.
     """
@@ -52,7 +55,13 @@ class OnnxRuntimeBackend(TimedBackend):
     name = "onnxruntime"
 
     def __init__(
-        self, threads: int = 1, provider: str = "cpu", layout: str = "network", sampling: Sampling | None = None
+        self,
+        threads: int = 1,
+        provider: str = "cpu",
+        layout: str = "network",
+        precision: str = "fp32",
+        provider_options: Mapping[str, str] | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         super().__init__(sampling)
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
@@ -61,33 +70,44 @@ class OnnxRuntimeBackend(TimedBackend):
             raise OptionError(f"unknown provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
         if layout not in ("network", "isolated"):
             raise OptionError(f'layout must be "network" or "isolated", not {layout!r}')
+        self.gpu = provider != "cpu"
+        if precision not in ("fp32", "fp16") or (precision == "fp16" and not self.gpu):
+            raise OptionError(f'precision is "fp32", or "fp16" on the providers cuda and tensorrt, not {precision!r}')
+        if provider_options and not self.gpu:
+            raise OptionError("provider_options go with the providers cuda and tensorrt")
         self.ort = _import()
         if PROVIDERS[provider] not in self.ort.get_available_providers():
             raise DeviceError(
                 f"this onnxruntime ({self.ort.__version__}) has no {PROVIDERS[provider]}, only "
                 f"{', '.join(self.ort.get_available_providers())}; pip install onnxruntime-gpu on a machine with a GPU"
             )
-        if provider != "cpu" and not torch.cuda.is_available():
+        if self.gpu and not torch.cuda.is_available():
             raise DeviceError(f"provider {provider!r} needs a CUDA device, and torch sees none; use provider='cpu'")
-        self.threads, self.provider, self.layout = threads, provider, layout
+        self.threads, self.provider, self.precision = threads, provider, precision
+        self.layout = "isolated" if self.gpu else layout  # the blocked layout is the CPU's
+        self.provider_options = {str(k): str(v) for k, v in (provider_options or {}).items()}
 
     def identity(self) -> dict[str, Any]:
-        """Backend, version, provider, device, threads, clock, layout and the facts of the host."""
+        """Backend, version, provider and its options, device, threads, clock, layout and the facts of the host."""
+        gpu = {"precision": self.precision, "provider_options": self.provider_options} if self.gpu else {}
+        if self.gpu:
+            gpu |= {"driver": monitor_of(torch.cuda.current_device()).driver}
         return {
             "backend": self.name,
             "version": self.ort.__version__,
             "provider": self.provider,
-            "device": cpu_name() if self.provider == "cpu" else torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name() if self.gpu else cpu_name(),
             "threads": self.threads,
             "clock": "cpu" if self._cpu_time else "wall",
             "layout": self.layout,
-            "caches": self.sampling.caches,
+            "caches": "hot" if self.gpu else self.sampling.caches,
+            **gpu,
             **host_facts(),
         }
 
     def prepare(self, workload: Workload) -> Runner:
-        data = to_onnx_bytes(workload.build(), workload.inputs, fill=FILL)
-        if self.layout == "isolated" or self.provider != "cpu":
+        data = self._model(workload)
+        if self.layout == "isolated":
             return self._runner(data)
         model = in_network(data, self._optimize)
         nbytes = model.ByteSize()
@@ -99,11 +119,14 @@ class OnnxRuntimeBackend(TimedBackend):
         return runner
 
     def prepare_whole(self, workload: Workload) -> Runner:
-        return self._runner(to_onnx_bytes(workload.build(), workload.inputs, fill=FILL))
+        return self._runner(self._model(workload))
+
+    def _model(self, workload: Workload) -> bytes:
+        return to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=self.precision)
 
     def lower_bound(self, module: nn.Module, workload: Workload, session: Session) -> float:
         """The time of its FLOPs at a rate that no op reaches."""
-        if not isinstance(module, fx.GraphModule) or self.provider != "cpu":
+        if not isinstance(module, fx.GraphModule) or self.gpu:
             return 0.0
         sentinel = sentinel_workload()
         flat_out = RooflineBackend(1.0, bandwidth_gbs=1e9, overhead_us=0.0)  # at 1 GFLOP/s
@@ -119,7 +142,7 @@ class OnnxRuntimeBackend(TimedBackend):
 
     @property
     def _cpu_time(self) -> bool:
-        return self.provider == "cpu" and self.threads == 1
+        return not self.gpu and self.threads == 1
 
     def _options(self) -> Any:
         options = self.ort.SessionOptions()
@@ -163,24 +186,53 @@ class OnnxRuntimeBackend(TimedBackend):
     def _runner(self, data: bytes, options: Any = None) -> CallRunner:
         import numpy as np
 
-        providers = [PROVIDERS[self.provider]] + (["CPUExecutionProvider"] if self.provider != "cpu" else [])
-        session = self.ort.InferenceSession(data, options or self._options(), providers=providers)
-        binding = session.io_binding()
         random = np.random.default_rng(0)
+        session = self._session(data, options)
+        binding, run = session.io_binding(), session.run_with_iobinding
         inputs = []
         for value in session.get_inputs():
             drawn = np.asarray(random.random(value.shape, dtype=np.float32))
             inputs.append(drawn.astype(DTYPES[value.type]))
-            binding.bind_cpu_input(value.name, inputs[-1])
+            if self.gpu:
+                held = self.ort.OrtValue.ortvalue_from_numpy(inputs[-1], "cuda", 0)
+                binding.bind_ortvalue_input(value.name, held)
+            else:
+                binding.bind_cpu_input(value.name, inputs[-1])
         for value in session.get_outputs():
-            binding.bind_output(value.name, "cpu")
-        run = session.run_with_iobinding
+            binding.bind_output(value.name, "cuda" if self.gpu else "cpu")
+        if self.gpu:
+            return self._gpu_runner(lambda: run(binding), binding, len(data))
 
         def refresh() -> None:
-            for array in inputs:
+            for array in (a for a in inputs if a.dtype.kind == "f"):
                 np.subtract(1.0, array, out=array)
 
         return CallRunner(lambda: run(binding), cpu_clock if self._cpu_time else wall_clock, len(data), refresh=refresh)
+
+    def _session(self, data: bytes, options: Any) -> Any:
+        name = PROVIDERS[self.provider]
+        if not self.gpu:
+            return self.ort.InferenceSession(data, options or self._options(), providers=[name])
+        providers = [(name, self.provider_options), "CPUExecutionProvider"]
+        session = self.ort.InferenceSession(data, options or self._options(), providers=providers)
+        if session.get_providers()[0] != name:  # it falls back to the CPU without an error
+            raise DeviceError(
+                f"onnxruntime {self.ort.__version__} could not start its {name}, and would run on the CPU; its CUDA, "
+                "cuDNN or TensorRT libraries are missing or of another version"
+            )
+        return session
+
+    def _gpu_runner(self, run: Callable[[], Any], binding: Any, nbytes: int) -> CallRunner:
+        """Inputs and outputs stay on the GPU. A run returns when the GPU has finished, so the wall clock is right."""
+        binding.synchronize_inputs()
+
+        def call() -> None:
+            run()
+            binding.synchronize_outputs()
+
+        for _ in range(3):  # the first runs choose algorithms, or build TensorRT's engines
+            call()
+        return CallRunner(call, wall_clock, nbytes)
 
 
 def _import() -> Any:
