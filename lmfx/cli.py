@@ -5,6 +5,7 @@
     lmfx frontier MODEL     every Pareto-optimal latency and importance
     lmfx compress MODEL     a network within a budget, saved to a folder
     lmfx export DIR         a saved network as ONNX
+    lmfx cache WHAT         what was measured and is kept: list, export, import, prune
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0, 2 for an error that says what to do, 130 for Ctrl-C.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from lmfx._version import __version__
+from lmfx.cli_cache import cache_commands
 from lmfx.cli_options import (
     COMPRESS_DEFAULTS,
     COMPRESS_OPTIONS,
@@ -125,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")
     made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as DIR has it)")
     made.add_argument("-o", "--output", metavar="FILE.onnx", help="default DIR/net.onnx")
+
+    text = "list, export, import and prune what was measured"
+    cache_commands(commands.add_parser("cache", help=text, description=text[0].upper() + text[1:] + "."))
     return parser
 
 

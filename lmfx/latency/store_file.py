@@ -215,7 +215,8 @@ def rescue(aside: Path, db: sqlite3.Connection) -> int:
     """Copies the rows of a damaged file whose checksums hold into a new store, and returns how many.
 
     Latencies only together with the sentinel's reference of their identity: without it the next ones would be on
-    another scale. Files of version 1 have no checksums, and nothing of them is certain.
+    another scale; whole networks, which are soon measured again, not at all. Files of version 1 have no
+    checksums, and nothing of them is certain.
     """
     rows: dict[tuple[str, ...], tuple[object, ...]] = {}
     identities: dict[tuple[str, ...], tuple[object, ...]] = {}
@@ -233,7 +234,7 @@ def rescue(aside: Path, db: sqlite3.Connection) -> int:
             _read(copied, f"SELECT hash, value FROM identities ORDER BY hash {direction}", identities)
     certain = [row for row in rows.values() if len(row) == 6 and whole(row)]
     comparable = {row[1] for row in certain if row[0] == "sentinel"}
-    kept = [row for row in certain if row[0] != "latency" or row[1] in comparable]
+    kept = [row for row in certain if row[0] not in ("latency", "whole") or row[1] in comparable]
     db.execute("BEGIN IMMEDIATE")
     db.executemany(
         "INSERT OR REPLACE INTO identities VALUES (?, ?)", [r for r in identities.values() if named(*map(str, r))]
