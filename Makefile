@@ -14,10 +14,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans, plain_networks and zoo_* are modules, fuzz has its own
-# target). What each one shows is in docs/benchmarks.md.
+# The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans, plain_networks,
+# short_training and zoo_* are modules, fuzz has its own target). What each one shows is in docs/benchmarks.md.
 BENCHMARKS := paper_table solver trace_time kill_resume estimator accuracy budget exactness zoo
-FOUND := $(filter-out random_plans plain_networks zoo_% fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+FOUND := $(filter-out random_plans plain_networks short_training zoo_% fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 ARGS ?=
 N ?= 1000
 

@@ -33,18 +33,18 @@ def data_of(name: str, seed: int) -> tuple[Any, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ShortTraining:
-    """`train` and `evaluate` for `Finetune`: `steps` of SGD on random batches, with a cosine schedule."""
+    """`train` and `evaluate` for `Finetune`: `steps` of Adam on random batches, cosine schedule, clipped gradients."""
 
     data: str = "digits"
     seed: int = 0
     steps: int = 16
     batch: int = 64
-    lr: float = 0.002
+    lr: float = 0.001
 
     @property
     def key(self) -> str:
         """A name for this training, to store rows under."""
-        return f"{self.data} {self.seed} sgd {self.steps} x {self.batch} lr {self.lr} v1"
+        return f"{self.data} {self.seed} adam {self.steps} x {self.batch} lr {self.lr} v1"
 
     def model(self, width: int, epochs: int) -> nn.Module:
         """A trained classifier."""
@@ -62,13 +62,14 @@ class ShortTraining:
     def train(self, model: nn.Module) -> None:
         """A short training in place; batches come from torch's global generator, which is seeded."""
         data, _, _ = data_of(self.data, self.seed)
-        optimizer = torch.optim.SGD(model.parameters(), lr=self.lr, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         for _ in range(self.steps):
             chosen = torch.randint(len(data.train_labels), (self.batch,))
             loss = F.cross_entropy(model(data.train_images[chosen]), data.train_labels[chosen])
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
 
