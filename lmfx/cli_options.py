@@ -47,6 +47,10 @@ def _number_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _name_or_none(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -63,6 +67,9 @@ SYNTAX: dict[str, dict[str, Any]] = {
     "max_span_convs": {"help": "most convs of the main path that one merged conv replaces"},
     "max_fit_convs": {"help": "the same where it is fitted"},
     "max_fit_unknowns": {"help": "most input channels times taps of a fitted conv"},
+    "method": {"choices": ("layermerge", "depth", "layeronly"), "help": "what may be done to a span"},
+    "norm": {"choices": ("affine", "post"), "help": "what becomes of a GroupNorm inside a composed span"},
+    "activation_after": {"metavar": "NAME", "type": _name_or_none, "help": "behind merged convs that have none: relu6"},
     "include": {"action": "append", "metavar": "GLOB", "help": "touch only modules of these names (repeatable)"},
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
     # "finetune" needs two functions, which a command line can not give.

@@ -21,7 +21,7 @@ from lmfx.passes.ir import MergePlan, Realization
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
 from lmfx.passes.rewrite import span_names
-from lmfx.passes.spans import SpanSet, enumerate_spans
+from lmfx.passes.spans import Method, Norm, SpanSet, enumerate_spans
 from lmfx.passes.trace import example_arguments, fingerprint
 from lmfx.profiling import profile_spans
 from lmfx.result import Result
@@ -45,6 +45,9 @@ def compress(
     max_kernel_size: int | None = 7,
     max_span_convs: int | None = 12,
     surrogate: Surrogate = "affine",
+    method: Method = "layermerge",
+    norm: Norm = "affine",
+    activation_after: str | None = None,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     executor: ExecutorLike = None,
@@ -66,6 +69,11 @@ def compress(
         max_kernel_size: of merged convs; None for no bound.
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
+        method: what may be done to a span: "layermerge" (all), "depth" (activations are removed, all convs are merged:
+            Kim et al. 2023), "layeronly" (single convs are removed, nothing is merged).
+        norm: what becomes of a norm inside a composed span whose statistics come from the map, like GroupNorm: "affine"
+            (its average on the calibration images) or "post" (it moves behind the merged conv, as the paper has it).
+        activation_after: an activation, like "relu6", behind merged convs whose span ended without one.
         include, exclude: globs of module names that may, or may not, be touched.
         executor: runs the fits of different spans, or the rows of `Finetune`, side by side (or a function that makes
             an executor).
@@ -85,6 +93,9 @@ def compress(
         max_kernel_size=max_kernel_size,
         max_span_convs=max_span_convs,
         max_fit_convs=max_span_convs,
+        method=method,
+        norm=norm,
+        activation_after=activation_after,
         include=include,
         exclude=exclude,
     )

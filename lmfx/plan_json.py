@@ -100,6 +100,8 @@ def decode(hint: Any, value: Any, where: str) -> Any:
 def _decode_fields(kind: type[Any], value: Any, where: str) -> Any:
     _expect(isinstance(value, dict), "an object", value, where)
     names = [f.name for f in dataclasses.fields(kind) if f.repr]
+    late = {f.name for f in dataclasses.fields(kind) if f.metadata.get("optional")}  # older files do not have them
+    names = [n for n in names if n in value or n not in late]
     if missing := [n for n in names if n not in value]:
         raise _Damage(f"{where} lacks {', '.join(missing)}")
     if unknown := [n for n in value if n not in names]:

@@ -1,6 +1,6 @@
 """Candidates -> workloads: each in the form in which the runtime will execute it.
 
-    merged span     conv + bias + kept activation                              x ─ conv ─ relu
+    merged span     conv + bias + moved norm + kept activation                 x ─ conv ─ relu
     at a join       the sum that ends the main branch goes with its last span  x ─ conv ─ add ─ relu
                                                                                y ──────────┘
     kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
@@ -25,6 +25,7 @@ from lmfx.passes import ops
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
 from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import pad_module
+from lmfx.passes.norms import moved_norm
 from lmfx.passes.rewrite import kept_nodes
 from lmfx.passes.sides import side_conv
 from lmfx.passes.states import side_inputs
@@ -65,7 +66,8 @@ class Workloads:
             return self._build(candidate, conv, body, join)
         joined = None if join is None else (join[1], *self._texts(self._fused(join[0])))
         sides = tuple(self.network.shape(n) for n in self._sides(candidate))
-        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides)
+        post = None if candidate.post_norm is None else str(self.network.module(candidate.post_norm))
+        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides, post)
         if key not in self._cache:
             self._cache[key] = self._build(candidate, conv, body, join)
         return self._cache[key]
@@ -151,6 +153,11 @@ class Workloads:
                 matrix = torch.empty(conv.out_channels, net.shape(name)[1], dtype=dtype, device="meta")
                 root.add_module(f"side{i}", side_conv(matrix, len(conv.kernel_size), None))
                 last = graph.call_function(torch.add, (last, graph.call_module(f"side{i}", (outside(name),))))
+            if candidate.post_norm is not None and conv is not None:
+                norm = moved_norm(net.module(candidate.post_norm), conv.out_channels)
+                assert norm is not None
+                root.add_module("norm", norm.to("meta"))
+                last = graph.call_module("norm", (last,))
             for name in body:
                 last = self._copy(graph, root, net.nodes[name], _always(last), values=conv is None)
         if join is not None and join[0].parallel is not None:

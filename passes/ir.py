@@ -186,7 +186,7 @@ class Candidate:
     drop     the identity
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
-    `kept` those that are composed.
+    `kept` those that are composed. `post_norm` is the node of the norm that moves behind the merged conv (`norms`).
     """
 
     span: Span
@@ -195,6 +195,7 @@ class Candidate:
     convs: tuple[str, ...] = ()
     all_convs: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    post_norm: str | None = field(default=None, metadata={"optional": True})
 
     @property
     def key(self) -> str:
@@ -207,6 +208,8 @@ class Candidate:
                 parts.append("d" + "x".join(map(str, c.dilation)))
             if c.padding_mode != "zeros" or c.padding_value:
                 parts.append(c.padding_mode if c.padding_mode != "zeros" else f"pad{c.padding_value:g}")
+        if self.post_norm is not None:
+            parts.append("post")
         return ":".join(parts)
 
 
@@ -223,4 +226,6 @@ class MergePlan:
     latency: float | None = None
     importance: float | None = None
     surrogate: Literal["identity", "affine"] = "identity"
+    # An activation behind each merged conv whose span ended without one (see `rewrite`).
+    activation_after: str | None = field(default=None, metadata={"optional": True})
     notes: dict[str, float] = field(default_factory=dict, compare=False)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx, nn
 
+from .errors import OptionError
 from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ChannelAffine",
     "ChannelLayerNorm",
     "ChannelSelect",
+    "activation_of",
     "conv_class",
     "has_hooks",
     "is_plain",
@@ -127,6 +129,14 @@ def normalizes(module: nn.Module, shape: tuple[int, ...]) -> bool:
         size = tuple(module.normalized_shape)
         return not is_plain(module, nn.LayerNorm) and size == (shape[1],) and shape[-1] != shape[1]
     return isinstance(module, (nn.GroupNorm, *INSTANCE_NORMS))
+
+
+def activation_of(name: str) -> nn.Module:
+    """The activation of this name: "relu", "relu6", "silu", "gelu", "hardswish", ... Raises `OptionError`."""
+    known = {kind.__name__.lower(): kind for kind in ACTIVATIONS if kind not in (nn.Threshold, nn.PReLU, nn.RReLU)}
+    if not isinstance(name, str) or name not in known:
+        raise OptionError(f"activation_after={name!r}: use None, or one of {', '.join(map(repr, known))}")
+    return known[name]()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

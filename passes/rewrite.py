@@ -3,7 +3,8 @@
     before     x ─ conv1 ─ bn1 ─ relu ─ conv2 ─ bn2 ─┐                    trainable  x ─ LinearSpan ─ relu
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
-`rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
+A norm that moves behind the merged conv (`norms`), or an activation that is put behind it (`after`), is a module of its
+own in both forms. `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
 nothing. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and
 parameters go, and both results are ordinary GraphModules.
 """
@@ -17,12 +18,14 @@ import torch
 from torch import fx, nn
 
 from . import linear, ops
+from .after import activated
 from .canonical import set_submodule
 from .configs import identity_config
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
 from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan
+from .norms import moved_norm
 from .placing import is_attribute
 from .sides import SideAdd, side_vector
 from .states import is_dropped, side_inputs
@@ -74,12 +77,40 @@ def rewrite(
             new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
         new.meta = {**output.meta, "path": name}
         output.replace_all_uses_with(new)
+        if candidate.post_norm is not None:
+            new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))
         nodes[candidate.span.output] = new
         placed[name] = candidate.key
+    if plan.activation_after is not None:
+        for place, keys in activated(network, plan).items():
+            name = next(n for n, key in placed.items() if key in keys)
+            _append(gm, nodes[place], f"{name}_act", ops.activation_of(plan.activation_after))
     _clean(gm)
     gm.meta["lmfx_spans"] = placed
     check_graph(gm)
     return gm
+
+
+def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """A call of `module` behind `node`, which all readers of `node` read instead."""
+    while is_attribute(gm, name):
+        name += "_"
+    set_submodule(gm, name, module)
+    with gm.graph.inserting_after(node):
+        new = gm.graph.create_node("call_module", name, (), {}, name=name.replace(".", "_"))
+    node.replace_all_uses_with(new)
+    new.args = (node,)
+    new.meta = {**node.meta, "path": name}
+    return new
+
+
+def _post_norm(network: Network, candidate: Candidate) -> nn.Module:
+    name, conv = candidate.post_norm, candidate.conv
+    known = name is not None and name in network.nodes and network.nodes[name].op == "call_module"
+    norm = moved_norm(network.module(str(name)), conv.out_channels) if known and conv is not None else None
+    if norm is None:
+        raise PlanError(f"the plan moves the norm {name} behind {candidate.key}, and the graph has no such norm")
+    return norm
 
 
 def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
@@ -186,7 +217,9 @@ def build_span(
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     assert candidate.conv is not None
     if candidate.realization == "compose":
-        return _Builder(network, kept_nodes(network, candidate), surrogates or {}).span(layers, candidate.conv)
+        bare = candidate.post_norm is not None  # the norm behind the conv undoes a scale: nothing stands for what goes
+        kept = kept_nodes(network, candidate)
+        return _Builder(network, kept, None if bare else surrogates or {}).span(layers, candidate.conv)
     return fitted_conv(network, candidate.conv)
 
 
@@ -226,7 +259,7 @@ def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
 
 class _Builder:
     def __init__(
-        self, network: Network, kept: frozenset[str], surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]]
+        self, network: Network, kept: frozenset[str], surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
     ) -> None:
         self.network = network
         self.kept = kept
@@ -267,7 +300,12 @@ class _Builder:
         return Chain(modules), config
 
     def surrogate(self, activation: str) -> nn.Module | None:
-        """What stands for an activation inside the span; without a fitted one a norm keeps its own scale and bias."""
+        """What stands for an activation inside the span; without a fitted one a norm keeps its own scale and bias.
+
+        Without surrogates at all nothing stands for it.
+        """
+        if self.surrogates is None:
+            return None
         if activation in self.surrogates:
             return ops.ChannelAffine(*self.surrogates[activation])
         module: Any = self.network.module(activation)

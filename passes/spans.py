@@ -5,6 +5,12 @@ compose   one candidate for each merged kernel size and group structure that som
 fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
           that follows the span's own size rule.
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
+
+`method` narrows this down to what the published baselines consider, with the same tables and the same solver:
+
+layermerge   all of the above                                              (Kim et al., ICML 2024)
+depth        activations are removed, every conv of a span is composed     (Kim et al., ICML 2023)
+layeronly    convs are removed one by one, nothing is merged: the drops of single layers, whose activation stays
 """
 
 from __future__ import annotations
@@ -12,19 +18,30 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from . import ops
 from .configs import is_identity_config
 from .errors import OptionError
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network
+from .norms import last_norm
 from .observed import follows
+from .ops import activation_of
 from .reduction import join_of
 from .states import State, States
 
-__all__ = ["SpanOptions", "SpanSet", "enumerate_spans"]
+__all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
 
 MAX_FIT_KERNEL = 7
+Method = Literal["layermerge", "depth", "layeronly"]
+Norm = Literal["affine", "post"]
+# What each method may realize, and which realizations of a caller's say that the method was misunderstood.
+_METHODS: dict[str, frozenset[str]] = {
+    "layermerge": frozenset({"compose", "fit", "drop", "keep"}),
+    "depth": frozenset({"compose"}),
+    "layeronly": frozenset({"drop"}),
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,20 @@ class SpanOptions:
     max_fit_unknowns: int | None = 5000  # input channels times taps of a fit; more ask for more data than is usual
     include: tuple[str, ...] = ()  # module name globs; empty means everything
     exclude: tuple[str, ...] = ()
+    method: Method = "layermerge"
+    norm: Norm = "affine"  # what becomes of a norm inside a composed span whose statistics come from the map
+    activation_after: str | None = None  # behind a merged conv whose span ended without an activation
 
     def __post_init__(self) -> None:
         unknown = set(self.realize) - {"compose", "fit", "drop", "keep"}
         if unknown:
             raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of 'compose', 'fit', 'drop'")
+        for name, values in (("method", tuple(_METHODS)), ("norm", ("affine", "post"))):
+            if getattr(self, name) not in values:
+                raise OptionError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, values))}")
+        self._check_method()
+        if self.activation_after is not None:
+            activation_of(self.activation_after)
         if self.max_kernel_size is not None and (
             not isinstance(self.max_kernel_size, int)
             or isinstance(self.max_kernel_size, bool)
@@ -52,6 +78,30 @@ class SpanOptions:
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise OptionError(f"{name}={getattr(self, name)!r}: pass a tuple of globs, like ({name!r},)")
+
+    def _check_method(self) -> None:
+        if self.method == "depth" and "compose" not in self.realize:
+            raise OptionError(
+                f"method='depth' composes all convs of a span, and realize={self.realize!r} has no 'compose': leave "
+                "realize out, or use method='layermerge'"
+            )
+        if self.method == "layeronly" and not {"compose", "drop"} & set(self.realize):
+            raise OptionError(
+                f"method='layeronly' removes convs and merges nothing, and realize={self.realize!r} asks for something "
+                "else: leave realize out, or use method='layermerge'"
+            )
+        if self.method == "layeronly" and (self.norm != "affine" or self.activation_after is not None):
+            raise OptionError(
+                "method='layeronly' merges nothing, so norm= and activation_after= say nothing: leave them out"
+            )
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """The realizations that are enumerated: what `realize` asks for, as far as the method has it."""
+        if self.method == "layermerge":
+            drop = {"drop"} if {"fit", "compose"} & set(self.realize) else set()
+            return frozenset(self.realize) | drop
+        return _METHODS[self.method]
 
 
 @dataclass(frozen=True)
@@ -91,7 +141,8 @@ class _Finder:
         self.options = options
         self.candidates: list[Candidate] = []
         self.refusals: list[Refusal] = []
-        self.states = States(network, options.max_kernel_size)
+        self.allowed = options.allowed
+        self.states = States(network, options.max_kernel_size, prune=options.method != "depth")
 
     # --- the loop over spans -----------------------------------------------------------------------------------------
 
@@ -101,7 +152,7 @@ class _Finder:
             states: list[State] | Refusal | None = None
             for stop in range(start + 1, len(series.layers) + 1):
                 layer = series.layers[stop - 1]
-                if stop > start + 1 and self.too_long(series, start, stop):
+                if stop > start + 1 and (self.options.method == "layeronly" or self.too_long(series, start, stop)):
                     break
                 states = self.states.extend(states, layer)
                 if stop == start + 1:
@@ -121,13 +172,13 @@ class _Finder:
             return
         if isinstance(states, Refusal):
             self.refusals.append(states)
-        elif main and "compose" in self.options.realize:
+        elif main and "compose" in self.allowed:
             self.compose(span, layers, states, main, every)
         if not main:
             return
-        if {"fit", "drop", "compose"} & set(self.options.realize):
+        if "drop" in self.allowed:
             self.drop(span, layers, main, every)
-        if "fit" in self.options.realize:
+        if "fit" in self.allowed:
             self.fit(span, series, layers, main, every)
 
     def too_long(self, series: Series, start: int, stop: int) -> bool:
@@ -204,6 +255,7 @@ class _Finder:
             if key not in best or state.score > best[key].score:
                 best[key] = state
         order = {name: i for i, name in enumerate(every)}
+        post = last_norm(self.network, layers) if self.options.norm == "post" else None
         for state in sorted(best.values(), key=lambda s: (s.config.kernel_size, s.config.groups)):
             kept = sorted(state.kept, key=order.__getitem__)
             if every and not kept:
@@ -212,7 +264,7 @@ class _Finder:
             if too_small is not None:
                 self.refusals.append(too_small)
                 continue
-            self.candidates.append(Candidate(span, "compose", state.config, *self.paths(main, every, kept)))
+            self.candidates.append(Candidate(span, "compose", state.config, *self.paths(main, every, kept), post))
 
     def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
         """Why a map can not be padded from its own values, as torch does it."""

@@ -37,11 +37,15 @@ class State:
 
 
 class States:
-    """The states of layers and of runs of layers in one network, none with a kernel over `max_kernel_size`."""
+    """The states of layers and of runs of layers in one network, none with a kernel over `max_kernel_size`.
 
-    def __init__(self, network: Network, max_kernel_size: int | None) -> None:
+    Without `prune` every conv is kept.
+    """
+
+    def __init__(self, network: Network, max_kernel_size: int | None, prune: bool = True) -> None:
         self.network = network
         self.limit = max_kernel_size
+        self.prune = prune
         self._known: dict[int, list[State] | Refusal] = {}
 
     def extend(self, states: list[State] | Refusal | None, layer: Layer) -> list[State] | Refusal:
@@ -97,7 +101,7 @@ class States:
         if layer.conv is None:
             return [State(config, 0.0, (), not self.network.affine_nodes(layer))]
         states = [State(config, self.network.l1(layer.conv), (layer.conv,), False)]
-        if self.network.reducible(layer):
+        if self.prune and self.network.reducible(layer):
             states.append(State(identity_config(config.in_channels, len(config.kernel_size)), 0.0, (), True))
         return self.bounded(states, layer.nodes)
 

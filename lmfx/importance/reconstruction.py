@@ -34,6 +34,7 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan, fill_pad
+from lmfx.passes.norms import moved_norm
 from lmfx.passes.rewrite import build_span, kept_nodes
 from lmfx.passes.spans import SpanSet
 from lmfx.passes.states import side_inputs
@@ -258,6 +259,9 @@ class _Scorer:
         self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], parts: list[_Part], scale: float
     ) -> float:
         total, images = 0.0, 0
+        norm = None
+        if c.post_norm is not None and c.conv is not None:
+            norm = moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
         for part in parts:
             x, y = part.values[c.span.entry], part.values[c.span.output]
             with torch.no_grad():
@@ -265,6 +269,7 @@ class _Scorer:
                 new = x if op is None else _apply(op, x, c).contiguous()
                 for name, conv in sides.items():
                     new = new + conv(part.values[name])
+                new = new if norm is None else norm(new)
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
