@@ -2,8 +2,8 @@
 
 `published_entries` states the rule of the published enumeration (see `paper_table`) again, for this kind of network:
 
-    position   p is the boundary after conv p of the main path, in the order in which they run, counted from 1; the 1 x 1
-               convs of attention and shortcuts are not counted. The last conv is in no entry
+    position   p is the boundary after conv p of the main path, in the order in which they run, counted from 1; the
+               1 x 1 convs of attention and shortcuts are not counted. The last conv is in no entry
     breaks     the ends of every residual block, attention, and the ends of the long skips: all boundaries but those in
                the middle of a block. So a span is one conv, or both convs of a block
     merged     any number of the convs is kept, from the irreducible ones (channels change, or stride) to all, at least
@@ -113,7 +113,8 @@ def library_net(channels: int = 128) -> nn.Module:
     """diffusers' UNet2DModel in the configuration of google/ddpm-cifar10-32, with random weights."""
     import diffusers
 
-    net: nn.Module = diffusers.UNet2DModel(
+    make: Any = diffusers.UNet2DModel
+    net: nn.Module = make(
         sample_size=32,
         block_out_channels=(channels, 2 * channels, 2 * channels, 2 * channels),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),

@@ -1,13 +1,13 @@
 """An activation behind each merged conv whose span ended without one.
 
-Kim et al. (ICML 2023) and LayerMerge (ICML 2024) give a merged conv an activation where the original block ended linearly
-(MobileNetV2's blocks do), since the network has lost those inside the span:
+Kim et al. (ICML 2023) and LayerMerge (ICML 2024) give a merged conv an activation where the original block ended
+linearly, since the network has lost those inside the span:
 
     before     x ─ conv ─ relu ─ conv ─ add          after     x ─ merged ─ add ─ relu6
                └──────────────────────── ┘                     └──────────── ┘
 
-A span that ends a branch of a sum has its activation behind the sum, as the published code has it. Where the network has
-an activation there already, or the merged conv replaced a single layer, nothing is put.
+A span that ends a branch of a sum has its activation behind the sum, as the published code has it. Where the network
+has an activation there already, or the merged conv replaced a single layer, nothing is put.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["activated"]
 
 
 def activated(network: Network, plan: MergePlan) -> dict[str, list[str]]:
-    """The nodes whose value gets the plan's activation, and the keys of the candidates that are the reason, in order."""
+    """The nodes whose value gets the plan's activation, and the keys of the candidates that are the reason."""
     owner = {
         branch.name: (series, i)
         for series in network.series.values()

@@ -7,6 +7,8 @@
     %d = dropout(%r, 0.1, False)
     %s = mul(%d, 0.5)
 
+`x * sigmoid(x)` is nn.SiLU.
+
 Joins are normalised to torch.add, torch.sub, torch.mul and torch.cat over values; constants are folded into a
 `ChannelAffine`. A node that fits no rule stays as it is (opaque for the later passes).
 """
@@ -44,6 +46,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
             changed += _module(gm, node)
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
+    changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed += channels_first(gm)
     changed += select_channels(gm)
@@ -99,6 +102,19 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return bypass(node)
     place(gm, node, module, name)
     return True
+
+
+def _swish(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """x * sigmoid(x) is one activation, not a product of two branches."""
+    if op_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
+        return False
+    for value, gate in (node.args, node.args[::-1]):
+        if not isinstance(gate, fx.Node) or gate.op != "call_module" or gate.args != (value,):
+            continue
+        if ops.is_plain(gm.get_submodule(str(gate.target)), nn.Sigmoid):
+            place(gm, node, nn.SiLU(), "silu", value)  # type: ignore[arg-type]
+            return True
+    return False
 
 
 def _drop_identity(node: fx.Node) -> bool:

@@ -195,7 +195,7 @@ class Candidate:
     convs: tuple[str, ...] = ()
     all_convs: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
-    post_norm: str | None = field(default=None, metadata={"optional": True})
+    post_norm: str | None = field(default=None, kw_only=True, metadata={"optional": True})
 
     @property
     def key(self) -> str:

@@ -1,18 +1,20 @@
-"""Norms whose statistics come from the map, moved behind the merged conv (the paper's treatment of its U-Net).
+"""Norms whose statistics come from the map, moved behind the merged conv.
 
     x ─ conv1 ─ norm ─ act ─ conv2 ─ add       trainable   x ─ LinearSpan ─ norm ─ add
                                                merged      x ─ conv ─────── norm ─ add
 
 Such a norm is not affine, so it can not stay between two convs that become one. With `norm="affine"` its
-calibration-average affine stands for it. With `norm="post"` nothing stands for it, and one norm of its kind follows the
-merged conv, in the trainable form as in the merged one, so that merging is exact. Of several removed norms the last is
-kept: its statistics would undo the scale and shift of those before it. LayerMerge (ICML 2024) does this for DDPM, with a
-freshly initialised norm; here the weights of the moved norm stay where the number of channels allows it.
+calibration-average affine stands for it. With `norm="post"` nothing stands for it, and one norm of its kind follows
+the merged conv, in the trainable form as in the merged one, so that merging is exact. Of several removed norms the last
+is kept: its statistics would undo the scale and shift of those before it. LayerMerge (ICML 2024) does this for its
+denoising network, with a freshly initialised norm; here the moved norm keeps its weights where the number of channels
+allows it.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -49,10 +51,10 @@ def _norms(network: Network, layers: tuple[Layer, ...], end: str | None) -> list
 
 
 def moved_norm(module: nn.Module, channels: int) -> nn.Module | None:
-    """A norm like `module` for maps of `channels` channels, with its weights where the number of channels is the same.
+    """A norm like `module` for maps of `channels` channels, with its weights where it has as many channels itself.
 
-    None for a class of norm that can not be made for another number of channels. A GroupNorm keeps its number of groups,
-    or has one group a channel where that does not divide the channels (as the published code does).
+    None for a class of norm that can not be made for another number of channels. A GroupNorm keeps its number of
+    groups, or has one group a channel where that does not divide the channels (as the published code does).
     """
     own = getattr(module, "num_channels", None) or getattr(module, "num_features", None)
     if own is None:
@@ -60,12 +62,12 @@ def moved_norm(module: nn.Module, channels: int) -> nn.Module | None:
     if own == channels:
         return copy.deepcopy(module)
     weight = next(iter(module.parameters()), None)
-    like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
+    like: dict[str, Any] = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
     if isinstance(module, nn.GroupNorm) and ops.is_plain(module, nn.GroupNorm):
         groups = module.num_groups if channels % module.num_groups == 0 else channels
         return nn.GroupNorm(groups, channels, module.eps, module.affine, **like)
     if isinstance(module, ops.INSTANCE_NORMS) and ops.plain_in(module, ops.INSTANCE_NORMS):
-        return type(module)(channels, module.eps, module.momentum, module.affine, module.track_running_stats, **like)  # type: ignore[arg-type,union-attr]
+        return type(module)(channels, module.eps, module.momentum, module.affine, module.track_running_stats, **like)
     if isinstance(module, ops.ChannelLayerNorm):
         return ops.ChannelLayerNorm(channels, module.eps, module.elementwise_affine, **like)
     return None

@@ -3,10 +3,10 @@
     before     x ─ conv1 ─ bn1 ─ relu ─ conv2 ─ bn2 ─┐                    trainable  x ─ LinearSpan ─ relu
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
-A norm that moves behind the merged conv (`norms`), or an activation that is put behind it (`after`), is a module of its
-own in both forms. `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
-nothing. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and
-parameters go, and both results are ordinary GraphModules.
+`rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
+nothing. A norm that moves behind the merged conv (`norms`), or an activation that is put behind it (`after`), is a
+module of its own in both forms. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules
+stay, dead modules and parameters go, and both results are ordinary GraphModules.
 """
 
 from __future__ import annotations

@@ -264,7 +264,8 @@ class _Finder:
             if too_small is not None:
                 self.refusals.append(too_small)
                 continue
-            self.candidates.append(Candidate(span, "compose", state.config, *self.paths(main, every, kept), post))
+            paths = self.paths(main, every, kept)
+            self.candidates.append(Candidate(span, "compose", state.config, *paths, post_norm=post))
 
     def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
         """Why a map can not be padded from its own values, as torch does it."""

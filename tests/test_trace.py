@@ -490,3 +490,34 @@ def test_torchvision_classifiers_trace_and_enumerate(name: str) -> None:
     model = double(torchvision.models.get_model(name))
     gm = check_trace(model, torch.randn(1, 3, size, size).double(), tolerance=1e-12)
     assert len(enumerate_spans(Network(gm))) > 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [lambda x: x * torch.sigmoid(x), lambda x: torch.sigmoid(x) * x, lambda x: x.sigmoid().mul(x)],
+    ids=["product", "other order", "methods"],
+)
+def test_a_value_times_its_sigmoid_is_one_activation(body: Any) -> None:
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return body(self.conv(x))
+
+    gm = trace(Swish().double().eval(), torch.randn(1, 3, 5, 5, dtype=torch.float64))
+    assert ops_of(gm) == ["Conv2d", "SiLU"]
+
+
+def test_a_value_times_anothers_sigmoid_stays_a_product() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * torch.sigmoid(self.b(x))
+
+    gm = trace(Gate().double().eval(), torch.randn(1, 3, 5, 5, dtype=torch.float64))
+    assert "mul" in ops_of(gm) and "SiLU" not in ops_of(gm)
