@@ -48,7 +48,7 @@ from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
-from lmfx.report.text import table
+from lmfx.report.text import calibration_text, table
 from lmfx.stages import default_backend, profile, score, solve, trace
 from lmfx.store import example_of, load, model_spec, save
 
@@ -187,6 +187,7 @@ def _profile(args: argparse.Namespace) -> None:
     where = {name: latency.identity.get(name) for name in ("backend", "version", "device", "threads")}
     print("{backend} {version} on {device}, {threads} thread(s)\n".format(**where))
     print(table(("candidate", "convolutions", "ms", "spread"), rows, right=(2, 3)))
+    print(f"\n{calibration_text(latency)}")
     if args.output:
         print(f"\nwrote {latency.save(args.output)}")
 

@@ -536,6 +536,16 @@ def test_workloads_may_be_built_without_values(backend: str) -> None:
     assert row.ms > 0
 
 
+def test_threads_are_pinned_where_there_is_a_core_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = get_backend("onnxruntime", threads=2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
+    assert two._pinned() == "6" and two.identity()["pinned"] is True  # type: ignore[attr-defined]
+    assert get_backend("onnxruntime", threads=3)._pinned() == "6;10"  # type: ignore[attr-defined]
+    assert get_backend("onnxruntime", threads=1).identity()["pinned"] is False
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3}, raising=False)
+    assert two.identity()["pinned"] is False
+
+
 def test_several_threads_are_timed_by_the_wall_clock() -> None:
     pytest.importorskip("onnxruntime")
     one, two = get_backend("onnxruntime"), get_backend("onnxruntime", threads=2)

@@ -9,12 +9,12 @@ import pytest
 from torch import fx, nn
 
 from lmfx.budget import Budget
-from lmfx.latency import Calibration
+from lmfx.latency import Calibration, LatencyTable, Measurement
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusal, Span
 from lmfx.passes.linear_span import Chain, LinearSpan
 from lmfx.report import report
-from lmfx.report.text import group_refusals, short, table
+from lmfx.report.text import calibration_text, group_refusals, short, table
 from lmfx.result import Result
 
 CONV = ConvConfig(8, 8, (5, 3), (2, 1), ((2, 2), (1, 1)), (1, 1))
@@ -194,3 +194,15 @@ def test_a_table_aligns_its_columns() -> None:
 @pytest.mark.parametrize(("count", "text"), [(0, ""), (4, "n0, n1, n2, n3"), (5, "n0, n1, ... n4 (5)")])
 def test_a_list_of_names_is_short(count: int, text: str) -> None:
     assert short([f"n{i}" for i in range(count)]) == text
+
+
+def test_what_a_table_promises_is_said_in_one_line() -> None:
+    rows = {"0:0-1:keep": Measurement(1.0), "0:1-2:keep": Measurement(1.0, quality="busy")}
+    assert calibration_text(LatencyTable(rows, {})) == (
+        "not calibrated on whole networks\n1 row only seen while the machine was busy"
+    )
+    known = LatencyTable({"0:0-1:keep": Measurement(1.0)}, {}, Calibration(0.5, 1.25, 0.01, 0.9, 0.02, 0.08, 13))
+    assert calibration_text(known) == (
+        "network = 0.5 ms + 1.25 x sum of its rows; off by 1.0 %, 2.0 % held out, at worst 8.0 %, Kendall tau 0.90 "
+        "(13 networks)"
+    )

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, Refusal
 from lmfx.result import Result, result_of
 from lmfx.store import is_merged
 
-__all__ = ["Report", "group_refusals", "report", "short", "size", "table"]
+__all__ = ["Report", "calibration_text", "group_refusals", "report", "short", "size", "table"]
 
 ROWS = 12  # of a table, unless all is wanted
 NAMES = 4  # of a list of names
@@ -82,17 +83,29 @@ def _head(result: Result) -> str:
     lines.append(f"  backend    {_backend(result)}")
     line = result.line
     if line is not None:
-        errors = [f"off by {_percent(line.mape)}"] if math.isfinite(line.mape) else []
-        errors += [f"{_percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
-        errors += [f"Kendall tau {line.kendall_tau:.2f}"] if math.isfinite(line.kendall_tau) else []
-        seen = ", ".join(errors) or "exact"
-        lines.append(f"  table      network = {line.a:.4g} ms + {line.b:.4g} x sum of its rows; {seen}")
+        lines.append(f"  table      {_line(line)}")
     if result.images is not None:
         few = "; too few to judge a fit: pass calibration=" if result.images < FEW_IMAGES and plan.candidates else ""
         lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
+
+
+def calibration_text(latency: LatencyTable) -> str:
+    """What a latency table promises of whole networks, and how many of its rows the machine was too busy for."""
+    line = latency.calibration
+    busy = sum(m.quality == "busy" for m in latency.values())
+    said = "not calibrated on whole networks" if line is None else f"{_line(line)} ({_count(line.plans, 'network')})"
+    return said + (f"\n{_count(busy, 'row')} only seen while the machine was busy" if busy else "")
+
+
+def _line(line: Calibration) -> str:
+    errors = [f"off by {_percent(line.mape)}"] if math.isfinite(line.mape) else []
+    errors += [f"{_percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
+    errors += [f"at worst {_percent(line.worst)}"] if math.isfinite(line.worst) else []
+    errors += [f"Kendall tau {line.kendall_tau:.2f}"] if math.isfinite(line.kendall_tau) else []
+    return f"network = {line.a:.4g} ms + {line.b:.4g} x sum of its rows; {', '.join(errors) or 'exact'}"
 
 
 def _budget_ms(result: Result) -> str:
