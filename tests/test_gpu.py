@@ -18,6 +18,7 @@ from lmfx.latency import cuda as cuda_module
 from lmfx.latency import tensorrt as tensorrt_module
 from lmfx.latency.cuda import CudaRunner
 from lmfx.latency.gpu import Conditions, Monitor
+from lmfx.latency.rounds import Sampling
 from lmfx.latency.tensorrt import TensorRTBackend
 from lmfx.passes.errors import DeviceError, ExportError, OptionError
 from tests.fake_cuda import LAUNCH_MS, FakeCuda, fake_nvml, fake_tensorrt
@@ -34,10 +35,10 @@ def runner(fake: FakeCuda, ms: float, **options: Any) -> CudaRunner:
 
 def test_a_short_call_is_captured_several_times_and_launches_do_not_count() -> None:
     fake = FakeCuda()
-    row = runner(fake, 0.04)
+    row = runner(fake, 0.045)
     assert row.captured and row.inner == 5
-    assert row.time(20) == pytest.approx(20 * 0.04)
-    assert row.time(1) == pytest.approx(0.04), "one graph is five calls, and the time of one is told"
+    assert row.time(20) == pytest.approx(20 * 0.045)
+    assert row.time(1) == pytest.approx(0.045), "one graph is five calls, and the time of one is told"
     assert row.conditions == {"cuda_graph": True}
 
 
@@ -48,7 +49,7 @@ def test_a_long_call_is_captured_once() -> None:
 
 def test_nothing_but_replays_stands_between_the_events() -> None:
     fake = FakeCuda()
-    row = runner(fake, 0.05)
+    row = runner(fake, 0.055)
     fake.log.clear()
     fake.queries = 0
     row.time(12)
@@ -143,6 +144,15 @@ def test_nvidia_smi_is_asked_once_a_row_where_there_is_no_nvml(monkeypatch: pyte
 def test_an_answer_that_is_none_is_no_condition(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     smi(monkeypatch, {"clocks.sm,clocks_event_reasons.active": answer})
     assert Conditions(Monitor()).as_dict() == {} and Monitor().driver == ""
+
+
+def test_a_batch_of_rows_may_fill_a_quarter_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = types.SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: large)
+    assert gpu.sampling_on(0, None).batch_bytes == 20 * 2**30
+    assert gpu.sampling_on(0, Sampling(batch_bytes=5)).batch_bytes == 5
+    large.total_memory = 2**20
+    assert gpu.sampling_on(0, None) == Sampling()
 
 
 def test_without_nvml_and_nvidia_smi_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

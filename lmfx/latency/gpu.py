@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Conditions", "Monitor", "monitor_of"]
+from lmfx.latency.rounds import Sampling
+
+__all__ = ["Conditions", "Monitor", "monitor_of", "sampling_on"]
 
 # The bits of nvmlClocksEventReasons that are worth telling: idling and user settings slow nothing down by themselves.
 REASONS = {
@@ -106,6 +108,17 @@ class Conditions:
         if found is not None:
             self.clocks.append(found[0])
             self.bits |= found[1]
+
+
+def sampling_on(index: int, sampling: Sampling | None) -> Sampling:
+    """The sampling that was asked for, else one whose batches of rows fill a quarter of the GPU's memory."""
+    if sampling is not None:
+        return sampling
+    try:
+        total = int(torch.cuda.get_device_properties(index).total_memory)
+    except (AssertionError, RuntimeError):  # no such device, which is told later
+        return Sampling()
+    return Sampling(batch_bytes=max(Sampling().batch_bytes, total // 4))
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from lmfx.export.precision import check_precision
 from lmfx.export.tensorrt import import_tensorrt, serialize_engine
 from lmfx.latency.base import Measurement, Prune, TimedBackend
 from lmfx.latency.cuda import CudaRunner
-from lmfx.latency.gpu import monitor_of
+from lmfx.latency.gpu import monitor_of, sampling_on
 from lmfx.latency.host import host_facts
 from lmfx.latency.rounds import Runner, Sampling, Session
 from lmfx.latency.store import Store
@@ -69,7 +69,6 @@ class TensorRTBackend(TimedBackend):
         device: str = "cuda",
         sampling: Sampling | None = None,
     ) -> None:
-        super().__init__(sampling)
         check_precision(precision)
         try:
             self.device = torch.device(device)
@@ -77,6 +76,7 @@ class TensorRTBackend(TimedBackend):
             raise OptionError(f"{device!r} is not a torch device; use 'cuda' or 'cuda:1'") from error
         if self.device.type != "cuda":
             raise OptionError(f"TensorRT runs on 'cuda' devices, not on {device!r}; use latency='onnxruntime' on a CPU")
+        super().__init__(sampling_on(self.device.index or 0, sampling))
         self.trt = import_tensorrt(package)
         if not torch.cuda.is_available():
             raise DeviceError("the tensorrt backend needs a CUDA device, and torch sees none; use onnxruntime on a CPU")

@@ -14,7 +14,7 @@ from lmfx.export.emit import off_meta
 from lmfx.export.precision import check_precision
 from lmfx.latency.base import Measurement, Prune, TimedBackend, Whole
 from lmfx.latency.cuda import CudaRunner
-from lmfx.latency.gpu import monitor_of
+from lmfx.latency.gpu import monitor_of, sampling_on
 from lmfx.latency.host import cpu_name, host_facts
 from lmfx.latency.rounds import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
 from lmfx.latency.store import Store
@@ -64,6 +64,8 @@ class TorchBackend(TimedBackend):
             raise DeviceError(f"device {device!r} was asked for, and torch sees no CUDA device; use device='cpu'")
         if self.cuda and (self.device.index or 0) >= torch.cuda.device_count():
             raise DeviceError(f"there is no {device!r}, only {torch.cuda.device_count()} CUDA devices")
+        if self.cuda:
+            self.sampling = sampling_on(self.device.index or 0, sampling)
         self.threads, self.precision = threads, precision
         self.channels_last = self.cuda if channels_last is None else channels_last
         self.cuda_graph, self.compile = cuda_graph and self.cuda, compile
@@ -105,8 +107,8 @@ class TorchBackend(TimedBackend):
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(0)
         inputs = [self._input(torch.rand(s, generator=generator), d) for s, d in workload.inputs]
-        tensors = (*module.parameters(), *inputs)
-        nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        sizes = [sum(t.numel() * t.element_size() for t in tensors) for tensors in (module.parameters(), inputs)]
+        nbytes = sizes[0] + (3 * sizes[1] if self.cuda else 0)  # a graph holds what is between, too
         run: Any = module
         if self.compile:
             run = torch.compile(module)
