@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,23 @@ def test_a_gpu_that_is_never_steady_holds_nobody_up(monkeypatch: pytest.MonkeyPa
     calls = iter(range(100000))
     CudaRunner(lambda: fake.kernel(1.0 + next(calls) % 2), cuda=fake, graph=False)
     assert next(calls) < 50
+
+
+def test_what_a_graph_reads_stays_until_the_runner_is_closed() -> None:
+    fake = FakeCuda()
+    weights = nn.Linear(2, 2)
+    alive = weakref.ref(weights)
+
+    def call(weights: nn.Module = weights) -> None:
+        fake.kernel(0.05)
+
+    row = CudaRunner(call, cuda=fake)
+    del call, weights
+    gc.collect()
+    assert row.captured and alive() is not None
+    row.close()
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_closed_runner_lets_go_of_everything() -> None:

@@ -50,6 +50,7 @@ class CudaRunner:
         self.nbytes, self._on_close, self._cuda = nbytes, on_close, cuda
         self._stream = cuda.Stream()
         self._stream.wait_stream(cuda.current_stream())
+        self._call = call  # a graph reads the tensors of its call by their addresses, so they must stay
         self._run, self.inner, self.captured = call, 1, False
         with cuda.stream(self._stream):  # libraries choose their kernels, and runtimes compile, outside of the capture
             for _ in range(3):
@@ -74,7 +75,7 @@ class CudaRunner:
 
     def close(self) -> None:
         """Lets go of the graph and of all that the call holds."""
-        self._run = _closed
+        self._run = self._call = _closed
         if self._on_close is not None:
             self._on_close()
 
