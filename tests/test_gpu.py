@@ -263,6 +263,18 @@ def test_one_timing_cache_is_shared_kept_beside_the_store_and_read_again(
         assert "timing cache of b'good+++'" in again.log and file.read_bytes() == b"good+++++"
 
 
+def test_whole_networks_use_the_cache_of_the_rows(
+    machine: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = backend(monkeypatch, machine, fake_tensorrt())
+    with Store.open(tmp_path) as store:
+        made.measure([workload()], store)
+    (file,) = tmp_path.glob("*.timing")
+    before = file.read_bytes()
+    (times,) = made.measure_interleaved([workload(20)], 3)
+    assert times == pytest.approx([0.05] * 3) and file.read_bytes() == before + b"+"
+
+
 @pytest.mark.parametrize("blob", [b"damaged", b"foreign"])
 def test_a_timing_cache_that_is_not_ours_is_begun_anew(
     blob: bytes, machine: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -14,7 +14,7 @@ Both only save time; a damaged or foreign one is not used, and written anew. Of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lmfx.export.atomic import atomic_write
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.export.precision import check_precision
 from lmfx.export.tensorrt import import_tensorrt, serialize_engine
-from lmfx.latency.base import Measurement, Prune, TimedBackend
+from lmfx.latency.base import Measurement, Prune, TimedBackend, Whole
 from lmfx.latency.cuda import CudaRunner
 from lmfx.latency.gpu import monitor_of, sampling_on
 from lmfx.latency.host import host_facts
@@ -86,6 +86,7 @@ class TensorRTBackend(TimedBackend):
         self.runtime = self.trt.Runtime(self.logger)
         if not self.runtime:
             raise DeviceError(f"{self._package} could not make a runtime on {torch.cuda.get_device_name(self.device)}")
+        self._folder: Path | None = None
         self._timing = _Cache("timing")
         self._compiled = _Cache("runtime")
 
@@ -143,12 +144,19 @@ class TensorRTBackend(TimedBackend):
         prune: Prune | None = None,
     ) -> dict[str, Measurement]:
         """See `Backend.measure`. The caches beside the store are read before, and written after."""
-        folder = None if store is None else store.path.parent
-        self._load(folder)
+        self._folder = self._folder if store is None else store.path.parent
+        self._load(self._folder)
         try:
             return super().measure(workloads, store, progress, rounds, prune)
         finally:
-            self._save(folder)
+            self._save(self._folder)
+
+    def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
+        """See `Backend.measure_interleaved`. The caches are those of the last store that rows were measured into."""
+        try:
+            return super().measure_interleaved(modules, repeats)
+        finally:
+            self._save(self._folder)
 
     # --- building ------------------------------------------------------------------------------------------------
 
