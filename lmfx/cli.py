@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from lmfx._version import __version__
+from lmfx.carried import check_table
 from lmfx.cli_cache import cache_commands
 from lmfx.cli_options import (
     COMPRESS_DEFAULTS,
@@ -36,10 +37,11 @@ from lmfx.cli_options import (
     model_and_example,
     model_options,
     score_options,
+    table_option,
     taken,
 )
 from lmfx.compress import compress
-from lmfx.frontier import Frontier
+from lmfx.frontier import IDENTITY, Frontier
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.models import load_model
 from lmfx.passes.errors import LmfxError, OptionError, PlanError
@@ -106,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("frontier", _frontier, "find every Pareto-optimal latency and importance")
     model_options(made)
     measure_options(made)
+    table_option(made)
     score_options(made)
     made.add_argument("--plot", metavar="FILE.png", help="draw it")
     made.add_argument("--json", action="store_true", help="print a JSON object with all points")
@@ -120,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
     made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
     measure_options(made)
+    table_option(made)
     score_options(made)
     add(made, compress, COMPRESS_OPTIONS)
 
@@ -141,11 +145,25 @@ def _backend(args: argparse.Namespace, graph: nn.Module) -> Backend:
     return get_backend(args.backend or default_backend(graph), **options)
 
 
+def _carried(args: argparse.Namespace) -> LatencyTable | None:
+    """The table of --table, if there is one. Read before the model is, because it is what may be wrong."""
+    if getattr(args, "table", None) is None:
+        return None
+    for name in ("backend", "threads"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name} says where to measure, and with --table nothing is measured: leave one out")
+    return LatencyTable.load(args.table)
+
+
 def _measured(args: argparse.Namespace) -> tuple[Any, SpanSet, LatencyTable]:
+    carried = _carried(args)
     model, x = model_and_example(args)
     graph = trace(model, x)
-    backend = _backend(args, graph)
     spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
+    if carried is not None:
+        check_table(spans, carried)
+        return graph, spans, carried
+    backend = _backend(args, graph)
     return graph, spans, profile(graph, backend, spans=spans, cache_dir=args.cache_dir, progress=not args.quiet)
 
 
@@ -233,7 +251,8 @@ def _print_frontier(frontier: Frontier, calibration: str) -> None:
         (f"{p.latency:.4f}", f"{p.latency / frontier.original:.3f}", f"{p.importance:.4g}", str(len(p.plan.candidates)))
         for p in (frontier[i] for i in chosen)
     ]
-    print(f"{len(frontier)} Pareto-optimal plans; the original's rows add up to {frontier.original:.4f} ms")
+    whole = "the original's rows add up to" if frontier.line is IDENTITY else "the original is predicted at"
+    print(f"{len(frontier)} Pareto-optimal plans; {whole} {frontier.original:.4f} ms")
     print(f"importance from {calibration}\n")
     print(table(("ms", "of the original", "importance", "changed spans"), rows, right=range(4)))
 
@@ -246,6 +265,7 @@ def _compress(args: argparse.Namespace) -> None:
         from lmfx.export.emit import require_onnx
 
         require_onnx()  # said now and not after minutes of work
+    carried = _carried(args)
     images, what = calibration(args.calibration, args.shape)
     model, x = model_and_example(args)
     net = compress(
@@ -253,7 +273,7 @@ def _compress(args: argparse.Namespace) -> None:
         x,
         args.budget,
         calibration=images,
-        latency=_backend(args, model),
+        latency=_backend(args, model) if carried is None else carried,
         importance=args.importance,
         surrogate=args.surrogate,
         cache_dir=args.cache_dir,

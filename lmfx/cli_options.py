@@ -33,6 +33,7 @@ __all__ = [
     "model_and_example",
     "model_options",
     "score_options",
+    "table_option",
     "taken",
 ]
 
@@ -121,6 +122,12 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the backend (default 1)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add(parser, compress, ("cache_dir",))
+
+
+def table_option(parser: argparse.ArgumentParser) -> None:
+    """Latencies that were measured elsewhere."""
+    text = "use these latencies (lmfx profile -o, on the machine that is to run it) and measure nothing here"
+    parser.add_argument("--table", metavar="TABLE.json", help=text)
 
 
 def score_options(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,12 @@ from torch import fx, nn
 
 from lmfx.budget import Budget
 from lmfx.calibration import Calibration, as_calibration
+from lmfx.carried import Predicted, check_table, predict_plan, runtime_of
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, get_estimator
 from lmfx.importance.pool import ExecutorLike
-from lmfx.latency import Backend, Store, get_backend
+from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import MergePlan, Realization
@@ -39,7 +40,7 @@ def compress(
     budget: Budget | float | str,
     *,
     calibration: Any = None,
-    latency: str | Backend | None = None,
+    latency: str | Backend | LatencyTable | None = None,
     importance: str | Estimator = "reconstruction",
     realize: tuple[Realization, ...] = ("compose", "fit"),
     max_kernel_size: int | None = 7,
@@ -63,7 +64,8 @@ def compress(
         budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms"; 1.0 changes nothing.
         calibration: unlabelled images, a tensor (images, ...) or a loader of batches; without it the example stands in.
         latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
-            "roofline", or a backend object.
+            "roofline", or a backend object; or a `LatencyTable` of `lmfx.profile` that was measured elsewhere: then
+            nothing is measured here, and the budget is met by prediction.
         importance: "reconstruction", "magnitude", or an estimator object like `Finetune(train, evaluate)`.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares).
         max_kernel_size: of merged convs; None for no bound.
@@ -85,7 +87,6 @@ def compress(
     `InfeasibleBudget` (with the fastest latency reached) if no plan is fast enough.
     """
     wanted = Budget.parse(budget)
-    backend_name = latency
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
     options = span_options(
@@ -102,27 +103,46 @@ def compress(
     check_run_options(executor, cache_dir)
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
     graph = trace(model, example_input)
-    backend = get_backend(backend_name if backend_name is not None else default_backend(graph))
     spans = enumerate_spans(Network(graph), options)
+    source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
+    if isinstance(latency, LatencyTable):
+        source = latency
+        check_table(spans, source)
+    else:
+        source = get_backend(latency if latency is not None else default_backend(graph))
     images = as_calibration(calibration, example_input)
     if wanted.kind != "ms" and wanted.value == 1:
-        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, backend, merge, None, images)
+        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, source, merge, None, images)
     if not any(c.realization != "keep" for c in spans):
-        reached = median(backend.measure_interleaved([bare(graph, example_arguments(example_input))])[0])
-        reasons = "; ".join(str(r) for r in spans.refusals[:3])
-        raise InfeasibleBudget(
-            f"nothing in {type(model).__name__} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
-            "See lmfx.spans(graph).refusals",
-            reached,
-        )
+        raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
     with Store.open(cache_dir) as store:
-        table = profile_spans(spans, backend, store, progress)
+        table = source if isinstance(source, LatencyTable) else profile_spans(spans, source, store, progress)
         scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
     frontier = solve_spans(spans, table, scores, surrogate=surrogate)
-    found = find_plan(graph, frontier, wanted, backend, example_input, progress)
+    found: Found | Predicted
+    if isinstance(source, LatencyTable):
+        found = predict_plan(frontier, wanted)
+    else:
+        found = find_plan(graph, frontier, wanted, source, example_input, progress)
     student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
-    return _finish(graph, net, found.plan, spans, wanted, backend, merge, found, images)
+    return _finish(graph, net, found.plan, spans, wanted, source, merge, found, images)
+
+
+def _nothing_to_merge(
+    name: str, spans: SpanSet, source: Backend | LatencyTable, example_input: Any
+) -> InfeasibleBudget:
+    if isinstance(source, LatencyTable):
+        reached = source.total() if source.calibration is None else source.predict()
+    else:
+        network = bare(spans.network.gm, example_arguments(example_input))
+        reached = median(source.measure_interleaved([network])[0])
+    reasons = "; ".join(str(r) for r in spans.refusals[:3])
+    return InfeasibleBudget(
+        f"nothing in {name} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
+        "See lmfx.spans(graph).refusals",
+        reached,
+    )
 
 
 def _finish(
@@ -131,9 +151,9 @@ def _finish(
     plan: MergePlan,
     spans: SpanSet,
     budget: Budget,
-    backend: Backend,
+    source: Backend | LatencyTable,
     merged: bool,
-    found: Found | None,
+    found: Found | Predicted | None,
     images: Calibration,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
@@ -146,7 +166,7 @@ def _finish(
         plan=plan,
         budget=budget,
         merged=merged,
-        backend=dict(backend.identity()),
+        backend=runtime_of(source) if isinstance(source, LatencyTable) else dict(source.identity()),
         names=tuple(span_names(graph, plan)),
         refusals=spans.refusals,
         kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),

@@ -104,12 +104,13 @@ class Frontier:
         A relative budget counts from the predicted latency of the original. Raises `InfeasibleBudget` with the fastest
         predicted latency if there is none.
         """
-        limit = Budget.parse(budget).resolve(self.original)
+        wanted = Budget.parse(budget)
+        limit = wanted.resolve(self.original)
         latency = self.latency
         index = int(np.searchsorted(latency, limit * (1 + 1e-12), side="right")) - 1
         if index < 0:
             raise InfeasibleBudget(
-                f"no plan reaches {limit:.4g} ms (budget {budget!r}, original {self.original:.4g} ms): the fastest is "
+                f"no plan reaches {limit:.4g} ms (budget {wanted}, original {self.original:.4g} ms): the fastest is "
                 f"predicted at {latency[0]:.4g} ms. Ask for that or more, or allow more with realize=, "
                 "max_kernel_size= or fewer exclude=",
                 float(latency[0]),

@@ -22,7 +22,7 @@ from lmfx.passes.spans import SpanSet
 from lmfx.passes.trace import fingerprint
 from lmfx.workloads import Workloads
 
-__all__ = ["digest", "profile_spans", "table_identity"]
+__all__ = ["digest", "network_facts", "profile_spans", "table_identity"]
 
 MARGIN = 1.5  # a merged conv may reach this much more throughput than the best kept layer
 SLACK = 1.1  # a quick timing may be wrong by this much
@@ -74,15 +74,15 @@ def profile_spans(
 
 def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
     """What the rows of a table are good for: the backend's identity, and dtype and batch of the network."""
+    return {**backend.identity(), **network_facts(spans)}
+
+
+def network_facts(spans: SpanSet) -> dict[str, Any]:
+    """What a table is good for besides the backend: dtype, batch and the graph's digest."""
     entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
     shape = entry.meta["shape"] if entry is not None else ()
     dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""
-    return {
-        **backend.identity(),
-        "dtype": dtype,
-        "batch": shape[0] if shape else 0,
-        "graph": digest(spans.network.gm),
-    }
+    return {"dtype": dtype, "batch": shape[0] if shape else 0, "graph": digest(spans.network.gm)}
 
 
 def digest(graph: fx.GraphModule) -> str:

@@ -19,7 +19,9 @@ __all__ = ["Result", "result_of"]
 @dataclass(frozen=True)
 class Result:
     """One compression. Latencies are of whole networks on `backend`, in ms; `ratio` is measured over the original's,
-    taken side by side. `names` are the module names of the plan's spans, in the plan's order (a drop has none)."""
+    taken side by side. With a table that was measured elsewhere `measured` and `ratio` are None, and `predicted` and
+    `original` come from that table. `names` are the module names of the plan's spans, in the plan's order (a drop has
+    none)."""
 
     plan: MergePlan
     budget: Budget

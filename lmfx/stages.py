@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from lmfx.calibration import as_calibration
+from lmfx.carried import check_table
 from lmfx.checks import check_batched, check_graph, check_model, check_run_options, span_options
 from lmfx.fitting import fit_plan
 from lmfx.frontier import Frontier, solve_spans
@@ -196,17 +197,11 @@ def solve(
     for table, kind, stage in ((latency, LatencyTable, "profile"), (score, ImportanceTable, "score")):
         if not isinstance(table, kind):
             raise TableError(f"solve needs a table of lmfx.{stage}, not a {type(table).__name__}")
-        made_for = table.identity.get("graph", digest(graph))
-        if made_for != digest(graph):
-            raise TableError(
-                f"the {kind.__name__} was made for another graph ({made_for}, this one is {digest(graph)}): {stage} "
-                "this one"
-            )
     candidates = spans if spans is not None else globals()["spans"](graph)
-    missing = [c.key for c in candidates if c.realization == "keep" and c.key not in latency]
-    if missing:
+    check_table(candidates, latency)
+    made_for = score.identity.get("graph", digest(graph))
+    if made_for != digest(graph):
         raise TableError(
-            f"the latency table has no row for {missing[0]!r} and {len(missing) - 1} more kept layers of this graph: "
-            "it was measured for another graph or with other options; profile this one"
+            f"the ImportanceTable was made for another graph ({made_for}, this one is {digest(graph)}): score this one"
         )
     return solve_spans(candidates, latency, score)

@@ -115,6 +115,12 @@ def _budget_ms(result: Result) -> str:
 
 
 def _latency(result: Result) -> str:
+    if result.measured is None and result.predicted is not None and result.original:
+        ratio = result.predicted / result.original
+        return (
+            f"{result.original:.4g} ms before, {result.predicted:.4g} ms after ({_percent(ratio)}, {1 / ratio:.2f}x as "
+            "fast): predicted, not measured here"
+        )
     if result.measured is None or result.original is None:
         return "not measured"
     text = f"{result.original:.4g} ms before, {result.measured:.4g} ms after"

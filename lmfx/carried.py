@@ -1,0 +1,73 @@
+"""A latency table that was measured elsewhere: on the machine that is to run the network, and carried here as JSON.
+
+    there   lmfx profile MODEL -o table.json
+    here    compress(model, x, budget, latency=table)        nothing is measured, the budget is met by prediction
+
+A prediction is a sum of the table's rows through its calibration (`LatencyTable.calibration`), which says how far it
+was off on whole networks there. Without a calibration it is the sum itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmfx.budget import Budget
+from lmfx.frontier import Frontier
+from lmfx.latency import LatencyTable
+from lmfx.passes.errors import TableError
+from lmfx.passes.ir import MergePlan
+from lmfx.passes.spans import SpanSet
+from lmfx.profiling import network_facts
+
+__all__ = ["Predicted", "check_table", "predict_plan", "runtime_of"]
+
+_REMEDY = {
+    "batch": "profile again with an example of this batch size, or compress with one of that",
+    "dtype": "profile again with a network of this dtype, or compress one of that",
+    "graph": "profile this one",
+}
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The plan that holds by prediction; whole networks, ms. Nothing was measured: the fields are those of `Found`."""
+
+    index: int
+    plan: MergePlan
+    frontier: Frontier
+    predicted: float
+    original: float
+    measured: None = None
+    ratio: None = None
+
+
+def check_table(spans: SpanSet, table: LatencyTable) -> None:
+    """Raises `TableError` for a table of another graph, batch or dtype, or one that lacks rows of kept layers."""
+    facts = network_facts(spans)
+    for name in ("batch", "dtype", "graph"):  # the graph's digest would tell all three, but not which
+        theirs = table.identity.get(name, facts[name])
+        if theirs != facts[name]:
+            what = "for another graph" if name == "graph" else f"with another {name}"
+            raise TableError(f"the LatencyTable was made {what} ({theirs}, this one is {facts[name]}): {_REMEDY[name]}")
+    missing = [c.key for c in spans if c.realization == "keep" and c.key not in table]
+    if missing:
+        raise TableError(
+            f"the latency table has no row for {missing[0]!r} and {len(missing) - 1} more kept layers of this graph: "
+            "it was measured for another graph or with other options; profile this one"
+        )
+
+
+def predict_plan(frontier: Frontier, budget: Budget) -> Predicted:
+    """The best plan whose predicted latency is within `budget`; relative ones count from the predicted original.
+
+    Raises `InfeasibleBudget` with the fastest prediction.
+    """
+    index = frontier.index_at(budget)
+    plan = frontier.plan(index)
+    return Predicted(index, plan, frontier, float(frontier.latency[index]), frontier.original)
+
+
+def runtime_of(table: LatencyTable) -> dict[str, Any]:
+    """The identity of the backend that a table was measured on."""
+    return {k: v for k, v in table.identity.items() if k not in _REMEDY}
