@@ -191,7 +191,7 @@ class _Search:
 
     def note(self, place: int, value: float) -> None:
         """A score, and what it says of those that it bounds. One that is no number says nothing."""
-        self.scores[place] = value
+        self.scores[place] = float(value)
         if value > -inf:
             above = self.bounding[place]
             self.bound[above] = np.minimum(self.bound[above], value)

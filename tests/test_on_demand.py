@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,7 @@ def _never(model: Any) -> float:
 
 def test_the_report_says_what_was_saved(made: Made) -> None:
     found = made.on_demand(Known(monotone(made, 0)), ["60%", "2x"])
+    assert json.loads(json.dumps(asdict(replace(found, table=None))))["broken"] == found.broken  # type: ignore[arg-type]
     text = str(found)
     assert f"scored {found.evaluations} of {len(made.candidates)} candidates" in text
     assert text.count("budget ") == 2 and "scored pairs" in text

@@ -88,7 +88,7 @@ def violations(
         for j in bounded[i].tolist():
             if j in values:
                 pairs += 1
-                excess = value - values[j]
-                broken += excess > slack
+                excess = float(value - values[j])
+                broken += int(excess > slack)
                 most = max(most, excess)
     return broken, pairs, most
