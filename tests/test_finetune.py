@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from toys import images, toy
 import lmfx
 from lmfx.calibration import Calibration
 from lmfx.importance import Finetune
-from lmfx.importance.jobs import PackedNetwork, isolated
+from lmfx.importance.jobs import Job, PackedNetwork, isolated, run_job
 from lmfx.importance.objective import Objective, importances
 from lmfx.latency import Store
 from lmfx.passes.ir import Candidate, MergePlan, Span
@@ -148,7 +149,32 @@ def test_a_retrained_layer_is_initialised_anew_trained_and_subtracted(made: Made
     assert all(v != original for v in layers) and layers[0] != layers[1]
 
 
-_STORED = ("estimator", "version", "key", "seed", "threads", "surrogate", "weights", "calibration")
+_STORED = (
+    "estimator", "version", "key", "seed", "threads", "surrogate", "activation_after", "weights", "calibration",
+)  # fmt: skip
+
+
+def test_an_activation_behind_merged_convs_is_there_when_they_are_scored(made: Made, tmp_path: Path) -> None:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(i, 5, 3, padding=1) for i in (3, 5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(torch.relu(self.a(x)))).mean((2, 3))
+
+    graph = lmfx.trace(Linear().eval(), DATA[:1])
+    after, before = (
+        Made(graph, lmfx.spans(graph, realize=("compose",), activation_after=a), made.data, []) for a in ("relu6", None)
+    )
+    candidate = next(c for c in after.spans if c.realization == "compose" and c.convs == ("a", "b"))
+    with Store.open(tmp_path) as store:
+        options: dict[str, Any] = {"candidates": [candidate], "train": toys.nothing, "key": "a", "store": store}
+        values = [m.score(**options)[candidate.key] for m in (after, before)]
+    plans = [MergePlan((candidate,), surrogate="affine", activation_after=a) for a in ("relu6", None)]
+    nets = [lmfx.rewrite(graph, plan, calibration=DATA) for plan in plans]
+    expected = [toys.accuracy(net.eval()) - toys.accuracy(graph) for net in nets]
+    assert values == pytest.approx(expected, abs=1e-7) and abs(values[0] - values[1]) > 1e-5
 
 
 # --- how rows add up --------------------------------------------------------------------------------------------------
@@ -476,6 +502,24 @@ def test_a_packed_network_computes_the_same_and_keeps_what_is_shared() -> None:
         next(first.parameters()).zero_()
     assert torch.equal(run(second, DATA), run(graph, DATA))
     assert not torch.equal(run(first, DATA), run(graph, DATA))
+    arrived = ForkingPickler.loads(ForkingPickler.dumps(packed))
+    assert torch.equal(run(arrived.unpack(), DATA), run(graph, DATA))
+    assert len(list(arrived.unpack().parameters())) == len(list(graph.parameters()))
+
+
+def test_a_job_that_arrives_in_a_worker_is_not_unpacked_beside_one_that_runs() -> None:
+    """torch.fx traces a graph that is unpickled, and then every module call of the process is the tracer's."""
+    packed = PackedNetwork.of(lmfx.trace(toy(), DATA[:1]))
+    sent = bytes(ForkingPickler.dumps(Job("a", packed, None, toys.accuracy, 0, 1)))
+    arrived = ForkingPickler.loads(sent)
+    assert isinstance(arrived.network.structure, bytes)
+
+    with ThreadPoolExecutor(1) as pool:
+        with isolated(0, 1):  # as a job that runs
+            future = pool.submit(run_job, arrived)
+            with pytest.raises(TimeoutError):
+                future.result(0.2)
+        assert future.result(30).performance == pytest.approx(toys.accuracy(packed.unpack()))
 
 
 def test_nothing_warns_where_all_is_well(made: Made) -> None:

@@ -196,6 +196,7 @@ class Finetune:
             "seed": self.seed,
             "threads": self.threads,
             "surrogate": self.surrogate,
+            "activation_after": spans.options.activation_after,
             "weights": weights_digest(network.gm),
             "calibration": calibration.digest(),
         }
@@ -204,7 +205,7 @@ class Finetune:
         keys = [*originals, *(row for row, _ in layers.values()), *wanted]
         found = {} if kept is None else _stored(kept, identity, keys)
         todo = [k for k in keys if k not in found]
-        jobs = self.jobs(network, todo, wanted, {row: layer for row, layer in layers.values()}, calibration)
+        jobs = self.jobs(spans, todo, wanted, {row: layer for row, layer in layers.values()}, calibration)
         label = f"scoring ({self.name})" if kept is not None or store is None else f"scoring ({self.name}, no key=)"
         with progress_bar(len(todo), label, progress and bool(todo)) as bar:
             for outcome in run_jobs(run_job, jobs, executor, name=_name, ahead=self.ahead, retries=self.retries):
@@ -222,13 +223,14 @@ class Finetune:
 
     def jobs(
         self,
-        network: Network,
+        spans: SpanSet,
         todo: Sequence[str],
         candidates: Mapping[str, Candidate],
         layers: Mapping[str, Layer],
         calibration: Calibration,
     ) -> Iterator[Job]:
         """The jobs of the rows `todo`, each made when it is asked for."""
+        network = spans.network
         surrogates: dict[str, tuple[Tensor, Tensor]] | None = None
         if self.surrogate == "affine" and any(candidates[k].realization == "compose" for k in todo if k in candidates):
             with isolated(self.seed, self.threads):
@@ -240,7 +242,7 @@ class Finetune:
                 elif key in layers:
                     net = reset_layer(network, layers[key])
                 else:
-                    plan = MergePlan((candidates[key],))
+                    plan = MergePlan((candidates[key],), activation_after=spans.options.activation_after)
                     net = fit_plan(network, rewrite(network.gm, plan, surrogates), plan, calibration)
             train = None if key == ORIGINAL else self.train
             yield Job(key, PackedNetwork.of(net), train, self.evaluate, self.seed, self.threads)

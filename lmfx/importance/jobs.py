@@ -2,8 +2,10 @@
 
     Job ── pickled by the executor ── run_job ── Outcome(key, performance, seconds)
 
-A network travels as its structure (a GraphModule on the meta device) and the bytes of its tensors, so nothing is shared
-between processes, and a worker that dies takes nothing with it. The result does not depend on where or when a job runs:
+A network travels as its structure (a GraphModule on the meta device) and its tensors, both as bytes, so nothing is
+shared between processes, and a worker that dies takes nothing with it. The structure is made again only when its job
+runs: torch.fx traces a graph that is unpickled, which takes over every module call of the process meanwhile, and Dask
+unpickles what arrives beside the job that runs. The result does not depend on where or when a job runs:
 torch, numpy and Python draw from the same seed in each, torch has the same number of threads, and the jobs of one
 process run one at a time, because it has only one of each of these. All of them are put back afterwards.
 """
@@ -17,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -36,9 +39,12 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @dataclass(frozen=True)
 class PackedNetwork:
-    """A module as its structure, whose tensors have no values, and the values as safetensors."""
+    """A module as its structure, whose tensors have no values, and the values as safetensors.
 
-    structure: nn.Module
+    In another process the structure is bytes.
+    """
+
+    structure: nn.Module | bytes
     values: bytes
     device: str
 
@@ -54,10 +60,26 @@ class PackedNetwork:
         return cls(structure, safetensors.torch.save(values), device)
 
     def unpack(self) -> nn.Module:
-        """The network, on its device; each call gives another copy."""
+        """The network, on its device; each call gives another copy. Nothing else may run modules meanwhile."""
+        structure = self.structure
+        if isinstance(structure, bytes):
+            structure = ForkingPickler.loads(structure)
         values = safetensors.torch.load(self.values)
-        filled = {id(t): _like(t, values[str(i)].to(self.device)) for i, t in enumerate(_tensors(self.structure))}
-        return copy.deepcopy(self.structure, filled)
+        filled = {id(t): _like(t, values[str(i)].to(self.device)) for i, t in enumerate(_tensors(structure))}
+        return copy.deepcopy(structure, filled)
+
+    def __reduce__(self) -> tuple[type[PackedNetwork], tuple[bytes, bytes, str]]:
+        structure = self.structure if isinstance(self.structure, bytes) else _frozen(self.structure)
+        return type(self), (structure, self.values, self.device)
+
+
+def _frozen(structure: nn.Module) -> bytes:
+    """A structure as multiprocessing sends it, or as Dask does: with classes by value that workers can not import."""
+    try:
+        import cloudpickle
+    except ImportError:
+        return bytes(ForkingPickler.dumps(structure))
+    return bytes(cloudpickle.dumps(structure))
 
 
 def _tensors(net: nn.Module) -> list[Tensor]:
