@@ -3,8 +3,9 @@
     python benchmarks/budget.py [--models resnet18 ...] [--budgets 0.8 0.6 0.4] [--importance magnitude]
 
 Random weights, 64 random calibration images, 224 x 224, batch 1, ONNX Runtime on one thread, CPU time. Original and
-result are both written by torch's own ONNX exporter (not by the emitter that lmfx searches with) and measured in turn (each
-run once before it is timed, as a network that is run again and again), five repetitions of `--rounds` rounds; a repetition is the median of its rounds' ratios.
+result are both written by torch's own ONNX exporter (not by the emitter that lmfx searches with) and measured in turn,
+each run once before it is timed, as a network that is run again and again finds its weights. Five repetitions of
+`--rounds` rounds; a repetition is the median of its rounds' ratios.
 
     measured   result over original: median, and the largest of the five repetitions
     / budget   the largest of the five over the budget: at most 1.02 is asked for

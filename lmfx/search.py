@@ -28,12 +28,12 @@ from lmfx.wholes import timing_form
 
 __all__ = ["Found", "find_plan"]
 
-MARGIN = 0.985  # aim this far below the budget, and accept what is measured up to ACCEPT of it
-ACCEPT = 0.995
+MARGIN = 0.98  # aim this far below the budget, and accept what is measured up to ACCEPT of it
+ACCEPT = 0.99
 STEPS, TRIES = 12, 5  # of the search, and of stepping back from a plan that was over the budget when looked at closely
 REPEATS, FINAL_REPEATS = 5, 11
 LEAST_MS, LONGEST = 250.0, 12  # of each network a measurement, at most this many times the repeats
-CLOSE = 0.97  # within this of the budget a plan is good enough
+CLOSE = 0.965  # within this of the budget a plan is good enough
 
 
 @dataclass(frozen=True)
