@@ -228,3 +228,14 @@ def test_what_can_not_be_converted_says_why() -> None:
     odd = [onnx.helper.make_node("Odd", ["x"], ["o"], domain="nobody"), onnx.helper.make_node("Relu", ["o"], ["y"])]
     with pytest.raises(ExportError, match="type of 'o'"):
         convert(made(odd, [], (1,), (1,)), "bf16")
+
+
+def test_half_precision_costs_no_more_than_torchs_own(capsys: Any) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("onnxscript")
+    from benchmarks import half
+
+    assert half.main(["--models", "timm/test_resnet"]) == 0
+    name, ours, theirs, casts = capsys.readouterr().out.splitlines()[1].split()
+    assert name == "timm/test_resnet" and 0 < float(ours) < 2 * float(theirs) < 0.01 and int(casts) >= 2
+    assert half.main(["--models", "timm/test_resnet", "--tolerance", "0"]) == 1
