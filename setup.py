@@ -25,6 +25,7 @@ EXTRAS = {
     "vision": ["torchvision"],
     "plot": ["matplotlib"],
     "dask": ["distributed>=2024.1"],
+    "pruning": ["torch-pruning>=1.5"],
 }
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}

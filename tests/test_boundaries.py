@@ -29,6 +29,7 @@ OPTIONAL = (
     "tensorrt",
     "tensorrt_rtx",
     "timm",
+    "torch_pruning",
     "torchvision",
 )
 

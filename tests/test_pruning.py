@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,3 @@ def test_and_compressed_once_more(pruner: Any) -> None:
     again = compress(net, X, 0.8)
     assert again.meta["lmfx"]["result"].ratio <= 0.8
     assert run(again, X).shape == run(model, X).shape
-
-
-def test_nothing_of_lmfx_needs_torch_pruning() -> None:
-    for name in ("lmfx", "lmfx.compress", "lmfx.passes.rewrite"):
-        module = importlib.import_module(name)
-        assert "torch_pruning" not in vars(module)
