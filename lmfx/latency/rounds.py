@@ -186,8 +186,8 @@ class Session:
                 sweep = self._sweep(sum(r.nbytes for r in rows.values())) if single else 0.0
                 group = due[i : i + s.every]
                 middle = shuffle.randrange(len(group))
-                if single and self.nothing is not None:
-                    self.nothing.time(1)  # the code that every call needs is not what the sweep is to throw out
+                if single:  # the code that every row needs is not what the sweep is to throw out
+                    self.sentinel.time(1)
                 part = []
                 for at, k in enumerate(group):
                     if single and self.nothing is not None and at == middle:
