@@ -15,9 +15,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 # The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans, plain_networks,
-# short_training and zoo_* are modules, fuzz has its own target). What each one shows is in docs/benchmarks.md.
+# small_networks, short_training and zoo_* are modules, fuzz has its own target). What each one shows is in docs/benchmarks.md.
 BENCHMARKS := paper_table solver trace_time kill_resume estimator accuracy budget exactness zoo
-FOUND := $(filter-out random_plans plain_networks short_training zoo_% fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+FOUND := $(filter-out random_plans plain_networks small_networks short_training zoo_% fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 ARGS ?=
 N ?= 1000
 

@@ -26,6 +26,7 @@ EXTRAS = {
     "plot": ["matplotlib"],
     "dask": ["distributed>=2024.1"],
     "pruning": ["torch-pruning>=1.5"],
+    "train": ["accelerate>=1.0"],
 }
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}

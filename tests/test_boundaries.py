@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = sorted((ROOT / "passes").glob("*.py"))
 OPTIONAL = (
+    "accelerate",
     "dask",
     "diffusers",
     "distributed",
