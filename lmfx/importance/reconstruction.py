@@ -15,7 +15,7 @@ quarter: on the images that it was made from, a fit with more unknowns than pixe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from math import prod
@@ -28,6 +28,7 @@ from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike, opened
+from lmfx.latency.claims import Share
 from lmfx.latency.store import Store
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate
@@ -46,6 +47,7 @@ from lmfx.values import batches_for, flat_output, record, record_batches, resume
 __all__ = ["Reconstruction"]
 
 VERSION = 3
+AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
 EXACT_MACS = 1e12  # some ten seconds on two cores
 HELD_BYTES = 3 << 30  # values of all calibration images that may be held at once
 
@@ -102,17 +104,45 @@ class Reconstruction:
         rows = {c.key: 0.0 for c in candidates if c.realization == "keep"}
         if store is not None:
             rows.update({k: float(v) for k, v in store.get_many("importance", identity, list(wanted)).items()})
-        todo = [c for c in wanted.values() if c.key not in rows]
+        todo = {k: c for k, c in wanted.items() if k not in rows}
         if todo:
-            with progress_bar(len(todo), "scoring (reconstruction)", progress) as bar:
-                with opened(executor) as pool:
-                    for key, value in _Scorer(self, spans, calibration, pool).run(todo):
+            with (
+                progress_bar(len(todo), "scoring (reconstruction)", progress) as bar,
+                Share(store, "importance", identity) as share,
+                opened(executor) as pool,
+            ):
+
+                def collect(keys: Iterable[str]) -> None:
+                    """Takes what other processes have finished."""
+                    found = {} if store is None else store.get_many("importance", identity, list(keys))
+                    for key, value in found.items():
+                        rows[key] = float(value)
+                        del todo[key]
+                        bar.update(1)
+
+                def take(some: Sequence[Candidate]) -> list[Candidate]:
+                    """Those of some candidates that nobody has scored, or does now."""
+                    mine = share.take([c.key for c in some])
+                    collect(mine)
+                    share.give_back([k for k in mine if k not in todo])
+                    return [c for c in some if c.key in mine and c.key in todo]
+
+                while todo:
+                    for key, value in _Scorer(self, spans, calibration, pool).run(list(todo.values()), take):
+                        del todo[key]
                         bar.update(1)
                         if not math.isfinite(value):
+                            share.give_back([key])
                             continue  # its arithmetic overflows: without a row it can not be chosen
                         rows[key] = value
                         if store is not None:
                             store.put("importance", identity, key, value)
+                    while todo and not (free := share.take(todo, 1)):  # the rest is claimed by others
+                        share.wait()
+                        collect(todo)
+                    if todo:  # given up by its process, or finished in this moment
+                        share.give_back(free)
+                        collect(todo)
         return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
 
     def resolved(self, network: Network, candidates: int, calibration: Calibration) -> Reconstruction:
@@ -166,7 +196,10 @@ class _Scorer:
         self.calibration, self.judged = calibration.split(options.images)
         self.executor = executor
 
-    def run(self, candidates: list[Candidate]) -> Iterator[tuple[str, float]]:
+    def run(
+        self, candidates: list[Candidate], take: Callable[[Sequence[Candidate]], list[Candidate]]
+    ) -> Iterator[tuple[str, float]]:
+        """Key and importance of those candidates that `take` gives when their turn comes."""
         names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
         names |= {side for c in candidates if c.realization == "compose" for side in _sides(self.network, c)}
         parts, scale = self.parts(names)
@@ -174,23 +207,33 @@ class _Scorer:
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
             surrogates = affine_surrogates(self.network, self.calibration)
         others = [c for c in candidates if c.realization != "fit"]
-        for c in others:
-            yield c.key, self.value(c, *self.composed(c, surrogates), parts, scale)
+        for i in range(0, len(others), AT_ONCE):
+            for c in take(others[i : i + AT_ONCE]):
+                yield c.key, self.value(c, *self.composed(c, surrogates), parts, scale)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
         for chunk in self.chunks(groups):
-            wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
-            held = record_batches(self.gm, self.calibration, wanted)
-            jobs = [(g, held[g.entry], {n: held[n] for n in {c.span.output for c in g.candidates}}) for g in chunk]
-            results = (
-                (self.fitted(*job) for job in jobs) if self.executor is None else self.executor.map(_fit_job, jobs)
-            )
-            for group, ops in zip(chunk, results, strict=True):
+            jobs = self.jobs(chunk, take)
+            results: Iterable[tuple[FitGroup, dict[str, LinearOp]]]
+            if self.executor is None:
+                results = ((job[0], _fit_job(job)) for job in jobs)
+            else:
+                listed = list(jobs)
+                results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
+            for group, ops in results:
                 for c in group.candidates:
                     yield c.key, self.value(c, ops[c.key], {}, parts, scale)
 
-    @staticmethod
-    def fitted(group: FitGroup, x: Tensor, ys: dict[str, Tensor]) -> dict[str, LinearOp]:
-        return _fit_job((group, x, ys))
+    def jobs(
+        self, chunk: list[FitGroup], take: Callable[[Sequence[Candidate]], list[Candidate]]
+    ) -> Iterator[tuple[FitGroup, Tensor, dict[str, Tensor]]]:
+        """The fits of groups of which `take` gives something; the network runs once for all of them."""
+        wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
+        held: dict[str, Tensor] = {}
+        for whole in chunk:
+            if mine := take(whole.candidates):
+                group = replace(whole, candidates=tuple(mine))
+                held = held or record_batches(self.gm, self.calibration, wanted)
+                yield group, held[group.entry], {n: held[n] for n in {c.span.output for c in mine}}
 
     def chunks(self, groups: list[FitGroup]) -> Iterator[list[FitGroup]]:
         """Groups whose values together fit in memory, so that the network runs as seldom as possible."""
