@@ -53,6 +53,7 @@ class Denoiser(nn.Module):
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
+            add_attention=False,  # whose reshapes would tie the traced network to one batch size
         )
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -159,6 +160,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--budget", default="0.7")
     parser.add_argument("--norm", default="affine", choices=["affine", "post"])
+    parser.add_argument("--images", type=int, default=32, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--latency", default="onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     example = (torch.randn(1, 1, SIZE, SIZE), torch.tensor([TIMES // 2]))
     random = torch.Generator().manual_seed(args.seed)
-    x, t, _ = noisy(images[torch.randint(len(images), (128,), generator=random)], random)
+    x, t, _ = noisy(images[torch.randint(len(images), (args.images,), generator=random)], random)
     student = lmfx.compress(
         model,
         example,
@@ -191,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         calibration=(x, t),
         latency=args.latency,
         norm=args.norm,
+        max_span_convs=3,  # residual blocks and their neighbours; longer spans only make the table longer
         cache_dir=args.out / "cache",
         merge=False,
         progress=False,

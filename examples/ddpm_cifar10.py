@@ -127,7 +127,7 @@ class Short:
         images = self._part(0)
         optimizer = torch.optim.Adam(model.parameters(), lr=self.rate)
         steps = self.epochs * max(len(images) // self.batch, 1)
-        for x, t, noise in NoisyBatches(images, steps, min(self.batch, len(images)), self.device):
+        for x, t, noise in NoisyBatches(images, steps, self.batch, self.device):
             loss = F.mse_loss(model(x, t), noise)
             optimizer.zero_grad()
             loss.backward()
@@ -138,12 +138,13 @@ class Short:
     def evaluate(self, model: nn.Module) -> float:
         """The denoising loss on images that `train` does not see, with the same noise for all."""
         model.to(self.device)
-        random, total, count = torch.Generator().manual_seed(0), 0.0, 0
-        for images in scaled(self._part(1)).split(self.batch):
-            x, t, noise = (v.to(self.device) for v in noisy(images, random))
-            total += float(F.mse_loss(model(x, t), noise)) * len(images)
-            count += len(images)
-        return total / count
+        random, losses = torch.Generator().manual_seed(0), []
+        images = scaled(self._part(1))
+        whole = torch.arange(-(-len(images) // self.batch) * self.batch) % len(images)  # see `main`: whole batches
+        for chosen in images[whole].split(self.batch):
+            x, t, noise = (v.to(self.device) for v in noisy(chosen, random))
+            losses.append(float(F.mse_loss(model(x, t), noise)))
+        return sum(losses) / len(losses)
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -156,7 +157,6 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 256, 256], help="with --weights none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--latency", help="backend: tensorrt, torch, onnxruntime, roofline (default: by the device)")
-    parser.add_argument("--latency-batch", type=int, default=128, help="images a batch (default: %(default)s)")
     parser.add_argument("--importance", default="finetune", help="finetune (the paper), or reconstruction")
     parser.add_argument("--share", type=float, default=0.01, help="of the images (default: %(default)s)")
     parser.add_argument("--importance-epochs", type=int, default=50)
@@ -164,7 +164,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--norm", default="post", choices=["post", "affine"])
     parser.add_argument("--plan-only", action="store_true", help="stop when there is a plan")
     parser.add_argument("--steps", type=int, default=100_000, help="of fine-tuning (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=128, help="in training and in latencies (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
     parser.add_argument("--seed", type=int, default=0)
@@ -181,9 +181,10 @@ def main(arguments: list[str] | None = None) -> None:
     random = torch.Generator().manual_seed(args.seed)
     chosen = scaled(images[torch.randint(len(images), (args.calibration,), generator=random)])
     x, t, _ = (v.to(args.device) for v in noisy(chosen, random))
+    # Attention reshapes to numbers that are read off the example, so all batches are as large as it is.
     example = (
-        torch.randn(args.latency_batch, 3, 32, 32, device=args.device),
-        torch.full((args.latency_batch,), TIMES // 2, device=args.device),
+        torch.randn(args.batch, 3, 32, 32, device=args.device),
+        torch.full((args.batch,), TIMES // 2, device=args.device),
     )
     short = Short(args.data.resolve(), args.share, args.importance_epochs, args.batch, args.rate, args.device)
     plan = args.out / "plan.json"

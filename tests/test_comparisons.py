@@ -9,10 +9,25 @@ from typing import Any
 import pytest
 import torch
 from helpers import one_thread as one_thread
+from torch import nn
 
 from benchmarks import diffusion_digits, methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Small(nn.Module):
+    """Three convolutions with norms, in place of the network of the benchmark."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        for _ in range(3):
+            layers += [nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(width, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
 
 
 def tiny(seed: int) -> Any:
@@ -28,6 +43,7 @@ def test_methods_compares_all_and_goes_on_where_it_was(
     import characters
 
     monkeypatch.setattr(characters, "load", tiny)
+    monkeypatch.setattr(characters, "Classifier", Small)
     file = tmp_path / "methods.json"
     arguments = (
         f"--data characters --seeds 0 --budgets 0.7 --epochs 1 --train-epochs 1 --width 4 --images 16 --json {file}"
@@ -80,9 +96,16 @@ def test_sampling_recovers_a_distribution_whose_best_denoiser_is_known() -> None
     assert torch.allclose(drawn, c.expand_as(drawn), atol=1e-4)
 
 
-def test_diffusion_digits_runs_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diffusion_digits_runs_to_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("diffusers")
-    arguments = f"--steps 2 --fine-tune 2 --width 8 --budget 0.85 --samples 8 --latency roofline --out {tmp_path}"
+    whole = diffusion_digits.digits.load(0)
+    few = diffusion_digits.digits.Digits(*(v[:70] for v in vars(whole).values()))
+    monkeypatch.setattr(diffusion_digits.digits, "load", lambda seed: few)
+    arguments = (
+        f"--steps 2 --fine-tune 2 --width 8 --budget 0.85 --samples 8 --images 4 --latency roofline --out {tmp_path}"
+    )
     diffusion_digits.main([*arguments.split(), "--classifier-epochs", "1"])
     rows = json.loads((tmp_path / "diffusion_digits.json").read_text())
     assert rows["compressed"]["convs"] <= rows["original"]["convs"]
