@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -366,3 +367,53 @@ def test_accelerate_in_float32_is_the_plain_loop(no_shared_state: None) -> None:
     plain = distill(copy.deepcopy(first), model, pairs(), **options)
     other = distill(copy.deepcopy(first), model, pairs(), accelerator=Accelerator(cpu=True), **options)
     assert same(state(plain), state(other))
+
+
+TWO = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from test_distill import DATA, LABELS, pairs, student_of
+from toys import toy
+import lmfx
+torch.manual_seed(0)
+student = student_of(toy())
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA, LABELS), 8, shuffle=True)
+seen = []
+def loss(output, labels):
+    seen.append(len(labels))
+    return torch.nn.functional.cross_entropy(output, labels)
+for loader in (data, pairs(8)):
+    seen.clear()
+    lmfx.distill(student, toy(), loader, epochs=2, loss=loss, distillation="logits", progress=False)
+    assert seen == [8] * 8, seen  # half of the 64 images, twice
+import os
+save_file({k: v.clone() for k, v in student.state_dict().items()}, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "two.py").write_text(TWO)
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(tmp_path)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    parameters = [name for name in one if "running" not in name and "batches" not in name]
+    assert parameters
+    assert all(torch.equal(one[name], other[name]) for name in parameters)
