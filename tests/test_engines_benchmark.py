@@ -36,7 +36,7 @@ def check(row: dict[str, Any], targets: tuple[str, ...]) -> None:
     assert "error" not in before and "error" not in after, row
     for target in targets:
         assert before[target]["mb"] > 0 and after[target]["mb"] > 0
-    assert after["layers"] < before["layers"] and after["convs"] < before["convs"]
+    assert after["layers"] < before["layers"] and after["convs"] <= before["convs"]  # a fit may only shrink kernels
 
 
 def test_a_row_has_both_forms_and_every_target(monkeypatch: pytest.MonkeyPatch) -> None:
