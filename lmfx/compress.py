@@ -13,7 +13,7 @@ from lmfx.calibration import Calibration, as_calibration
 from lmfx.carried import Predicted, check_table, predict_plan, runtime_of
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
-from lmfx.importance import Estimator, get_estimator
+from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.bare import bare
@@ -41,7 +41,7 @@ def compress(
     *,
     calibration: Any = None,
     latency: str | Backend | LatencyTable | None = None,
-    importance: str | Estimator = "reconstruction",
+    importance: str | Estimator | ImportanceTable = "reconstruction",
     realize: tuple[Realization, ...] = ("compose", "fit"),
     max_kernel_size: int | None = 7,
     max_span_convs: int | None = 12,
@@ -66,7 +66,8 @@ def compress(
         latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
             "roofline", or a backend object; or a `LatencyTable` of `lmfx.profile` that was measured elsewhere: then
             nothing is measured here, and the budget is met by prediction.
-        importance: "reconstruction", "magnitude", or an estimator object like `Finetune(train, evaluate)`.
+        importance: "reconstruction", "magnitude", an estimator object like `Finetune(train, evaluate)`, or a table that
+            `lmfx.score` or `lmfx.score_on_demand` gave for this network.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares).
         max_kernel_size: of merged convs; None for no bound.
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.

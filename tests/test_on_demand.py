@@ -303,6 +303,17 @@ def _never(model: Any) -> float:
     pytest.fail("called")
 
 
+def test_compress_takes_a_table_that_was_scored_on_demand(made: Made) -> None:
+    found = made.on_demand(Known(monotone(made, 2)), [0.6])
+    options: dict[str, Any] = {"latency": "roofline", "calibration": DATA, "progress": False}
+    net = lmfx.compress(toy(), DATA[:1], 0.9, importance=found.table, **options)
+    plan = lmfx.result_of(net).plan
+    assert plan.candidates and {c.key for c in plan.candidates} <= set(found.table)
+    with pytest.raises(lmfx.TableError, match="made for another graph"):
+        other = replace(found.table, identity={"graph": "another"})
+        lmfx.compress(toy(), DATA[:1], 0.9, importance=other, **options)
+
+
 def test_the_report_says_what_was_saved(made: Made) -> None:
     found = made.on_demand(Known(monotone(made, 0)), ["60%", "2x"])
     assert json.loads(json.dumps(asdict(replace(found, table=None))))["broken"] == found.broken  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmfx.importance.base import Estimator, ImportanceTable
+from lmfx.importance.base import Estimator, ImportanceTable, Scored
 from lmfx.importance.finetune import Finetune
 from lmfx.importance.magnitude import Magnitude
 from lmfx.importance.reconstruction import Reconstruction
@@ -19,13 +19,15 @@ ESTIMATORS: dict[str, type[Any]] = {
 }
 
 
-def get_estimator(estimator: str | Estimator = "reconstruction", **options: Any) -> Estimator:
-    """An estimator by its name with its options; an estimator object is returned as it is.
+def get_estimator(estimator: str | Estimator | ImportanceTable = "reconstruction", **options: Any) -> Estimator:
+    """An estimator by its name with its options; an estimator object is returned as it is, a table gives its own rows.
 
     Raises `OptionError` for a name or an option that is not known.
     """
     if isinstance(estimator, type):
         raise OptionError(f"the estimator is the class {estimator.__name__}: pass an object, {estimator.__name__}()")
+    if isinstance(estimator, ImportanceTable):
+        return Scored(estimator)
     if not isinstance(estimator, str):
         if not isinstance(estimator, Estimator):
             raise OptionError(

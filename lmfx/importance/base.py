@@ -12,8 +12,9 @@ from lmfx.latency.store import Store
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans import SpanSet
+from lmfx.profiling import digest
 
-__all__ = ["Estimator", "ImportanceTable"]
+__all__ = ["Estimator", "ImportanceTable", "Scored"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,29 @@ class Estimator(Protocol):
         executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """An importance for each candidate (those that are `keep` need none: it is 0)."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The estimator that has a table already, like that of `score_on_demand`; candidates without a row stay without."""
+
+    table: ImportanceTable
+    name: str = "scored"
+
+    def score(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None = None,
+        progress: bool = False,
+        executor: ExecutorLike = None,
+    ) -> ImportanceTable:
+        """The table. Raises `TableError` if it was made for another graph."""
+        here = digest(spans.network.gm)
+        made_for = self.table.identity.get("graph", here)
+        if made_for != here:
+            raise TableError(
+                f"the ImportanceTable was made for another graph ({made_for}, this one is {here}): score this one"
+            )
+        return self.table
