@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from . import ops
 from .configs import module_config
@@ -86,7 +85,17 @@ def holds_tensors(gm: fx.GraphModule) -> bool:
     """Whether an input is a list or dict of tensors, of which nobody says which ones are maps that could be larger."""
     meta = gm.meta.get("lmfx", {})
     specs = [*meta.get("positional", ()), *meta.get("keyword", {}).values()]
-    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(specs))
+    return any(_names_tensor(v) for spec in specs if (v := _parts(spec)) is not None)
+
+
+def _parts(spec: Any) -> Any:
+    """What a container's spec holds (see `trace`), None for a tensor or a constant."""
+    return next(iter(spec.values())) if isinstance(spec, dict) and len(spec) == 1 else None
+
+
+def _names_tensor(parts: Any) -> bool:
+    below = parts.values() if isinstance(parts, dict) else parts
+    return any(isinstance(v, dict) and (set(v) == {"shape", "dtype"} or _names_tensor(_parts(v) or ())) for v in below)
 
 
 def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
