@@ -33,6 +33,7 @@ ACCEPT = 0.99
 STEPS, TRIES = 12, 5  # of the search, and of stepping back from a plan that was over the budget when looked at closely
 REPEATS, FINAL_REPEATS = 5, 11
 LEAST_MS, LONGEST = 250.0, 12  # of each network a measurement, at most this many times the repeats
+DROPPED_BYTES = 2**28  # of networks that were measured and are not needed any more
 CLOSE = 0.965  # within this of the budget a plan is good enough
 
 
@@ -77,6 +78,7 @@ class _Search:
         self.original = 0.0
         self.least = getattr(getattr(backend, "sampling", None), "min_ms", 1.0)
         self.steps = 0
+        self.dropped = 0
 
     def measure(self, index: int, repeats: int = REPEATS) -> float:
         """The measured ratio of one plan to the original, both taken in turn."""
@@ -84,8 +86,11 @@ class _Search:
         # A short network is run more often: a median of five runs of 2 ms is off by several percent.
         repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
         times = self.backend.measure_interleaved([bare(self.graph, self.example), bare(net, self.example)], repeats)
+        self.dropped += sum(p.numel() * p.element_size() for p in net.parameters())
         del net
-        gc.collect()  # graphs hold themselves in cycles, and a large network's copies would pile up
+        if self.dropped > DROPPED_BYTES:  # graphs hold themselves in cycles, and a large network's copies would pile up
+            gc.collect()
+            self.dropped = 0
         ratio = median(b / a for a, b in zip(*times, strict=True))
         # The machine's speed drifts, so all wholes are expressed in the first measurement's milliseconds.
         self.sums.append(float(self.frontier.raw.latency[index]))
