@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import digits
 
 SIZE, TIMES = 16, 200
-ALPHA = torch.cumprod(1 - torch.linspace(5e-4, 0.1, TIMES), 0)  # to nearly pure noise in 200 steps
+ALPHA = torch.cumprod(1 - torch.linspace(5e-4, 0.05, TIMES), 0)  # to nearly pure noise in 200 steps
 
 
 class Denoiser(nn.Module):
