@@ -143,10 +143,11 @@ def features(classifier: digits.Classifier, images: Tensor) -> Tensor:
 
 
 def sheet(rows: list[Tensor], file: Path) -> None:
-    """One PNG: each row the same noise's first 16 samples, three times as large."""
+    """One PNG: each row the same noise's first samples, three times as large."""
     from PIL import Image
 
-    lines = [torch.cat(list(row[:16, 0]), 1) for row in rows]
+    columns = min(16, *(len(row) for row in rows))
+    lines = [torch.cat(list(row[:columns, 0]), 1) for row in rows]
     grey = ((torch.cat(lines).clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
     grey = grey.repeat_interleave(3, 0).repeat_interleave(3, 1)
     Image.fromarray(grey.contiguous().numpy()).save(file)
