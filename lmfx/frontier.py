@@ -95,7 +95,7 @@ class Frontier:
             float(self.latency[index]),
             float(self.importance[index]),
             self.surrogate,
-            self.spans.options.activation_after,
+            activation_after=self.spans.options.activation_after,
         )
 
     def index_at(self, budget: Any) -> int:
