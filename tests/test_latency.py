@@ -753,6 +753,7 @@ def test_calibration_with_few_or_equal_points_is_an_offset() -> None:
     assert (calibrate([2.0], [2.5]).a, calibrate([2.0], [2.5]).b) == (0.5, 1.0)
     assert math.isnan(calibrate([2.0], [2.5]).held_out) and math.isnan(calibrate([2.0], [2.5]).worst)
     assert calibrate([2.0, 2.0], [2.5, 2.7]).b == 1.0
+    assert math.isnan(calibrate([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0]).held_out), "five promise nothing"
 
 
 def test_held_out_networks_say_how_far_a_prediction_is_off_and_move_nothing() -> None:

@@ -22,6 +22,7 @@ __all__ = ["Calibration", "LatencyTable", "calibrate", "kendall_tau"]
 
 FORMAT = "lmfx-latency-table"
 VERSION = 1
+LEAST_TO_LEAVE_ONE_OUT = 6
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Calibration:
 
     `mape` is the mean absolute error on the networks that the line was fitted to. `held_out` is that on networks which
     were not used for it, and `worst` the largest of those errors; `kendall_tau` compares the orders of sums and wholes
-    of the held-out networks. Without any, each network in turn is predicted from the others (NaN below three).
+    of the held-out networks. Without any, each network in turn is predicted from the others
+    (NaN below six, which promise nothing).
     """
 
     a: float
@@ -66,7 +68,7 @@ def calibrate(
         p, q = np.asarray(held_out, dtype=float).T
         errors = np.abs(a + b * p - q) / q
         tau = kendall_tau(p, q)
-    elif x.size >= 3:
+    elif x.size >= LEAST_TO_LEAVE_ONE_OUT:
         keep = ~np.eye(x.size, dtype=bool)
         lines = [_line(x[k], y[k]) for k in keep]
         errors = np.array([abs(p + q * xi - yi) / yi for (p, q), xi, yi in zip(lines, x, y, strict=True)])
