@@ -47,7 +47,8 @@ def check_span(network: Network, candidate: Candidate) -> bool:
     assert isinstance(module, LinearSpan)
     with torch.no_grad():
         try:
-            expected = _run(network, layers, kept, x, candidate.span.activation)
+            bare = candidate.post_norm is not None  # a norm behind the conv: nothing stands for what goes
+            expected = _run(network, layers, kept, x, candidate.span.activation, bare)
         except _Unknown:
             return False
         results = {"trainable": module.eval()(x), "merged": module.reparameterize().eval()(x)}
@@ -68,7 +69,12 @@ def check_span(network: Network, candidate: Candidate) -> bool:
 
 
 def _run(
-    network: Network, layers: tuple[Layer, ...], kept: frozenset[str], x: Tensor, stays: str | None = None
+    network: Network,
+    layers: tuple[Layer, ...],
+    kept: frozenset[str],
+    x: Tensor,
+    stays: str | None = None,
+    bare: bool = False,
 ) -> Tensor:
     for layer in layers:
         if layer.opaque is not None:
@@ -76,13 +82,13 @@ def _run(
         if layer.conv is not None and layer.conv not in kept:
             continue
         if layer.parallel is not None:
-            x = _join(network, layer, kept, x)
+            x = _join(network, layer, kept, x, bare)
         for name in network.affine_nodes(layer):
             node = network.nodes[name]
             if node.op != "call_module" or len(node.all_input_nodes) != 1:
                 raise _Unknown
             x = network.module(name)(x)
-        if layer.activation is not None and layer.activation != stays:
+        if layer.activation is not None and layer.activation != stays and not bare:
             x = _linearized(network.module(layer.activation), x)
     return x
 
@@ -96,10 +102,10 @@ def _linearized(module: Any, x: Tensor) -> Tensor:
     return x if getattr(module, "bias", None) is None else x + module.bias.view(tail)
 
 
-def _join(network: Network, layer: Layer, kept: frozenset[str], x: Tensor) -> Tensor:
+def _join(network: Network, layer: Layer, kept: frozenset[str], x: Tensor, bare: bool) -> Tensor:
     parallel: Any = layer.parallel
     values = [
-        _run(network, branch.layers, kept, x)
+        _run(network, branch.layers, kept, x, bare=bare)
         for i, branch in enumerate(parallel.branches)
         if not is_dropped(network, parallel, kept, i)
     ]

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,17 @@ def _check_message(error: LmfxError) -> None:
 
 def _options(rng: random.Random) -> SpanOptions:
     realize: Any = rng.choice([("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",)])
-    return SpanOptions(realize=realize, max_kernel_size=rng.choice([7, None, 9, 3]))
+    return SpanOptions(realize=realize, max_kernel_size=rng.choice([7, None, 9, 3]), **_method(rng, realize))
+
+
+def _method(rng: random.Random, realize: tuple[str, ...] = ("compose", "fit")) -> dict[str, Any]:
+    """The paper's options, where they say something: mostly none."""
+    method = rng.choice(["layermerge"] * 6 + ["depth", "layeronly"])
+    if method == "layeronly":
+        return {"method": method} if "compose" in realize else {}
+    norm, after = rng.choice(["affine", "affine", "post"]), rng.choice([None, None, None, "relu6", "silu"])
+    method = method if "compose" in realize else "layermerge"
+    return {"method": method, "norm": norm, "activation_after": after}
 
 
 def _check_plans(
@@ -169,6 +179,7 @@ def _check_plans(
         check_same("the empty plan", reference, kept, 1e-13, floor)
     for _ in range(rng.choice([1, 2])):
         plan = random_plan(spans, random.Random(rng.randrange(10**9)))
+        plan = replace(plan, activation_after=spans.options.activation_after)
         if not plan.candidates:
             continue
         with _only_lmfx_errors("rewrite"):
@@ -184,10 +195,27 @@ def _check_plans(
                 raise Wrong("a rewritten network", f"{structure(expected)} became {structure(merged)}")
             check_same("merged is not trainable", trained, merged, 1e-12, _Noise(student, example))
         outcome.merges += sum(c.realization in ("compose", "fit") for c in plan.candidates)
+        if rng.random() < 0.3:
+            _check_trained(student, x, rng, outcome)
     composed = [c for c in spans if c.realization == "compose"]
     for candidate in rng.sample(composed, min(4, len(composed))):
         with _only_lmfx_errors("oracle"):
             outcome.note("oracle" if check_span(spans.network, candidate) else "no oracle")
+
+
+def _check_trained(student: fx.GraphModule, x: Any, rng: random.Random, outcome: Outcome) -> None:
+    """Merging is exact whatever training has made of the parameters and of the statistics of norms."""
+    generator = torch.Generator().manual_seed(rng.randrange(10**9))
+    with torch.no_grad():
+        for value in [*student.parameters(), *student.buffers()]:
+            if value.is_floating_point():
+                factor = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.5
+                value.mul_(factor.to(value.dtype))
+    with _only_lmfx_errors("a trained network"):
+        trained, merged = call(student, x), call(merge(student), x)
+    if all(bool(t.isfinite().all()) for t in leaves(trained)):
+        check_same("merging after training", trained, merged, 1e-12, _Noise(student, x))
+        outcome.note("trained")
 
 
 def _check_refusals(spans: SpanSet) -> None:
@@ -205,7 +233,7 @@ def _compress(
     model: nn.Module, x: Any, rng: random.Random, folder: str, budget: float = 0.8, **options: Any
 ) -> fx.GraphModule:
     # Small bounds: what is tested is that all that is offered works, not how good it is.
-    options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **options}
+    options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **_method(rng), **options}
     options["surrogate"] = rng.choice(["affine", "identity"])
     return lmfx.compress(
         model, x, budget, latency="roofline", importance="magnitude", cache_dir=folder, progress=False, **options
