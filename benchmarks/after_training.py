@@ -2,9 +2,9 @@
 
 A random plan makes the trainable form of a network, with affine surrogates from random images. It is trained for 50
 steps of Adam on random data, in train mode (BatchNorm statistics move), until every parameter has changed. Then both
-forms run in eval mode on other inputs.
+forms run in eval mode on other inputs. `--size` takes the place of the small inputs that make it quick.
 
-    python benchmarks/after_training.py [--steps 50] [--plans 2] [--networks resnet34 ...]
+    python benchmarks/after_training.py [--steps 50] [--plans 3] [--size 97] [--networks resnet34 ...]
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def _noisy(batch: int, size: int) -> tuple[Tensor, Tensor]:
 # A network, its inputs, what becomes of its GroupNorms. The denoising network has fewer channels, to take seconds.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Any], int, Any]] = {
     "resnet34": (_torchvision("resnet34"), _image, 33, "affine"),
+    "resnet50": (_torchvision("resnet50"), _image, 33, "affine"),
     "mobilenet_v2": (_torchvision("mobilenet_v2"), _image, 33, "affine"),
     "denoiser, post": (lambda: DenoisingNet(64, (1, 2)), _noisy, 16, "post"),
     "denoiser, affine": (lambda: DenoisingNet(64, (1, 2)), _noisy, 16, "affine"),
@@ -128,19 +129,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--plans", type=int, default=2)
+    parser.add_argument("--plans", type=int, default=3)
+    parser.add_argument("--size", type=int, help="of the inputs (default: each network's own)")
     options = parser.parse_args()
     failed = False
-    print(f"{'network':18} {'plan':>4} {'spans':>6} {'norms':>6} {'moved':>9} {'error':>9} {'seconds':>8}")
+    print(f"{'network':18} {'size':>4} {'plan':>4} {'spans':>6} {'norms':>6} {'moved':>9} {'error':>9} {'seconds':>8}")
     for name in options.networks:
         make, draw, size, norm = NETWORKS[name]
+        size = options.size or size
         for seed in range(options.plans):
             begin = time.perf_counter()
             torch.manual_seed(0)
             o = check(make(), draw, size, norm, options.steps, seed)
             seconds = time.perf_counter() - begin
             print(
-                f"{name:18} {seed:4} {o.spans:6} {o.norms:6} {o.moved:9.2g} {o.error:9.2g} {seconds:8.1f}", flush=True
+                f"{name:18} {size:4} {seed:4} {o.spans:6} {o.norms:6} {o.moved:9.2g} {o.error:9.2g} {seconds:8.1f}",
+                flush=True,
             )
             for parameter in o.unchanged:
                 print(f"  unchanged: {parameter}")

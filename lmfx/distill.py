@@ -6,8 +6,9 @@
 One process in float32 needs nothing but torch. Mixed precision and several processes (`accelerate launch`, `torchrun`)
 go through Hugging Face Accelerate (`pip install "lmfx[train]"`), which wraps student, optimizer and loader.
 
-    epoch e:   seed <- (seed, e);  each batch:  rate <- schedule(step);  objective -> backward -> clip -> step
-               checkpoint (student, optimizer, e + 1)
+    epoch e:   seed <- (seed, e)
+               each batch:  rate <- schedule(step);  objective -> backward -> clip -> step -> average
+               checkpoint (student, optimizer, average, e + 1)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lmfx.averaging import moving_average
 from lmfx.export.emit import eval_mode
 from lmfx.objectives import Distance, Objective, recorded, shared_layers
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
@@ -55,6 +57,7 @@ def distill(
     warmup: float = 0.0,
     clip: float | None = None,
     norms: Norms | None = None,
+    ema: float | None = None,
     precision: Precision = "fp32",
     accelerator: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -83,6 +86,8 @@ def distill(
         clip: the largest norm of all gradients together.
         norms: "train" uses and updates batch statistics, "frozen" keeps them, so batches may be small; None trains them
             where there is a `loss`.
+        ema: decay of a moving average of weights and norms' statistics over the steps, like 0.9999, which is what is
+            returned then and what `after_epoch` gets; it rises to that from 0.1, see `lmfx/averaging.py`.
         precision: "fp32", or mixed "fp16" or "bf16"; needs the extra `train`.
         accelerator: an `accelerate.Accelerator` of your own, in place of `precision`.
         checkpoint: a folder for the state after each epoch; a run that was stopped goes on there.
@@ -116,6 +121,7 @@ def distill(
     }
     run |= {"labels": loss is not None, "optimizer": type(made).__name__, "precision": precision}
     run |= {"batches": len(data)}  # type: ignore[arg-type]
+    run |= {} if ema is None else {"ema": ema}
 
     with _teacher(teacher if distillation else None, runner) as original, _own_random_numbers():
         layers: Sequence[str] = ()
@@ -124,7 +130,8 @@ def distill(
             layers = features or _find_layers(student.eval(), original, data, runner)
         objective = Objective(student, loss, distillation, weight, temperature, layers)
         folder = None if checkpoint is None else Path(checkpoint)
-        done, extra = load_training(folder, student, made, run=run) if folder else (0, None)
+        average = None if ema is None else moving_average(student, ema)
+        done, extra = load_training(folder, student, made, run=run, average=average) if folder else (0, None)
         rates = [group.get("initial_lr", group["lr"]) for group in made.param_groups]
         for group, rate in zip(made.param_groups, rates, strict=True):
             group["initial_lr"] = rate  # travels in the checkpoint, where "lr" is that of the last step
@@ -142,16 +149,21 @@ def distill(
                     for group, rate in zip(made.param_groups, rates, strict=True):
                         group["lr"] = rate * factor
                     value = _step(module, stepper, original, batch, runner, clip, trainable, student, layers, lr)
+                    if average is not None:
+                        average.update_parameters(student)
                     bar.set_postfix(loss=f"{value:.4g}", refresh=False)
                     bar.update(1)
                 if folder and (runner is None or runner.is_main_process):
                     scaler = getattr(runner, "scaler", None)
                     state = scaler.state_dict() if scaler is not None else None
-                    save_training(folder, student, made, epoch=epoch + 1, run=run, extra=state)
+                    save_training(folder, student, made, epoch=epoch + 1, run=run, extra=state, average=average)
                 if runner is not None:
                     runner.wait_for_everyone()
                 if after_epoch is not None:
-                    after_epoch(epoch + 1, student.eval())
+                    current: Any = student if average is None else average.module
+                    after_epoch(epoch + 1, current.eval())
+        if average is not None:
+            student.load_state_dict(average.module.state_dict())
     return student.eval()
 
 
@@ -176,6 +188,9 @@ def _check(student: Any, teacher: Any, distillation: Any, loss: Any, options: di
         raise OptionError(f"features= goes with distillation='features', not with {distillation!r}")
     if not isinstance(options["warmup"], (int, float)) or not 0 <= options["warmup"] < epochs:
         raise OptionError(f"warmup={options['warmup']!r}: use a number of epochs below epochs={epochs}")
+    ema = options["ema"]
+    if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
+        raise OptionError(f"ema={ema!r}: use a decay between 0 and 1, like 0.9999")
     for name in ("weight", "temperature", "clip"):
         value = options[name]
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
@@ -204,10 +219,15 @@ def _teacher(teacher: nn.Module | None, runner: Any) -> Iterator[nn.Module | Non
         yield None
         return
     first = next(teacher.parameters(), None)
-    if runner is not None and first is not None and first.device.type != runner.device.type:
+    if runner is not None and first is not None and _elsewhere(first.device, runner.device):
         teacher = copy.deepcopy(teacher).to(runner.device)
     with eval_mode(teacher):
         yield teacher
+
+
+def _elsewhere(device: torch.device, wanted: torch.device) -> bool:
+    """Whether two devices differ; one without an index is the current one of its type, so no index is no difference."""
+    return device.type != wanted.type or (None not in (device.index, wanted.index) and device.index != wanted.index)
 
 
 @contextlib.contextmanager

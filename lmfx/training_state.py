@@ -35,10 +35,13 @@ def save_training(
     epoch: int,
     run: dict[str, Any],
     extra: Any = None,
+    average: nn.Module | None = None,
 ) -> None:
     """Writes a checkpoint after `epoch` whole epochs; an older one is replaced at once: a kill leaves one of both."""
     state = optimizer.state_dict()
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
@@ -63,9 +66,14 @@ def save_training(
 
 
 def load_training(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, *, run: dict[str, Any]
+    folder: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    run: dict[str, Any],
+    average: nn.Module | None = None,
 ) -> tuple[int, Any]:
-    """Loads the checkpoint in `folder` into both, and gives (epochs that are done, extra); (0, None) if there is none.
+    """Loads the checkpoint in `folder` into all, and gives (epochs that are done, extra); (0, None) if there is none.
 
     Raises `StoreError` if the file is damaged or belongs to another run.
     """
@@ -85,7 +93,10 @@ def load_training(
         other = sorted(k for k in {*theirs, *run} if theirs.get(k) != run.get(k))
         told = "; ".join(f"{k} was {theirs.get(k)!r} and is {run.get(k)!r}" for k in other) or "it has another version"
         raise StoreError(f"{file} belongs to another training ({told}): use another folder, or delete it")
-    weights = {n.removeprefix("student."): t for n, t in tensors.items() if n.startswith("student.")}
+    weights, averages = (
+        {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+        for part in ("student.", "average.")
+    )
     state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in about["scalars"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
@@ -93,6 +104,8 @@ def load_training(
             state.setdefault(int(index), {})[key] = tensor
     try:
         student.load_state_dict(weights)
+        if average is not None:
+            average.load_state_dict(averages)
         optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     except (RuntimeError, ValueError, KeyError) as error:
         raise StoreError(

@@ -22,6 +22,7 @@ from toys import compress as roofline_compress
 from toys import images, toy
 
 import lmfx
+from lmfx.distill import _elsewhere
 from lmfx.objectives import Objective, shared_layers
 from lmfx.training_state import CHECKPOINT
 
@@ -191,11 +192,13 @@ class Stop(Exception):
     """What ends a training in the middle."""
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_a_stopped_run_goes_on_at_the_saved_epoch_and_ends_at_the_same_bits(tmp_path: Path, shuffled: bool) -> None:
+@pytest.mark.parametrize(("shuffled", "ema"), [(False, None), (True, None), (True, 0.9)])
+def test_a_stopped_run_goes_on_at_the_saved_epoch_and_ends_at_the_same_bits(
+    tmp_path: Path, shuffled: bool, ema: float | None
+) -> None:
     model = toy()
     first = student_of(model)
-    options: dict[str, Any] = {"epochs": 4, "lr": 1e-2, "loss": F.cross_entropy, "distillation": "logits"}
+    options: dict[str, Any] = {"epochs": 4, "lr": 1e-2, "loss": F.cross_entropy, "distillation": "logits", "ema": ema}
 
     def loader() -> Any:
         own = torch.Generator().manual_seed(3)
@@ -223,6 +226,42 @@ def test_a_stopped_run_goes_on_at_the_saved_epoch_and_ends_at_the_same_bits(tmp_
     assert same(state(whole), state(resumed))
     again = distill(copy.deepcopy(first), model, loader(), checkpoint=tmp_path, **options)  # all done: only loaded
     assert same(state(whole), state(again))
+
+
+def test_the_average_of_all_steps_is_returned_and_the_training_does_not_feel_it(tmp_path: Path) -> None:
+    model = toy()
+    first = student_of(model, 0.9)
+    options: dict[str, Any] = {"epochs": 12, "lr": 1e-2, "loss": F.cross_entropy, "distillation": None}
+    batch, steps = pairs()[:1], []  # one step an epoch
+    plain = distill(copy.deepcopy(first), None, batch, **options, after_epoch=lambda _, net: steps.append(state(net)))
+    student, averages = copy.deepcopy(first), []
+    options |= {"ema": 0.6, "checkpoint": tmp_path}
+    distill(student, None, batch, **options, after_epoch=lambda _, net: averages.append(state(net)))
+    expected = steps[0]
+    for n, values in enumerate(steps[1:], 1):
+        d = min(0.6, (1 + n) / (10 + n))
+        expected = {k: d * expected[k] + (1 - d) * v if v.is_floating_point() else v.clone() for k, v in values.items()}
+        assert all(torch.allclose(averages[n][k], v, atol=1e-6) for k, v in expected.items())
+    moved = [k for k in expected if not torch.equal(expected[k], steps[-1][k])]
+    assert any("running_var" in k for k in moved) and any("weight" in k for k in moved)
+    assert same(state(student), averages[-1]) and not student.training
+    assert torch.allclose(lmfx.merge(student)(DATA), student(DATA), atol=1e-4)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:  # which keeps both
+        raw = {k.removeprefix("student."): file.get_tensor(k) for k in file.keys() if k.startswith("student.")}  # noqa: SIM118
+    assert same(raw, state(plain))
+
+
+def test_a_checkpoint_without_an_average_is_not_gone_on_with_one(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"loss": F.cross_entropy, "distillation": None, "checkpoint": tmp_path}
+    distill(student_of(toy()), None, pairs(), **options)
+    with pytest.raises(lmfx.StoreError, match=r"ema was None and is 0\.9"):
+        distill(student_of(toy()), None, pairs(), ema=0.9, **options)
+
+
+def test_a_device_without_an_index_is_that_of_its_type() -> None:
+    device = torch.device
+    assert not _elsewhere(device("cuda"), device("cuda:1")) and not _elsewhere(device("cuda:1"), device("cuda:1"))
+    assert _elsewhere(device("cuda:0"), device("cuda:1")) and _elsewhere(device("cpu"), device("cuda"))
 
 
 KILLED = """
@@ -307,6 +346,8 @@ def test_batches_of_names_have_their_labels_under_other_names() -> None:
         ({"temperature": 0.0}, "temperature=0.0: use a positive number"),
         ({"weight": -1.0}, "weight=-1.0: use a positive number"),
         ({"clip": 0}, "clip=0: use a positive number"),
+        ({"ema": 1.0}, "ema=1.0: use a decay between 0 and 1"),
+        ({"ema": "0.9"}, "ema='0.9': use a decay between 0 and 1"),
         ({"warmup": 1}, "a number of epochs below epochs=1"),
     ],
 )
