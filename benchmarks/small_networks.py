@@ -9,9 +9,11 @@ not a script: `benchmarks/characters.py` trains them.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-__all__ = ["SmallMobileNetV2", "SmallResNet"]
+__all__ = ["SmallMobileNetV2", "SmallResNet", "classifier"]
 
 
 class _Basic(nn.Module):
@@ -97,3 +99,14 @@ class SmallMobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).mean((2, 3)))
+
+
+def classifier(task: Any, data: Any, network: str, width: int) -> nn.Module:
+    """An untrained network for a data set: "resnet" is the one that comes with its module `task`, "mobilenet" the small
+    one with as many classes and channels as `data` has."""
+    if network == "resnet":
+        own: nn.Module = task.Classifier(width)
+        return own
+    if network != "mobilenet":
+        raise SystemExit(f"unknown network {network!r}: use 'resnet' or 'mobilenet'")
+    return SmallMobileNetV2(width, int(data.train_labels.max()) + 1, data.train_images.shape[1])

@@ -143,6 +143,7 @@ def _nothing_to_merge(
         f"nothing in {name} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
         "See lmfx.spans(graph).refusals",
         reached,
+        reached,
     )
 
 

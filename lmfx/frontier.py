@@ -114,6 +114,7 @@ class Frontier:
                 f"predicted at {latency[0]:.4g} ms. Ask for that or more, or allow more with realize=, "
                 "max_kernel_size= or fewer exclude=",
                 float(latency[0]),
+                self.original,
             )
         return index
 

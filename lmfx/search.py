@@ -186,4 +186,5 @@ class _Search:
             f"{self.backend.name}): the fastest measured takes {reached:.4g} ms ({reached / self.original:.1%}). Ask "
             "for that or more, or allow more with realize=, max_kernel_size=, max_span_convs= or fewer exclude=",
             reached,
+            self.original,
         )

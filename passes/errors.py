@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = [
     "BudgetError",
     "DeviceError",
@@ -29,14 +31,15 @@ class BudgetError(LmfxError, ValueError):
 
 
 class InfeasibleBudget(LmfxError):
-    """No plan reaches the budget; `latency` is the fastest that was reached, in ms."""
+    """No plan reaches the budget; `latency` is the fastest that was reached, in ms, and `original` that of the original
+    (NaN where nobody said)."""
 
-    def __init__(self, message: str, latency: float) -> None:
+    def __init__(self, message: str, latency: float, original: float = math.nan) -> None:
         super().__init__(message)
-        self.latency = latency
+        self.latency, self.original = latency, original
 
-    def __reduce__(self) -> tuple[type, tuple[str, float]]:
-        return type(self), (str(self), self.latency)
+    def __reduce__(self) -> tuple[type, tuple[str, float, float]]:
+        return type(self), (str(self), self.latency, self.original)
 
 
 class InputError(LmfxError, ValueError):

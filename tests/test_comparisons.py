@@ -11,7 +11,7 @@ import torch
 from helpers import one_thread as one_thread
 from torch import nn
 
-from benchmarks import diffusion_digits, methods
+from benchmarks import diffusion_digits, methods, methods_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,38 +37,87 @@ def tiny(seed: int) -> Any:
     return characters.load(seed, train=128, test=36)
 
 
-def test_methods_compares_all_and_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+ARGUMENTS = "--data characters --seeds 0 --budgets 0.7 --epochs 2 --train-epochs 1 --width 4 --images 16"
+
+
+@pytest.fixture
+def small_task(monkeypatch: pytest.MonkeyPatch) -> None:
     import characters
 
     monkeypatch.setattr(characters, "load", tiny)
     monkeypatch.setattr(characters, "Classifier", Small)
-    file = tmp_path / "methods.json"
-    arguments = (
-        f"--data characters --seeds 0 --budgets 0.7 --epochs 1 --train-epochs 1 --width 4 --images 16 --json {file}"
-    )
-    arguments += " --latency roofline"
-    methods.main(arguments.split())
-    rows = json.loads(file.read_text())["rows"]
-    assert set(rows) == {"characters 0 original", *(f"characters 0 {name} 0.7" for name in methods.METHODS)}
+    methods._data.cache_clear()
+
+
+def test_methods_compares_all_in_stages_and_does_nothing_twice(
+    small_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"{ARGUMENTS} --out {tmp_path} --latency roofline --stage".split()
+    with pytest.raises(SystemExit, match="run --stage train first"):
+        methods.main([*arguments, "compress"])
+    for stage in methods.STAGES:
+        methods.main([*arguments, stage])
+    files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file() and "cache" not in f.parts}
+    assert not (tmp_path / "methods.json").exists()
+    methods.main([*arguments, "all"])
+    assert all(f.stat().st_mtime_ns == written for f, written in files.items())
+    found = json.loads((tmp_path / "methods.json").read_text())
+    assert list(found) == ["characters resnet"]
+    settings, rows = found["characters resnet"]["settings"], found["characters resnet"]["rows"]
+    assert settings == {
+        "width": 4, "train_epochs": 1, "images": 16, "latency": "roofline", "epochs": 2, "lr": 2e-3,
+    }  # fmt: skip
+    assert {"0 original", *(f"0 {name} 0.7" for name in methods.METHODS)} <= set(rows)
     for name in methods.METHODS:
-        row = rows[f"characters 0 {name} 0.7"]
-        assert "infeasible_ms" in row or (row["ratio"] <= 0.7 and 0 <= row["after"] <= 1)
-    assert "ratio" in rows["characters 0 fit 0.7"]
+        row = rows[f"0 {name} 0.7"]
+        if "infeasible" in row:
+            assert row["infeasible"] > 0.7
+            row = rows[f"0 {name} fastest"]
+            assert row["ratio"] >= rows[f"0 {name} 0.7"]["infeasible"] * 0.999
+        else:
+            assert row["ratio"] <= 0.7
+        assert len(row["curve"]) == 2 and row["after"] == pytest.approx(row["curve"][-1], abs=0.1)
+    assert "ratio" in rows["0 fit 0.7"]
     assert (tmp_path / "methods.png").exists()
-    monkeypatch.setattr(methods, "row", None)  # a second run measures nothing
-    methods.main(arguments.split())
     told = capsys.readouterr().out
-    assert "layermerge" in told and "1 seeds" in told
+    assert "layermerge" in told and "1 seeds, 2 epochs" in told
+    with pytest.raises(SystemExit, match="begun with epochs=2, not 3"):
+        methods.main([*arguments, "all", "--epochs", "3"])
+
+
+def test_a_method_that_misses_a_budget_is_shown_with_its_fastest_plan(small_task: None, tmp_path: Path) -> None:
+    """Nothing in `layeronly` makes the stem, most of this network's time, go away."""
+    arguments = f"{ARGUMENTS} --out {tmp_path} --latency roofline --budgets 0.01 --stage".split()
+    methods.main([*arguments, "train"])
+    methods.main([*arguments, "compress"])
+    rows = methods_report.gathered(tmp_path)["characters resnet"]["rows"]
+    assert rows["0 layeronly 0.01"]["infeasible"] > 0.01
+    assert rows["0 layeronly fastest"]["ratio"] == pytest.approx(rows["0 layeronly 0.01"]["infeasible"], rel=0.05)
+
+
+def test_equal_plans_are_fine_tuned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = methods.Run("digits", "resnet", 0, methods.options(["--out", str(tmp_path)]))
+    for label, plan in (("0.85", "a"), ("0.7", "b"), ("0.5", "b"), ("0.35", None)):
+        row = {"ratio": 0.4, "plan": plan} if plan else {"infeasible": 0.5}
+        methods.write(run.folder / f"fit-{label}" / "compressed.json", row)
+    trained: list[str] = []
+    monkeypatch.setattr(methods, "tuned", lambda run, folder: trained.append(folder.name) or {"after": len(trained)})
+    methods.fine_tune(run)
+    assert trained == ["fit-0.85", "fit-0.7"]
+    assert methods.read(run.folder / "fit-0.5" / "fine-tuned.json") == {"after": 2}
+    assert not (run.folder / "fit-0.35" / "fine-tuned.json").exists()
 
 
 def test_the_table_says_what_can_not_be_reached() -> None:
-    args = methods.options(["--data", "digits", "--seeds", "0", "--budgets", "0.5"])
-    rows = {"digits 0 original": {"after": 1.0}, "digits 0 layeronly 0.5": {"infeasible_ms": 1.0}}
-    told = methods.table(rows, args)
-    assert "layeronly     0.50 can not be reached" in told
-    assert "depth         0.50 not run" in told
+    missed = {"infeasible": 0.83}
+    fast = {"ratio": 0.84, "before": 0.1, "convs": 9, "after": 0.9, "curve": [0.5, 0.8, 0.85, 0.9]}
+    rows = {"0 original": {"after": 1.0}, "0 layeronly 0.5": missed, "0 depth 0.5": missed, "0 depth fastest": fast}
+    told = methods_report.table(
+        {"digits resnet": {"settings": {"epochs": 4}, "rows": rows}}, ["layeronly", "depth", "fit"]
+    )
+    assert "layeronly       0.5 can not be reached, least 0.830" in told
+    assert "depth           0.5 *   0.840     9   10.0%   90.0%   +5.0   90.0%" in told
+    assert "fit             0.5 not run" in told
 
 
 def test_the_frechet_distance_is_that_of_gaussians() -> None:
