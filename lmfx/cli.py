@@ -27,15 +27,15 @@ from torch import nn
 from lmfx._version import __version__
 from lmfx.carried import check_table
 from lmfx.cli_cache import cache_commands
+from lmfx.cli_inputs import example, images, model_and_example, model_options
 from lmfx.cli_options import (
     COMPRESS_DEFAULTS,
     COMPRESS_OPTIONS,
     SPAN_OPTIONS,
     add,
-    calibration,
+    estimator,
+    executor,
     measure_options,
-    model_and_example,
-    model_options,
     score_options,
     table_option,
     taken,
@@ -155,10 +155,9 @@ def _carried(args: argparse.Namespace) -> LatencyTable | None:
     return LatencyTable.load(args.table)
 
 
-def _measured(args: argparse.Namespace) -> tuple[Any, SpanSet, LatencyTable]:
+def _measured(args: argparse.Namespace, x: Any = None) -> tuple[Any, SpanSet, LatencyTable]:
     carried = _carried(args)
-    model, x = model_and_example(args)
-    graph = trace(model, x)
+    graph = trace(*model_and_example(args, x))
     spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
     if carried is not None:
         check_table(spans, carried)
@@ -213,19 +212,23 @@ def _profile(args: argparse.Namespace) -> None:
 def _frontier(args: argparse.Namespace) -> None:
     if args.plot:
         _check_folder(Path(args.plot))
-    images, what = calibration(args.calibration, args.shape)
-    graph, spans, latency = _measured(args)
-    options = {"surrogate": args.surrogate} if args.importance == "reconstruction" else {}
-    scores = score(
-        graph,
-        args.importance,
-        calibration=images,
-        spans=spans,
-        latency=latency,
-        cache_dir=args.cache_dir,
-        progress=not args.quiet,
-        **options,
-    )
+    x = example(args)
+    data, what = images(args, x)
+    importance = estimator(args)
+    options = {"surrogate": args.surrogate} if importance == "reconstruction" else {}
+    with executor(args) as workers:
+        graph, spans, latency = _measured(args, x)
+        scores = score(
+            graph,
+            importance,
+            calibration=data,
+            spans=spans,
+            latency=latency,
+            cache_dir=args.cache_dir,
+            executor=workers,
+            progress=not args.quiet,
+            **options,
+        )
     frontier = solve(graph, latency, scores, spans=spans)
     if args.json:
         points = [
@@ -266,21 +269,25 @@ def _compress(args: argparse.Namespace) -> None:
 
         require_onnx()  # said now and not after minutes of work
     carried = _carried(args)
-    images, what = calibration(args.calibration, args.shape)
-    model, x = model_and_example(args)
-    net = compress(
-        model,
-        x,
-        args.budget,
-        calibration=images,
-        latency=_backend(args, model) if carried is None else carried,
-        importance=args.importance,
-        surrogate=args.surrogate,
-        cache_dir=args.cache_dir,
-        merge=not args.trainable,
-        progress=not args.quiet,
-        **taken(args, COMPRESS_OPTIONS),
-    )
+    x = example(args)
+    data, what = images(args, x)
+    importance = estimator(args)
+    with executor(args) as workers:
+        model, _ = model_and_example(args, x)
+        net = compress(
+            model,
+            x,
+            args.budget,
+            calibration=data,
+            latency=_backend(args, model) if carried is None else carried,
+            importance=importance,
+            surrogate=args.surrogate,
+            executor=workers,
+            cache_dir=args.cache_dir,
+            merge=not args.trainable,
+            progress=not args.quiet,
+            **taken(args, COMPRESS_OPTIONS),
+        )
     print(report(net))
     print(f"\ncalibrated on {what}")
     if args.weights is None and args.model.startswith(("torchvision:", "timm:")):

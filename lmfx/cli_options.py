@@ -1,4 +1,4 @@
-"""The options of the command line, and the inputs they stand for.
+"""The options of the command line.
 
 Options are named after the parameters of the functions and dataclasses behind them, and take their defaults from there.
 """
@@ -6,21 +6,23 @@ Options are named after the parameters of the functions and dataclasses behind t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
+from lmfx.cli_inputs import calibration_option
 from lmfx.compress import compress
+from lmfx.importance import ESTIMATORS, Finetune
+from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import BACKENDS
-from lmfx.models import load_model
-from lmfx.passes.errors import InputError
+from lmfx.models import imported
+from lmfx.passes.errors import MissingExtra, OptionError
 from lmfx.passes.spans import SpanOptions
 
 __all__ = [
@@ -28,17 +30,15 @@ __all__ = [
     "COMPRESS_OPTIONS",
     "SPAN_OPTIONS",
     "add",
-    "calibration",
+    "estimator",
+    "executor",
     "measure_options",
-    "model_and_example",
-    "model_options",
     "score_options",
     "table_option",
     "taken",
 ]
 
-RANDOM_IMAGES = 64
-SEED = 0
+DASK_TIMEOUT = 30  # seconds
 
 
 # --- how a parameter looks on the command line ------------------------------------------------------------------------
@@ -56,12 +56,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write 1,3,224,224 (batch, channels, height, width)")
-    return tuple(int(n) for n in re.split("[,x]", text))
-
-
 SYNTAX: dict[str, dict[str, Any]] = {
     "realize": {"type": _words, "metavar": "WAYS", "help": "comma-separated: compose, fit"},
     "max_kernel_size": {"help": "largest merged kernel"},
@@ -73,8 +67,7 @@ SYNTAX: dict[str, dict[str, Any]] = {
     "activation_after": {"metavar": "NAME", "type": _name_or_none, "help": "behind merged convs that have none: relu6"},
     "include": {"action": "append", "metavar": "GLOB", "help": "touch only modules of these names (repeatable)"},
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
-    # "finetune" needs two functions, which a command line can not give.
-    "importance": {"choices": ("reconstruction", "magnitude"), "help": "how the cost in quality is estimated"},
+    "importance": {"choices": tuple(ESTIMATORS), "help": "how the cost in quality is estimated"},
     "surrogate": {"choices": ("affine", "identity"), "help": "what stands for the activations that composing removes"},
     "cache_dir": {"metavar": "DIR", "help": "where measurements are kept and found again"},
 }
@@ -106,16 +99,6 @@ def taken(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     return {name: tuple(v or ()) if name in ("include", "exclude") else v for name, v in values.items()}
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
-    """MODEL, its weights and the shape of its input."""
-    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:factory")
-    parser.add_argument("--weights", metavar="FILE", help="safetensors file with the weights (default: as it is made)")
-    shape = (1, 3, 224, 224)
-    parser.add_argument(
-        "--shape", type=_shape, default=shape, metavar="N,C,H,W", help="of the input (default 1,3,224,224)"
-    )
-
-
 def measure_options(parser: argparse.ArgumentParser) -> None:
     """What to measure on."""
     parser.add_argument("--backend", choices=BACKENDS, help="to measure on (default onnxruntime, on a GPU torch)")
@@ -133,44 +116,57 @@ def table_option(parser: argparse.ArgumentParser) -> None:
 def score_options(parser: argparse.ArgumentParser) -> None:
     """How the cost in quality is estimated, and on which images."""
     add(parser, compress, ("importance", "surrogate"))
-    parser.add_argument(
-        "--calibration",
-        default=f"random:{RANDOM_IMAGES}",
-        metavar="FILE.npy|random:N",
-        help=f"images (N, channels, ...) without labels (default random:{RANDOM_IMAGES}, which is noise)",
+    calibration_option(parser)
+    group = parser.add_argument_group("with --importance finetune")
+    for name in ("train", "evaluate"):
+        group.add_argument(f"--{name}", metavar="package.module:NAME", help=f"the function {name}(model)")
+    group.add_argument("--metric", choices=("accuracy", "loss"), help="what evaluate(model) gives (default accuracy)")
+    group.add_argument("--key", metavar="TEXT", help="a name for the functions and their data; with it rows are kept")
+    group.add_argument(
+        "--executor", metavar="processes:N|dask:ADDRESS", help="train candidates side by side (default: one by one)"
     )
 
 
-# --- inputs -----------------------------------------------------------------------------------------------------------
+# --- finetune ---------------------------------------------------------------------------------------------------------
 
 
-def model_and_example(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The model and an example. Seeded, so that the importances of random weights are found again."""
-    torch.manual_seed(SEED)
-    model = load_model(args.model, args.weights)
-    return model, torch.randn(args.shape, generator=torch.Generator().manual_seed(SEED))
-
-
-def calibration(text: str, shape: tuple[int, ...]) -> tuple[Tensor, str]:
-    """(images, what they are, for a person) from `FILE.npy` or `random:N`. Raises `InputError`."""
-    if text.startswith("random:") or text == "random":
-        found = re.fullmatch(r"random(?::([1-9]\d*))?", text)
-        if found is None:
-            raise InputError(f"--calibration {text!r} is not understood: write random:64, or the name of a .npy file")
-        count = int(found[1] or RANDOM_IMAGES)
-        images = torch.randn(count, *shape[1:], generator=torch.Generator().manual_seed(SEED + 1))
-        return images, f"{count} images of standard normal noise, which tell nothing of your data; see --calibration"
-    path = Path(text)
-    if path.suffix != ".npy":
-        raise InputError(f"--calibration {text!r} is no .npy file: save the images with numpy.save, or write random:64")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"can not read the calibration images {path}: {error}; save them with numpy.save") from error
-    if array.dtype.kind != "f":
-        raise InputError(f"the images in {path} are {array.dtype}: normalise them as for the model, to float32")
-    if array.shape[1:] != tuple(shape[1:]):
-        raise InputError(
-            f"the images in {path} have shape {array.shape}, --shape is {shape}: all but the first number must agree"
+def estimator(args: argparse.Namespace) -> str | Finetune:
+    """The estimator of --importance. Raises `OptionError` where its options do not fit."""
+    given = [name for name in ("train", "evaluate", "metric", "key", "executor") if getattr(args, name) is not None]
+    if args.importance != "finetune":
+        if given:
+            raise OptionError(f"--{given[0]} is for --importance finetune, which is {args.importance!r} here")
+        return str(args.importance)
+    if args.train is None or args.evaluate is None:
+        raise OptionError(
+            "--importance finetune trains: name the functions, --train package.module:train --evaluate "
+            "package.module:evaluate"
         )
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)), f"{len(array)} images of {path}"
+    sys.path.insert(0, os.getcwd())  # for good: workers look the functions up by name, and get this path
+    train, evaluate = imported(args.train), imported(args.evaluate)
+    return Finetune(train, evaluate, metric=args.metric or "accuracy", key=args.key, surrogate=args.surrogate)
+
+
+@contextlib.contextmanager
+def executor(args: argparse.Namespace) -> Iterator[ExecutorLike]:
+    """What --executor names. Raises `OptionError`, and `MissingExtra` without Dask."""
+    kind, _, where = (args.executor or "").partition(":")
+    if not kind:
+        yield None
+    elif kind == "processes" and where.isdecimal() and int(where) > 0:
+        # Spawned, since a process with threads of torch is not safe to fork.
+        spawn = multiprocessing.get_context("spawn")
+        yield lambda: ProcessPoolExecutor(int(where), mp_context=spawn)
+    elif kind == "dask" and where:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise MissingExtra(f'--executor {args.executor} needs Dask ({error}): pip install "lmfx[dask]"') from error
+        try:
+            client = Client(where, timeout=DASK_TIMEOUT)
+        except (OSError, ValueError) as error:
+            raise OptionError(f"--executor {args.executor}: no scheduler answers there: {error}") from error
+        with client:
+            yield client.get_executor()
+    else:
+        raise OptionError(f"--executor {args.executor!r} is not understood: write processes:4 or dask:tcp://host:8786")

@@ -22,7 +22,7 @@ from torch import nn
 
 from lmfx.passes.errors import MissingExtra, ModelError
 
-__all__ = ["load_model"]
+__all__ = ["call", "imported", "load_model"]
 
 FORMS = "write torchvision:NAME, timm:NAME, or package.module:factory"
 
@@ -44,7 +44,7 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     elif library == "timm":
         model = _timm(name)
     else:
-        model = _factory(spec, library, name)
+        model = _factory(spec)
     if weights is not None:
         _load_weights(model, Path(weights), spec)
     return model.eval()
@@ -86,7 +86,20 @@ def _timm(name: str) -> nn.Module:
     return model
 
 
-def _factory(spec: str, path: str, name: str) -> nn.Module:
+def _factory(spec: str) -> nn.Module:
+    made = imported(spec)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ModelError(f"{spec} is a {type(made).__name__}, neither a model nor a function that makes one")
+        made = call(made, spec)
+    if not isinstance(made, nn.Module):
+        raise ModelError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module: return the model")
+    return made
+
+
+def imported(spec: str) -> Any:
+    """What `package.module:name` names, also in the current folder. Raises `ModelError`."""
+    path, _, name = spec.partition(":")
     with _current_folder():
         try:
             module = importlib.import_module(path)
@@ -99,23 +112,24 @@ def _factory(spec: str, path: str, name: str) -> nn.Module:
         except (Exception, SystemExit) as error:  # the user's code may raise anything
             raise ModelError(f"{spec}: importing {path} failed: {type(error).__name__}: {error}") from error
         try:
-            made = operator.attrgetter(name)(module)
+            return operator.attrgetter(name)(module)
         except AttributeError:
             public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             raise ModelError(f"{spec}: {path} has no {name!r}; {_closest(name, public)}") from None
-        if not isinstance(made, nn.Module):
-            if not callable(made):
-                raise ModelError(f"{spec} is a {type(made).__name__}, neither a model nor a function that makes one")
-            try:
-                made = made()
-            except (Exception, SystemExit) as error:
-                raise ModelError(
-                    f"{spec}: calling it without arguments failed: {type(error).__name__}: {error}; "
-                    "wrap it in a function that takes none"
-                ) from error
-    if not isinstance(made, nn.Module):
-        raise ModelError(f"{spec} gave a {type(made).__name__}, not a torch.nn.Module: return the model")
-    return made
+
+
+def call(function: Any, spec: str) -> Any:
+    """What a function gives without arguments; anything else is returned as it is. Raises `ModelError`."""
+    if not callable(function) or isinstance(function, nn.Module):
+        return function
+    with _current_folder():
+        try:
+            return function()
+        except (Exception, SystemExit) as error:
+            raise ModelError(
+                f"{spec}: calling it without arguments failed: {type(error).__name__}: {error}; "
+                "wrap it in a function that takes none"
+            ) from error
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

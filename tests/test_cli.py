@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 import lmfx.cli
+import lmfx.cli_options
+import lmfx.latency
 import lmfx.models
 from lmfx._version import __version__
 from lmfx.cli import main
@@ -272,6 +275,134 @@ def test_export_asks_for_the_model_where_the_folder_does_not_name_it(capsys: pyt
     assert not Path("out/net.onnx").exists()
 
 
+# --- several inputs, and training -------------------------------------------------------------------------------------
+
+DENOISER = """
+import torch
+from torch import nn
+
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.first, self.second, self.last = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, sample, timestep):
+        x = torch.relu(self.first(sample)) + self.embed(timestep)[:, :, None, None]
+        return self.last(torch.relu(self.second(x)))
+
+def inputs():
+    return torch.randn(2, 4, 16, 16), torch.tensor([3, 5])
+
+def batches():
+    for _ in range(3):
+        yield torch.randn(4, 4, 16, 16), torch.arange(4)
+
+def train(model):
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    model(torch.ones(2, 4, 16, 16), torch.tensor([3, 5])).square().mean().backward()
+    optimizer.step()
+
+@torch.no_grad()
+def evaluate(model):
+    return float(model(torch.ones(2, 4, 16, 16), torch.tensor([3, 5])).square().mean())
+
+text = "no function"
+"""
+QUICK = ["--backend", "roofline", "--quiet"]
+BEFORE = ("frontier", "denoisers:Denoiser", "--example", "denoisers:inputs", *QUICK)
+FINETUNE = ["--importance", "finetune", "--train", "denoisers:train", "--evaluate", "denoisers:evaluate"]
+
+
+@pytest.fixture
+def denoisers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (folder / "denoisers.py").write_text(DENOISER)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield folder
+    sys.modules.pop("denoisers", None)
+
+
+def _arrays(count: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.ones((count, 4, 16, 16)), np.arange(count) % 10
+
+
+@pytest.mark.parametrize("names", [(), ("sample", "timestep")], ids=["positional", "keywords"])
+def test_a_model_of_several_inputs_goes_through_all_commands(
+    names: tuple[str, ...], denoisers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file, count in (("example.npz", 2), ("images.npz", 6)):
+        values = _arrays(count)
+        np.savez(denoisers / file, *(() if names else values), **dict(zip(names, values, strict=False)))
+    given = ["denoisers:Denoiser", "--example", "example.npz"]
+    assert main(["spans", *given]) == 0
+    assert main(["profile", *given, *QUICK]) == 0
+    assert main(["frontier", *given, *QUICK, "--calibration", "images.npz"]) == 0
+    assert main(["compress", *given, *QUICK, "--calibration", "images.npz", "--budget", "0.8", "-o", "out"]) == 0
+    assert "calibrated on 6 images of images.npz" in capsys.readouterr().out
+    assert main(["export", "out"]) == 0
+    inputs = json.loads((denoisers / "out" / "plan.json").read_text())["save"]["inputs"]
+    assert list(inputs["keyword"]) == list(names) and len(inputs["positional"]) == 2 - len(names)
+
+
+def test_the_example_and_the_images_may_come_from_functions(
+    denoisers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["frontier", "denoisers:Denoiser", "--example", "denoisers:inputs", *QUICK]
+    assert main([*given, "--calibration", "denoisers:batches"]) == 0
+    assert "12 images of denoisers:batches" in capsys.readouterr().out
+    assert main([*given, "--calibration", "random:8"]) == 0  # noise for the samples, the example's time steps
+    assert "8 images of standard normal noise" in capsys.readouterr().out
+
+
+def test_finetune_takes_its_functions_by_name_and_keeps_rows_by_key(
+    denoisers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*BEFORE, "--cache-dir", "cache", "--json"]
+    options = [*FINETUNE, "--metric", "loss", "--calibration", "denoisers:inputs", "--realize", "compose"]
+    first = run_json(capsys, *given, *options, "--key", "1 step")
+    assert first["points"][0]["candidates"]
+    with lmfx.latency.Store.open(denoisers / "cache") as store:
+        kept = store.count("importance")
+    assert kept > 1
+    workers = ["--executor", "processes:1", "--key", "1 step more"]
+    assert run_json(capsys, *given, *options, *workers) == first  # in another process, without any row
+    with lmfx.latency.Store.open(denoisers / "cache") as store:
+        assert store.count("importance") == 2 * kept
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "training without finetune": ((*BEFORE, "--train", "denoisers:train"), "--train is for --importance finetune"),
+    "finetune without functions": ((*BEFORE, "--importance", "finetune"), "--train package.module:train"),
+    "no function": ((*BEFORE, *FINETUNE[:3], "denoisers:text", *FINETUNE[4:]), "needs functions"),
+    "no such function": ((*BEFORE, *FINETUNE[:3], "denoisers:learn", *FINETUNE[4:]), "has no 'learn'"),
+    "workers of no kind": ((*BEFORE, *FINETUNE, "--executor", "threads:2"), "write processes:4 or dask:"),
+    "no workers": ((*BEFORE, *FINETUNE, "--executor", "processes:0"), "write processes:4 or dask:"),
+    "no scheduler": ((*BEFORE, *FINETUNE, "--executor", "dask:no address"), "no scheduler answers there"),
+    "an example of text": ((*BEFORE[:3], "denoisers:text"), "gave a str: return a tensor"),
+    "an example of no file": ((*BEFORE[:3], "example.pt"), "no .npy or .npz file"),
+    "an example that is not there": ((*BEFORE[:3], "no.npz"), "can not read the example no.npz"),
+    "images for one input": ((*BEFORE, "--calibration", "one.npy"), "has 1 inputs, the example has 2"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_inputs_and_functions_that_do_not_fit_are_one_message(
+    name: str, denoisers: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmfx.cli_options, "DASK_TIMEOUT", 1)
+    np.save(denoisers / "one.npy", _arrays(3)[0])
+    argv, message = WRONG[name]
+    assert message in failure(capsys, *argv)
+
+
+def test_python_m_lmfx_is_the_command() -> None:
+    root = Path(lmfx.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-m", "lmfx", "--version"], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert run.stdout.startswith(f"lmfx {__version__} ")
+
+
 # --- how it fails -----------------------------------------------------------------------------------------------------
 
 TOO_EARLY = ("compress", "toy_models:factory", *SCORED, "-o", "out", "--budget")
@@ -293,7 +424,10 @@ FAILURES: dict[str, tuple[tuple[str, ...], str]] = {
         ("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "no.npy"),
         "can not read the calibration images no.npy",
     ),
-    "images of a pickle": (("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "x.pt"), "is no .npy file"),
+    "images of a pickle": (
+        ("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "x.pt"),
+        "is no .npy or .npz file",
+    ),
     "no random images": (("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "random:0"), "write random:64"),
     "export of nothing": (("export", "no"), "does not exist"),
     "model without a colon": (("spans", "resnet18"), "write torchvision:NAME"),
@@ -311,8 +445,8 @@ def test_a_failure_is_one_message_and_exit_code_2(name: str, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((2, 3, 8, 8), np.float32), "all but the first number must agree"),
-        (np.zeros((2, 3, 16, 16), np.uint8), "normalise them"),
+        (np.zeros((2, 3, 8, 8), np.float32), "all but the first dimension must agree"),
+        (np.zeros((2, 3, 16, 16), np.uint8), "normalise images"),
         (np.array([{}], dtype=object), "can not read the calibration images"),
         (np.full((2, 3, 16, 16), np.nan), "NaN"),
         (np.zeros((0, 3, 16, 16)), "empty"),
@@ -342,6 +476,7 @@ def test_an_output_that_is_a_file_is_said_before_anything_is_done(capsys: pytest
         ["spans", "toy_models:factory", "--max-kernel-size", "five"],
         ["compress", "toy_models:factory", "-o", "out"],
         ["profile", "toy_models:factory", "--backend", "abacus"],
+        ["spans", "toy_models:factory", "--shape", "1,3,8,8", "--example", "x.npy"],
     ],
     ids=lambda argv: " ".join(argv) or "nothing",
 )
