@@ -31,6 +31,7 @@ def main() -> None:
     """Print one table an estimator."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="a module like examples/digits.py")
+    parser.add_argument("--network", choices=("resnet", "mobilenet"), default="resnet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=6, help="of the original's training")
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("--cache", help="where rows are kept (default: nowhere)")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
-    task = ShortTraining(args.data, args.seed, args.steps)
-    model = task.model(args.width, args.epochs)
+    task = ShortTraining(args.data, args.seed, args.steps, network=args.network)
+    model = task.model(args.width, args.epochs, args.cache)
     images = task.images(args.images)
     graph = lmfx.trace(model, images[:1])
     spans = lmfx.spans(graph)
@@ -63,7 +64,8 @@ def main() -> None:
         "paper": replace(finetune, objective="paper", baseline="original"),
     }
     print(
-        f"{args.data}, seed {args.seed}, width {args.width}: {len(every)} candidates, budgets {', '.join(args.budgets)}"
+        f"{args.data} {args.network}, seed {args.seed}, width {args.width}: {len(every)} candidates, budgets "
+        f"{', '.join(args.budgets)}"
     )
     print(f"{'estimator':16} {'tolerance':>9} {'scored':>7} {'share':>6} {'rounds':>6} {'wrong':>10}  lost")
     found = []

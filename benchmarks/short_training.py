@@ -2,7 +2,8 @@
 
 The data set is a module with the face of `examples/digits.py`: `load(seed)` with train_images, train_labels,
 test_images and test_labels, `Classifier(width)`, `train(model, data, epochs=, seed=, progress=)`. The last quarter of
-the training images is not trained on; performances are taken there, and the test images are left alone.
+the training images is not trained on; performances are taken on at most 1,024 of them, and the test images are left
+alone. `network` is "resnet", that module's own, or "mobilenet", the small one of `small_networks`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.small_networks import classifier
+
+HELD = 1024
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "examples")]
 
@@ -28,7 +33,7 @@ def data_of(name: str, seed: int) -> tuple[Any, Tensor, Tensor]:
     data = importlib.import_module(name).load(seed)
     cut = len(data.train_labels) * 3 // 4
     left = replace(data, train_images=data.train_images[:cut], train_labels=data.train_labels[:cut])
-    return left, data.train_images[cut:], data.train_labels[cut:]
+    return left, data.train_images[cut : cut + HELD], data.train_labels[cut : cut + HELD]
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,27 @@ class ShortTraining:
     steps: int = 16
     batch: int = 64
     lr: float = 0.001
+    network: str = "resnet"
 
     @property
     def key(self) -> str:
         """A name for this training, to store rows under."""
-        return f"{self.data} {self.seed} adam {self.steps} x {self.batch} lr {self.lr} v1"
+        return f"{self.data} {self.network} {self.seed} adam {self.steps} x {self.batch} lr {self.lr} v2"
 
-    def model(self, width: int, epochs: int) -> nn.Module:
-        """A trained classifier."""
+    def model(self, width: int, epochs: int, folder: str | None = None) -> nn.Module:
+        """A trained classifier, kept in `folder`."""
         torch.manual_seed(self.seed)
         module = importlib.import_module(self.data)
         data, _, _ = data_of(self.data, self.seed)
-        net: nn.Module = module.train(module.Classifier(width), data, epochs=epochs, seed=self.seed, progress=False)
+        net = classifier(module, data, self.network, width)
+        file = Path(folder or "") / f"{self.data}-{self.network}-{self.seed}-{width}-{epochs}.safetensors"
+        if folder and file.exists():
+            net.load_state_dict(safetensors.torch.load_file(file))
+            return net.eval()
+        module.train(net, data, epochs=epochs, seed=self.seed, progress=False)
+        if folder:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(net.state_dict(), file)
         return net.eval()
 
     def images(self, count: int) -> Tensor:

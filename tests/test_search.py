@@ -118,6 +118,7 @@ def test_an_unreachable_budget_names_the_fastest_network_that_was_measured(
         find_plan(graph, frontier, Budget.parse(budget), Skewed(factor), [X])
     fastest = truth(graph, frontier.plan(0), factor) * RooflineBackend().ms(graph, [X])
     assert caught.value.latency == pytest.approx(fastest)
+    assert caught.value.original == pytest.approx(RooflineBackend().ms(graph, [X]))
 
 
 def test_the_fastest_plan_is_tried_before_a_budget_is_refused(solved: tuple[fx.GraphModule, Frontier]) -> None:
