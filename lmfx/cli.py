@@ -265,7 +265,7 @@ def _compress(args: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise PlanError(f"--output {output} is a file; give a folder")
     if args.onnx:
-        from lmfx.export.emit import require_onnx
+        from lmfx.export.builder import require_onnx
 
         require_onnx()  # said now and not after minutes of work
     carried = _carried(args)

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.averaging import moving_average
-from lmfx.export.emit import eval_mode
+from lmfx.export.specs import eval_mode
 from lmfx.objectives import Distance, Objective, recorded, shared_layers
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
 from lmfx.progress import progress as progress_bar

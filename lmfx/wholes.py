@@ -27,7 +27,7 @@ from lmfx.frontier import solve_spans
 from lmfx.importance import ImportanceTable
 from lmfx.latency import Backend, LatencyTable, Store, calibrate
 from lmfx.latency.base import REFERENCE, SENTINEL
-from lmfx.latency.claims import alone
+from lmfx.latency.share import alone
 from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.bare import bare
 from lmfx.passes.ir import MergePlan

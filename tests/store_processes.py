@@ -12,7 +12,7 @@ for name, folder in (("lmfx", "lmfx"), ("lmfx.latency", "lmfx/latency")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [sys.argv[1] + "/" + folder]
 del sys.argv[1]
-from lmfx.latency.claims import Share
+from lmfx.latency.share import Share
 from lmfx.latency.store import Store
 assert "torch" not in sys.modules
 """

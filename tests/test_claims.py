@@ -18,7 +18,8 @@ import pytest
 from store_processes import start
 
 from lmfx.latency import LatencyTable
-from lmfx.latency.claims import HUNG_SECONDS, STALE_SECONDS, Owner, Share, alone, is_live, start_of, this_place
+from lmfx.latency.claims import HUNG_SECONDS, STALE_SECONDS, Owner, is_live, start_of, this_place
+from lmfx.latency.share import Share, alone
 from lmfx.latency.store import Store
 
 HERE = {"backend": "b", "threads": 1}

@@ -247,7 +247,7 @@ def test_a_workload_of_every_candidate_runs_and_gives_the_shape_of_its_span() ->
         workload = make(candidate)
         if workload is None:
             continue
-        from lmfx.export.emit import off_meta
+        from lmfx.export.specs import off_meta
 
         with torch.no_grad():
             out = off_meta(workload.build())(*(torch.zeros(shape, dtype=dtype) for shape, dtype in workload.inputs))

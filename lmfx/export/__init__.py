@@ -1,6 +1,7 @@
 """Export of compressed networks: our own ONNX emitter for small graphs, checked ONNX files, TensorRT engines."""
 
-from lmfx.export.emit import UnsupportedOp, emit, to_onnx_bytes
+from lmfx.export.builder import UnsupportedOp
+from lmfx.export.emit import emit, to_onnx_bytes
 from lmfx.export.onnx import export_onnx
 from lmfx.export.tensorrt import build_engine
 

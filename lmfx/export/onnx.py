@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import PROTO_LIMIT, eval_mode, require_onnx
+from lmfx.export.builder import PROTO_LIMIT, require_onnx
+from lmfx.export.specs import eval_mode
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.interface import plain_face, plain_output

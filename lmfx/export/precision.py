@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lmfx.export.emit import require_onnx
+from lmfx.export.builder import require_onnx
 from lmfx.export.fold_norms import fold_norms, infer
 from lmfx.passes.errors import ExportError, OptionError
 

@@ -1,6 +1,6 @@
 """One rule an op for the emitter: a torch.nn module or function and the names of its inputs -> ONNX nodes.
 
-A rule adds nodes to the `Emitter` and gives back the name of its value. Shapes are only worked out (on fake tensors)
+A rule adds nodes to the `Builder` and gives back the name of its value. Shapes are only worked out (on fake tensors)
 when a rule asks for them.
 """
 
@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import UnsupportedOp
+from lmfx.export.builder import Builder, UnsupportedOp
 from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelLayerNorm, ChannelSelect
-
-if TYPE_CHECKING:
-    from lmfx.export.emitter import Emitter
 
 __all__ = ["FUNCTION_RULES", "MODULE_RULES"]
 
@@ -35,7 +32,7 @@ def _pads(reversed_pairs: Sequence[int]) -> list[int]:
     return [lo for lo, _ in pairs] + [hi for _, hi in pairs]
 
 
-def _conv(e: Emitter, node: fx.Node, m: Any) -> str:
+def _conv(e: Builder, node: fx.Node, m: Any) -> str:
     n = len(m.kernel_size)
     pads = _pads(m._reversed_padding_repeated_twice)
     source = node.args[0]
@@ -62,8 +59,8 @@ def _conv(e: Emitter, node: fx.Node, m: Any) -> str:
 _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def _mirror(mode: str) -> Callable[[Emitter, fx.Node, Any], str]:
-    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+def _mirror(mode: str) -> Callable[[Builder, fx.Node, Any], str]:
+    def rule(e: Builder, node: fx.Node, m: Any) -> str:
         pads = _pads(m.padding)
         axes = e.ints(range(-(len(pads) // 2), 0))
         return e.node("Pad", e.value(node.args[0]), e.ints(pads), "", axes, mode=_MODES[mode])
@@ -71,7 +68,7 @@ def _mirror(mode: str) -> Callable[[Emitter, fx.Node, Any], str]:
     return rule
 
 
-def _pad(e: Emitter, node: fx.Node, m: Any) -> str:
+def _pad(e: Builder, node: fx.Node, m: Any) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     value = float(getattr(m, "value", 0.0))
@@ -90,7 +87,7 @@ def _pad(e: Emitter, node: fx.Node, m: Any) -> str:
 # normalization
 
 
-def _batch_norm(e: Emitter, node: fx.Node, m: Any) -> str:
+def _batch_norm(e: Builder, node: fx.Node, m: Any) -> str:
     if m.running_mean is None:
         raise UnsupportedOp(f"{node.name} has no running statistics, so it is not affine in eval mode")
     ones = torch.ones_like(m.running_var)
@@ -100,7 +97,7 @@ def _batch_norm(e: Emitter, node: fx.Node, m: Any) -> str:
     return e.node("BatchNormalization", e.value(node.args[0]), *constants, epsilon=m.eps)
 
 
-def _layer_norm(e: Emitter, node: fx.Node, m: nn.LayerNorm) -> str:
+def _layer_norm(e: Builder, node: fx.Node, m: nn.LayerNorm) -> str:
     scale = m.weight if m.weight is not None else torch.ones(m.normalized_shape, dtype=e.dtype)
     operands = [e.value(node.args[0]), e.tensor(scale)]
     if m.bias is not None:
@@ -108,7 +105,7 @@ def _layer_norm(e: Emitter, node: fx.Node, m: nn.LayerNorm) -> str:
     return e.node("LayerNormalization", *operands, axis=-len(m.normalized_shape), epsilon=m.eps)
 
 
-def _channel_layer_norm(e: Emitter, node: fx.Node, m: ChannelLayerNorm) -> str:
+def _channel_layer_norm(e: Builder, node: fx.Node, m: ChannelLayerNorm) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     rank = len(e.shape(source))
@@ -120,7 +117,7 @@ def _channel_layer_norm(e: Emitter, node: fx.Node, m: ChannelLayerNorm) -> str:
     return e.node("Transpose", normed, perm=[0, rank - 1, *range(1, rank - 1)])
 
 
-def _group_norm(e: Emitter, node: fx.Node, m: nn.GroupNorm) -> str:
+def _group_norm(e: Builder, node: fx.Node, m: nn.GroupNorm) -> str:
     # GroupNormalization is right only from opset 21 on; instance norm over the groups is the same.
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -138,7 +135,7 @@ def _group_norm(e: Emitter, node: fx.Node, m: nn.GroupNorm) -> str:
 # pooling
 
 
-def _windows(e: Emitter, source: fx.Node, m: Any) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+def _windows(e: Builder, source: fx.Node, m: Any) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Kernel, strides, dilations, torch's pads (one a dimension) and the longer end pads that stand for ceil_mode."""
     shape = e.shape(source)
     n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
@@ -157,7 +154,7 @@ def _windows(e: Emitter, source: fx.Node, m: Any) -> tuple[list[int], list[int],
     return list(kernel), list(stride), list(dilation), list(padding), ends
 
 
-def _max_pool(e: Emitter, node: fx.Node, m: Any) -> str:
+def _max_pool(e: Builder, node: fx.Node, m: Any) -> str:
     if m.return_indices:
         raise UnsupportedOp(f"{node.name} returns indices")
     source = node.args[0]
@@ -168,7 +165,7 @@ def _max_pool(e: Emitter, node: fx.Node, m: Any) -> str:
     )
 
 
-def _avg_pool(e: Emitter, node: fx.Node, m: Any) -> str:
+def _avg_pool(e: Builder, node: fx.Node, m: Any) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     kernel, stride, _, begins, ends = _windows(e, source, m)
@@ -189,8 +186,8 @@ def _avg_pool(e: Emitter, node: fx.Node, m: Any) -> str:
     return out
 
 
-def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
-    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+def _adaptive(average: bool) -> Callable[[Builder, fx.Node, Any], str]:
+    def rule(e: Builder, node: fx.Node, m: Any) -> str:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
@@ -213,21 +210,21 @@ def _adaptive(average: bool) -> Callable[[Emitter, fx.Node, Any], str]:
 # the rest
 
 
-def _select(e: Emitter, node: fx.Node, m: ChannelSelect) -> str:
+def _select(e: Builder, node: fx.Node, m: ChannelSelect) -> str:
     if m.span is None:
         return e.node("Gather", e.value(node.args[0]), e.ints(m.index), axis=1)
     start, stop, step = (e.ints([i]) for i in m.span)
     return e.node("Slice", e.value(node.args[0]), start, stop, e.ints([1]), step)
 
 
-def _affine(e: Emitter, node: fx.Node, m: ChannelAffine) -> str:
+def _affine(e: Builder, node: fx.Node, m: ChannelAffine) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     scale, bias = (t.view(-1, *(1,) * (len(e.shape(source)) - 2)) for t in (m.scale, m.bias))
     return e.node("Add", e.node("Mul", e.value(source), e.tensor(scale)), e.tensor(bias))
 
 
-def _linear(e: Emitter, node: fx.Node, m: nn.Linear) -> str:
+def _linear(e: Builder, node: fx.Node, m: nn.Linear) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if len(e.shape(source)) == 2:
@@ -239,13 +236,13 @@ def _linear(e: Emitter, node: fx.Node, m: nn.Linear) -> str:
     return out if m.bias is None else e.node("Add", out, e.tensor(m.bias))
 
 
-def _flat(e: Emitter, node: fx.Node, source: fx.Node, start: int, end: int) -> str:
+def _flat(e: Builder, node: fx.Node, source: fx.Node, start: int, end: int) -> str:
     if start == 1 and end == -1:
         return e.node("Flatten", e.value(source), axis=1)
     return e.node("Reshape", e.value(source), e.ints(e.shape(node)))
 
 
-def _prelu(e: Emitter, node: fx.Node, m: nn.PReLU) -> str:
+def _prelu(e: Builder, node: fx.Node, m: nn.PReLU) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     slope = m.weight
@@ -254,21 +251,21 @@ def _prelu(e: Emitter, node: fx.Node, m: nn.PReLU) -> str:
     return e.node("PRelu", e.value(source), e.tensor(slope))
 
 
-def _silu(e: Emitter, node: fx.Node, m: nn.Module) -> str:
+def _silu(e: Builder, node: fx.Node, m: nn.Module) -> str:
     x = e.value(node.args[0])
     return e.node("Mul", x, e.node("Sigmoid", x))
 
 
-def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Callable[[Emitter, fx.Node, Any], str]:
+def _clip(low: Callable[[Any], float], high: Callable[[Any], float]) -> Callable[[Builder, fx.Node, Any], str]:
     return lambda e, node, m: e.node("Clip", e.value(node.args[0]), e.scalar(low(m)), e.scalar(high(m)))
 
 
-def _unary(op: str, **attributes: Callable[[Any], Any]) -> Callable[[Emitter, fx.Node, Any], str]:
+def _unary(op: str, **attributes: Callable[[Any], Any]) -> Callable[[Builder, fx.Node, Any], str]:
     return lambda e, node, m: e.node(op, e.value(node.args[0]), **{k: f(m) for k, f in attributes.items()})
 
 
-def _softmax(op: str) -> Callable[[Emitter, fx.Node, Any], str]:
-    def rule(e: Emitter, node: fx.Node, m: Any) -> str:
+def _softmax(op: str) -> Callable[[Builder, fx.Node, Any], str]:
+    def rule(e: Builder, node: fx.Node, m: Any) -> str:
         if m.dim is None:
             raise UnsupportedOp(f"{node.name}: softmax without a dim")
         return e.node(op, e.value(node.args[0]), axis=m.dim)
@@ -276,12 +273,12 @@ def _softmax(op: str) -> Callable[[Emitter, fx.Node, Any], str]:
     return rule
 
 
-def _same(e: Emitter, node: fx.Node, m: nn.Module) -> str:
+def _same(e: Builder, node: fx.Node, m: nn.Module) -> str:
     return e.value(node.args[0])
 
 
 def _binary(op: str) -> Callable[..., str]:
-    def rule(e: Emitter, node: fx.Node, a: Any, b: Any, *, alpha: float = 1) -> str:
+    def rule(e: Builder, node: fx.Node, a: Any, b: Any, *, alpha: float = 1) -> str:
         right = e.value(b)
         if alpha != 1:
             right = e.node("Mul", right, e.scalar(alpha))
@@ -290,12 +287,12 @@ def _binary(op: str) -> Callable[..., str]:
     return rule
 
 
-def _cat(e: Emitter, node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> str:
+def _cat(e: Builder, node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> str:
     return e.node("Concat", *(e.value(t) for t in tensors), axis=dim)
 
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MODULE_RULES: dict[type[nn.Module], Callable[[Emitter, fx.Node, Any], str]] = {
+MODULE_RULES: dict[type[nn.Module], Callable[[Builder, fx.Node, Any], str]] = {
     **dict.fromkeys(_CONVS, _conv),
     **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _pad),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _pad),

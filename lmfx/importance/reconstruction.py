@@ -28,7 +28,7 @@ from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike, opened
-from lmfx.latency.claims import Share
+from lmfx.latency.share import Share
 from lmfx.latency.store import Store
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate

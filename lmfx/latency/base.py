@@ -9,7 +9,7 @@ A backend only says how to prepare one workload as a `Runner`; `TimedBackend.mea
     interleaved rounds            `lmfx.latency.rounds`, in batches that share a sentinel
     each finished row             committed to the store at once
 
-Several processes may measure into one store: each claims a few rows before it makes them ready (`lmfx.latency.claims`).
+Several processes may measure into one store: each claims a few rows before it makes them ready (`lmfx.latency.share`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
-from lmfx.latency.claims import Share
 from lmfx.latency.rounds import Runner, Sampling, Session, Taken, summary
+from lmfx.latency.share import Share
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError, StoreError

@@ -1,8 +1,6 @@
 """Claims: several processes fill one store, and no row is made twice.
 
-    take      a few rows that nobody has, in one transaction             claims: row -> owner, place, pid, started, beat
-    put       the row, and the end of its claim, in one transaction
-    wait      what is left belongs to others: until they are ready, or gone
+    claims    row -> owner, place, pid, started, beat       how they are taken and waited for: `lmfx.latency.share`
 
 A claim ends with its process. On the same machine (one boot, one set of pids) a process is gone when its pid is, or
 belongs to one that started at another time. Elsewhere, and where /proc does not tell, it is gone when it has not
@@ -20,24 +18,17 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
-from lmfx.latency.store_schema import Identity, identity_hash
 from lmfx.passes.errors import StoreError
 
-if TYPE_CHECKING:
-    from lmfx.latency.store import Store
-
-__all__ = ["Owner", "Share", "alone", "claim_rows", "is_live"]
+__all__ = ["Heart", "Owner", "claim_rows", "is_live"]
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 HUNG_SECONDS = 900.0
-POLL_SECONDS = 0.2
 
 
 @functools.cache
@@ -99,59 +90,12 @@ def claim_rows(
     return free
 
 
-class Share:
-    """This process's part of the rows of one kind and identity. Without a store everything is its own.
-
-    Use it with `with`: what is still claimed at the end is given back.
-    """
-
-    def __init__(self, store: Store | None, kind: str, identity: Identity) -> None:
-        self.store, self.kind, self.identity = store, kind, identity_hash(identity)
-
-    def take(self, keys: Iterable[str], most: int | None = None) -> list[str]:
-        """Claims the first `most` of `keys` (all, if None) that no other process works on, and returns them.
-
-        A row may have been finished in the moment before: look for it in the store after this, not before.
-        """
-        if self.store is None:
-            return list(dict.fromkeys(keys))[:most]
-        return self.store.claim(self.kind, self.identity, keys, most)
-
-    def give_back(self, keys: Iterable[str]) -> None:
-        """Ends claims on rows that were not put."""
-        if self.store is not None:
-            self.store.release(self.kind, self.identity, keys)
-
-    def wait(self) -> None:
-        """A moment in which others may finish."""
-        time.sleep(POLL_SECONDS)
-
-    def __enter__(self) -> Share:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.store is not None:
-            with contextlib.suppress(StoreError):  # closed or gone; then its claims die with the process
-                self.store.release(self.kind, self.identity)
-
-
-@contextlib.contextmanager
-def alone(store: Store | None, kind: str, identity: Identity) -> Iterator[None]:
-    """Waits until no other process is inside for the same kind and identity: for rows that are made all together."""
-    with Share(store, kind, identity) as share:
-        while not share.take(["*"]):
-            share.wait()
-        yield
-
-
 class Heart:
     """Renews the claims of a store from a thread, as long as the store is there."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, renew: weakref.WeakMethod[Callable[[], None]]) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=_beat, args=(weakref.ref(store), self._stop), daemon=True)
+        self._thread = threading.Thread(target=_beat, args=(renew, self._stop), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -159,11 +103,11 @@ class Heart:
         self._stop.set()
 
 
-def _beat(store: weakref.ref[Store], stop: threading.Event) -> None:
+def _beat(renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
-        found = store()
+        found = renew()
         if found is None:
             return
         with contextlib.suppress(StoreError):
-            found.renew()
+            found()
         del found

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import eval_shapes
+from lmfx.export.specs import eval_shapes
 from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload

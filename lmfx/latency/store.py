@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -132,7 +133,7 @@ class Store:
         hashed, asked = identity_hash(identity), list(keys)
         taken = self.run(lambda db: claim_rows(db, self._owner, kind, hashed, asked, most), writes=True)
         if taken and self._heart is None:
-            self._heart = Heart(self)
+            self._heart = Heart(weakref.WeakMethod(self.renew))
         return taken
 
     def release(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import off_meta
 from lmfx.export.precision import check_precision
+from lmfx.export.specs import off_meta
 from lmfx.latency.base import Measurement, Prune, TimedBackend, Whole
 from lmfx.latency.cuda import CudaRunner
 from lmfx.latency.gpu import monitor_of, sampling_on

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.export.emit import InputSpec, input_specs
+from lmfx.export.specs import InputSpec, input_specs
 
 __all__ = ["Workload", "sentinel_workload", "signature"]
 
