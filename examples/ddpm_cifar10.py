@@ -1,20 +1,30 @@
 """LayerMerge on the DDPM of CIFAR-10 with the paper's settings: importance, plan, fine-tuning, merge, export.
 
     python examples/ddpm_cifar10.py /data/cifar-10-batches-bin --budget 0.7 --out runs/ddpm
+    torchrun --nproc_per_node 8 examples/ddpm_cifar10.py /data/cifar-10-batches-bin --budget 0.7 --out runs/ddpm
 
 DATA is CIFAR-10's binary version (data_batch_1.bin to data_batch_5.bin), which is read without unpickling anything. The
-network is google/ddpm-cifar10-32 of diffusers, or `--weights FOLDER`. What is found in the folder `--out` is not made
-again (cache, plan.json, training), so a run that was stopped goes on.
+network is google/ddpm-cifar10-32 of diffusers, or `--weights FOLDER`. Importance jobs run on all GPUs, fine-tuning in
+all processes that the launcher started. A run that was stopped is started again with the same command: nothing that
+`--out` holds (options.json, cache/, plan.json, training/) is made again. At the end there are net/, net.onnx,
+samples.png and results.json.
 
 The defaults are those of the paper (Kim, El Halabi, Ji, Song, ICML 2024) and its published code: importance from 50
 epochs on 1 % of the images, judged by the denoising loss on another 1 %; GroupNorm moves behind merged convolutions;
-fine-tuning is Adam, rate 4e-4, 100,000 steps of 128 images. There, weights are averaged over steps (EMA); here not.
+fine-tuning is Adam, rate 4e-4, 100,000 steps of 128 images, and the network is the moving average of the weights over
+them (0.9999: Ho, Jain, Abbeel 2020).
+
+What is reported is the denoising loss, with the same noise for both networks. The paper reports FID, which needs the
+weights of an Inception network and is not made here: `--judge package.module:function` calls a function of yours with
+`--samples` samples of each network, uint8 (n, 3, 32, 32) (100 steps of DDIM, Song, Meng, Ermon 2021), and reports the
+number that it gives.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import importlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +33,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from launch import Launch, check_options, job_pool, wait_for
 from torch import Tensor, nn
 
 import lmfx
 
 TIMES = 1000
 ALPHA = torch.cumprod(1 - torch.linspace(1e-4, 0.02, TIMES, dtype=torch.float64), 0).float()
-CHUNK = 1000  # steps between two checkpoints
+# What may change between two runs of one --out; all else is of the plan.
+FREE = {"data", "out", "device", "jobs", "plan_only", "steps", "save_every", "rate", "ema", "precision"}
+FREE |= {"samples", "judge"}
 
 
 def read(folder: Path) -> Tensor:
@@ -115,6 +128,11 @@ class Short:
     rate: float
     device: str
 
+    @property
+    def key(self) -> str:
+        """What the stored rows belong to; they outlive another device."""
+        return f"{self.folder} {self.share} x {self.epochs} x {self.batch} adam {self.rate} v2"
+
     def _part(self, part: int) -> Tensor:
         images = read(self.folder)
         count = max(round(len(images) * self.share), 1)
@@ -160,88 +178,162 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--importance", default="finetune", help="finetune (the paper), or reconstruction")
     parser.add_argument("--share", type=float, default=0.01, help="of the images (default: %(default)s)")
     parser.add_argument("--importance-epochs", type=int, default=50)
+    parser.add_argument("--importance-rate", type=float, default=4e-4)
+    parser.add_argument("--jobs", type=int, help="importance jobs side by side (default: one a GPU)")
+    parser.add_argument("--include", nargs="+", default=[], metavar="GLOB", help="modules that may be touched")
     parser.add_argument("--calibration", type=int, default=128, help="images (default: %(default)s)")
     parser.add_argument("--norm", default="post", choices=["post", "affine"])
     parser.add_argument("--plan-only", action="store_true", help="stop when there is a plan")
     parser.add_argument("--steps", type=int, default=100_000, help="of fine-tuning (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=128, help="in training and in latencies (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="in all processes, and in latencies (default: %(default)s)"
+    )
+    parser.add_argument("--save-every", type=int, default=1000, help="steps (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' average; 0 for none")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="fp32")
+    parser.add_argument("--samples", type=int, default=64, help="of each network at the end (default: %(default)s)")
+    parser.add_argument("--judge", help="package.module:function, samples -> a number like FID")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
+
+
+@torch.inference_mode()
+def sample(net: nn.Module, count: int, batch: int, device: str, steps: int = 100) -> Tensor:
+    """`count` images, uint8 `(count, 3, 32, 32)`: DDIM without noise (Song, Meng, Ermon 2021, equation 12, sigma 0)."""
+    random = torch.Generator().manual_seed(0)
+    times = torch.linspace(TIMES - 1, 0, steps).round().long()
+    done = []
+    for _ in range(0, count, batch):  # whole batches, see `main`
+        x = torch.randn(batch, 3, 32, 32, generator=random).to(device)
+        for i, t in enumerate(times):
+            now, then = ALPHA[t], ALPHA[times[i + 1]] if i + 1 < steps else torch.tensor(1.0)
+            noise = net(x, torch.full((batch,), int(t), device=device))
+            image = ((x - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-1, 1)
+            x = then.sqrt() * image + (1 - then).sqrt() * noise
+        done.append(x.cpu())
+    return ((torch.cat(done)[:count] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_picture(rows: list[Tensor], file: Path) -> None:
+    """The first 16 images of each, a row each."""
+    from PIL import Image
+
+    whole = torch.cat([torch.cat(list(images[:16]), 2) for images in rows], 1)
+    Image.fromarray(whole.permute(1, 2, 0).contiguous().numpy()).save(file)
+
+
+def make_plan(args: argparse.Namespace, model: nn.Module, example: Any, noise: Any, short: Short) -> None:
+    """Writes out/report.txt and, once all is done, out/plan.json: the best plan for the budget."""
+    importance: Any = args.importance
+    if importance == "finetune":
+        importance = lmfx.Finetune(
+            short.train,
+            short.evaluate,
+            metric="loss",
+            objective="paper",
+            surrogate="identity",
+            seed=args.seed,
+            key=f"ddpm {short.key}",
+        )
+    student = lmfx.compress(
+        model,
+        example,
+        args.budget,
+        calibration=noise,
+        latency=args.latency,
+        importance=importance,
+        realize=("compose",),
+        surrogate="identity",
+        norm=args.norm,
+        include=tuple(args.include),
+        executor=job_pool(args.jobs, args.device),
+        cache_dir=args.out / "cache",
+        merge=False,
+    )
+    report = str(lmfx.report(student))
+    print(report)
+    (args.out / "report.txt").write_text(report + "\n")
+    lmfx.save_plan(lmfx.result_of(student).plan, args.out / "plan.json")
+
+
+def judge(args: argparse.Namespace, nets: dict[str, nn.Module], short: Short) -> dict[str, dict[str, float]]:
+    """The denoising loss of each network and what `--judge` says of its samples; writes out/samples.png."""
+    results: dict[str, dict[str, float]] = {}
+    rows = []
+    for name, net in nets.items():
+        results[name] = {"denoising loss": short.evaluate(net)}
+        if args.samples:
+            rows.append(sample(net, args.samples, args.batch, args.device))
+            if args.judge:
+                module, _, function = args.judge.partition(":")
+                results[name][args.judge] = float(getattr(importlib.import_module(module), function)(rows[-1]))
+    if rows:
+        write_picture(rows, args.out / "samples.png")
+    return results
 
 
 def main(arguments: list[str] | None = None) -> None:
     """All stages, each skipped where its result is there."""
     args = options(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
+    run = Launch.of(args.device)
     images = read(args.data)
+    check_options(args.out / "options.json", {k: v for k, v in vars(args).items() if k not in FREE})
     torch.manual_seed(args.seed)
-    model = Denoiser(args.weights, tuple(args.channels)).eval().to(args.device)
+    model = Denoiser(args.weights, tuple(args.channels)).eval().to(run.device)
     random = torch.Generator().manual_seed(args.seed)
     chosen = scaled(images[torch.randint(len(images), (args.calibration,), generator=random)])
-    x, t, _ = (v.to(args.device) for v in noisy(chosen, random))
-    # Attention reshapes to numbers that are read off the example, so all batches are as large as it is.
-    example = (
-        torch.randn(args.batch, 3, 32, 32, device=args.device),
-        torch.full((args.batch,), TIMES // 2, device=args.device),
+    noise = tuple(v.to(run.device) for v in noisy(chosen, random)[:2])
+
+    def example(batch: int) -> tuple[Tensor, Tensor]:
+        times = torch.full((batch,), TIMES // 2, device=run.device)
+        return torch.randn(batch, 3, 32, 32, device=run.device), times
+
+    # Attention reshapes to numbers that are read off the example, so all batches of a graph are as large as it is.
+    short = Short(
+        args.data.resolve(), args.share, args.importance_epochs, args.batch, args.importance_rate, args.device
     )
-    short = Short(args.data.resolve(), args.share, args.importance_epochs, args.batch, args.rate, args.device)
     plan = args.out / "plan.json"
-    if plan.exists():
-        student = lmfx.rewrite(lmfx.trace(model, example), lmfx.load_plan(plan), calibration=(x, t))
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SystemExit(f"there is no {plan}: run with --plan-only in one process first")
-    else:
-        importance: Any = args.importance
-        if importance == "finetune":
-            importance = lmfx.Finetune(
-                short.train,
-                short.evaluate,
-                metric="loss",
-                objective="paper",
-                surrogate="identity",
-                seed=args.seed,
-                key=f"ddpm {short}",
-            )
-        student = lmfx.compress(
-            model,
-            example,
-            args.budget,
-            calibration=(x, t),
-            latency=args.latency,
-            importance=importance,
-            realize=("compose",),
-            surrogate="identity",
-            norm=args.norm,
-            cache_dir=args.out / "cache",
-            merge=False,
-        )
-        print(lmfx.report(student))
-        lmfx.save_plan(lmfx.result_of(student).plan, plan)
+    if run.first and not plan.exists():
+        make_plan(args, model, example(args.batch), noise, short)
+    wait_for(plan)
     if args.plan_only:
         return
+    share, chosen_plan = run.share(args.batch), lmfx.load_plan(plan)
+    student = lmfx.rewrite(lmfx.trace(model, example(share)), chosen_plan, calibration=noise)
+    chunks = -(-args.steps // args.save_every)
     lmfx.distill(
         student,
         None,
-        NoisyBatches(images, min(CHUNK, args.steps), args.batch, args.device),
-        epochs=max(args.steps // CHUNK, 1),
+        # Each process takes every n-th batch.
+        NoisyBatches(images, args.steps // chunks * run.processes, share, run.device),
+        epochs=chunks,
         loss=F.mse_loss,
         distillation=None,
         lr=args.rate,
         schedule="constant",
         clip=1.0,
+        ema=args.ema or None,
         precision=args.precision,
         checkpoint=args.out / "training",
         seed=args.seed,
     )
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    net = lmfx.merge(student)
-    lmfx.export_onnx(net, example, args.out / "net.onnx")
-    for name, each in (("original", model), ("compressed", net)):
-        print(f"{name:12} denoising loss {short.evaluate(each):.5f} on {args.share:.0%} of the images")
-    print(f"written: {args.out}/plan.json, training/, net.onnx")
+    if run.first:
+        whole = lmfx.rewrite(lmfx.trace(model, example(args.batch)), chosen_plan, calibration=noise)
+        trained = dict(student.named_parameters())  # buffers are constants, some as long as the batch
+        with torch.no_grad():
+            for name, parameter in whole.named_parameters():
+                parameter.copy_(trained[name])
+        net = lmfx.merge(whole)
+        lmfx.save(net, args.out / "net")
+        lmfx.export_onnx(net, example(args.batch), args.out / "net.onnx")
+        results = judge(args, {"original": model, "compressed": net}, short)
+        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+        for name, row in results.items():
+            print(f"{name:12} " + ", ".join(f"{what} {value:.5f}" for what, value in row.items()))
+        print(f"written: {args.out}/plan.json, report.txt, training/, net/, net.onnx, samples.png, results.json")
+    run.leave()
 
 
 if __name__ == "__main__":

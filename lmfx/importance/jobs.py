@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lmfx.importance.memory import memory_kept
 from lmfx.passes.errors import InputError
 
 __all__ = ["Job", "Outcome", "PackedNetwork", "isolated", "run_job"]
@@ -118,7 +119,7 @@ def run_job(job: Job) -> Outcome:
     Raises `InputError` with the job's key and the user's own error.
     """
     start = time.perf_counter()
-    with isolated(job.seed, job.threads):
+    with isolated(job.seed, job.threads), memory_kept():
         net = job.network.unpack()
         if job.train is not None:
             for parameter in net.parameters():
