@@ -101,8 +101,9 @@ def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES
         return calibration
     args, kwargs = example_arguments(example_input)
     frame, example = _frame(args, kwargs)
-    plain = all(v is BATCHED for v in frame.leaves) and len(frame.leaves) == len(args) + len(kwargs)
-    reader = _Reader(frame, example, args, kwargs)
+    # Each argument is a tensor of images itself: one in a dict or a list is put together by the frame.
+    plain = all(v is BATCHED for v in frame.leaves) and all(isinstance(v, Tensor) for v in (*args, *kwargs.values()))
+    reader = _Reader(frame, example, args, kwargs, framed=not plain)
     source = [tuple(example)] if calibration is None else calibration
     columns: list[list[Tensor]] = [[] for _ in example]
     count = 0
@@ -146,11 +147,13 @@ def _kind(value: Any) -> str:
 class _Reader:
     """Takes batches apart into the tensors that are batched in the example."""
 
-    def __init__(self, frame: Frame, example: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, frame: Frame, example: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], framed: bool
+    ) -> None:
         self.frame, self.inputs, self.args, self.kwargs = frame, len(example), args, kwargs
         self.names = tuple(kwargs)
         self.width = len(args)
-        self.framed = len(frame.leaves) != self.inputs or len(frame.leaves) != len(args) + len(kwargs)
+        self.framed = framed
 
     def batches(self, source: Any) -> Iterable[list[Tensor]]:
         if isinstance(source, Tensor):

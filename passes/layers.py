@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -218,13 +219,15 @@ class Network:
             if self.shape(branch.exit)[2:] != shape[2:]:
                 continue  # a gate of one value a channel, say: the map's geometry is that of the other branch
             whole = self.series_geometry(branch, branch.layers)
-            if whole is None:
-                return None
-            found.append(whole)
+            if whole is not None:  # else its size is that of the others, wherever the network runs at all
+                found.append(whole)
+        if not found:
+            return None
         try:
-            return linear.cat_configs(found) if parallel.join == "cat" else linear.add_configs(found)
+            whole = linear.cat_configs(found) if parallel.join == "cat" else linear.add_configs(found)
         except OptionError:
             return None
+        return whole if whole.out_channels == shape[1] else replace(whole, out_channels=shape[1], groups=1)
 
     def series_geometry(self, series: Series, layers: tuple[Layer, ...]) -> ConvConfig | None:
         """The geometry of consecutive layers of a series."""

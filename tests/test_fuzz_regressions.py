@@ -164,3 +164,44 @@ def test_a_slice_of_a_sequential_is_traced_into() -> None:
 
     gm = check_trace(double(Net()), example(1, 3, 8, 8), ["Conv2d", "ReLU"])
     assert gm.meta["lmfx"]["tracer"] == "symbolic" and ops_of(gm)
+
+
+def test_the_size_rule_of_a_join_is_that_of_a_branch_that_has_one() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1, stride=3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).relu()
+            return torch.cat([self.b(y), F.interpolate(y, size=(2, 2))], 1)  # the two agree from 4 to 6 pixels
+
+    model, fit = double(Net()), SpanOptions(realize=("fit",))
+    strides = {c.conv.stride for c in spans_of(model, example(1, 3, 4, 4), realize=("fit",)) if len(c.all_convs) == 2}
+    assert strides == {(3, 3)}  # 4 pixels to 2 looked like a stride of 2, which 6 pixels are not
+    net = check_rewrite(model, example(1, 3, 4, 4), pick(realization="fit", convs=("a", "b")), edits=1, options=fit)
+    assert net(example(1, 3, 6, 6)).shape == model(example(1, 3, 6, 6)).shape
+
+
+def test_one_tensor_in_a_dict_is_calibrated_as_it_is_given() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, given: dict[str, Tensor]) -> Tensor:
+            x: Tensor = self.c(self.b(self.a(given["x"]).relu()).relu())
+            return x
+
+    x, images = torch.randn(2, 3, 16, 16), torch.randn(6, 3, 16, 16)
+    for calibration in (None, images, [({"x": images},)], [({"x": i[None]},) for i in images]):
+        net = lmfx.compress(
+            Net().eval(),
+            ({"x": x},),
+            0.6,
+            calibration=calibration,
+            latency="roofline",
+            realize=("fit",),
+            progress=False,
+        )
+        assert net({"x": x}).shape == (2, 4, 10, 10)
