@@ -60,6 +60,7 @@ def main() -> None:
         AGAIN: replace(finetune, seed=finetune.seed + 1),
         UNTRAINED: replace(finetune, train=_nothing, baseline="original", key=f"{task.key} {args.metric} untrained"),
         "reconstruction, exact": Reconstruction(exact=True),
+        "reconstruction, new norms": Reconstruction(exact=True, norms="batch"),
         "reconstruction, estimate": Reconstruction(exact=False),
         "magnitude": Magnitude(),
     }

@@ -3,6 +3,7 @@
     python benchmarks/methods.py [--data digits characters] [--networks resnet mobilenet] [--seeds 0 1 2] [--epochs 6]
     python benchmarks/methods.py --stage train          one stage at a time: originals
     python benchmarks/methods.py --stage compress       the only one that measures latencies; keep the machine quiet
+    python benchmarks/methods.py --stage renew          accuracies with batch norms' statistics taken anew, no training
     python benchmarks/methods.py --stage fine-tune      the longest one, measures nothing
     python benchmarks/methods.py --stage report         table, JSON and picture of all that is there
 
@@ -15,7 +16,9 @@ For each data set, network and seed an original is trained, and compressed to ea
 
 All four use the same latency rows and the same importance (reconstruction); the first three start as in the paper,
 with the identity for removed activations. Where no plan of a method reaches a budget, its fastest is taken as well.
-Each is fine-tuned alike: labels and the original's logits, AdamW, `--epochs`, with the accuracy after each epoch.
+Batch norms keep the original's statistics, which no longer fit; `renewed` is the accuracy with those of the calibration
+images, which needs no label and no gradient. Each is fine-tuned alike: labels and the original's logits, AdamW,
+`--epochs`, with the accuracy after each epoch.
 
 What is finished lies in `--out`, a folder a run of one data set and network, and is not done again. A folder that was
 begun with other settings is refused.
@@ -40,6 +43,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 import lmfx
 from benchmarks import methods_report
@@ -182,6 +186,15 @@ def one(run: Run, model: nn.Module, name: str, label: str, budget: float, last: 
     return row
 
 
+def renew(run: Run) -> None:
+    """Accuracy before any training, but with batch norms that have the statistics of the calibration images."""
+    for folder in students(run):
+        if "ratio" in (read(folder / "compressed.json") or {}) and not (folder / "renewed.json").exists():
+            student = lmfx.load(folder, run.model())
+            update_bn(run.data.train_images[: run.args.images].split(64), student)
+            write(folder / "renewed.json", {"renewed": run.accuracy(lmfx.merge(student.eval()))})
+
+
 def fine_tune(run: Run) -> None:
     """The training that is the same for all; equal plans of a method are trained once."""
     done: dict[tuple[str, str], Row] = {}
@@ -229,7 +242,7 @@ def tuned(run: Run, folder: Path) -> Row:
     return {"after": run.accuracy(lmfx.merge(student)), "curve": curve, "seconds": time.process_time() - start}
 
 
-STAGES = {"train": train, "compress": compress, "fine-tune": fine_tune}
+STAGES = {"train": train, "compress": compress, "renew": renew, "fine-tune": fine_tune}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     out/digits-resnet/settings.json              the settings of all rows below
     out/digits-resnet/0/original.json            seed 0: accuracy of the original
     out/digits-resnet/0/fit-0.5/compressed.json  measured ratio, accuracy before fine-tuning
+    out/digits-resnet/0/fit-0.5/renewed.json     the same with batch norms' statistics taken anew
     out/digits-resnet/0/fit-0.5/fine-tuned.json  accuracy after it, and after each epoch
 
 A module, not a script.
@@ -30,7 +31,9 @@ def gathered(folder: Path) -> dict[str, Any]:
         for file in sorted(settings.parent.glob("*/*/compressed.json")):
             name, label = file.parent.name.split("-", 1)
             row = json.loads(file.read_text())
-            tuned = file.with_name("fine-tuned.json")
+            renewed, tuned = file.with_name("renewed.json"), file.with_name("fine-tuned.json")
+            if renewed.exists():
+                row |= json.loads(renewed.read_text())
             if tuned.exists():
                 told = json.loads(tuned.read_text())
                 row |= {"after": told["after"], "curve": told["curve"], "fine_tune_seconds": told["seconds"]}
@@ -40,7 +43,10 @@ def gathered(folder: Path) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], methods: list[str]) -> str:
-    """Medians over the seeds that are there. A method that misses a budget stands there with its fastest plan."""
+    """Medians over the seeds that are there; of accuracies after, over those that are fine-tuned.
+
+    A method that misses a budget stands there with its fastest plan, marked with a star.
+    """
     lines = []
     for title, run in found.items():
         rows, epochs = run["rows"], run["settings"]["epochs"]
@@ -51,8 +57,8 @@ def table(found: dict[str, Any], methods: list[str]) -> str:
         told = f"{len(originals)} seeds, {epochs} epochs of fine-tuning"
         lines.append(f"{title}: original {median(originals):.1%}, {told}")
         lines.append(
-            f"  {'method':11} {'budget':>7} {'measured':>9} {'convs':>5} {'before':>7} {'after':>7} {'last':>6}   "
-            "after, each seed"
+            f"  {'method':11} {'budget':>7} {'measured':>9} {'convs':>5} {'before':>7} {'renewed':>8} {'after':>7} "
+            f"{'last':>6}   after, each seed"
         )
         labels = sorted({k.split()[2] for k in rows if len(k.split()) == 3} - {FASTEST}, key=float, reverse=True)
         for label in labels:
@@ -78,12 +84,14 @@ def _line(rows: dict[str, Any], seeds: list[str], name: str, label: str) -> str:
 
 def _figures(rows: list[dict[str, Any]]) -> str:
     ratio, before, convs = (median(r[k] for r in rows) for k in ("ratio", "before", "convs"))
-    text = f"{ratio:8.3f} {convs:5.0f} {before:7.1%}"
-    after = [r["after"] for r in rows if "after" in r]
-    if len(after) < len(rows):
+    renewed = [r["renewed"] for r in rows if "renewed" in r]
+    text = f"{ratio:8.3f} {convs:5.0f} {before:7.1%} " + (f"{median(renewed):8.1%}" if renewed else f"{'-':>8}")
+    tuned = [r for r in rows if "after" in r]
+    if not tuned:
         return f"{text} not fine-tuned"
+    after = [r["after"] for r in tuned]
     # What the last quarter of the epochs still changed: near nothing where the curve has levelled.
-    last = median(r["curve"][-1] - r["curve"][-1 - len(r["curve"]) // 4] for r in rows)
+    last = median(r["curve"][-1] - r["curve"][-1 - len(r["curve"]) // 4] for r in tuned)
     return f"{text} {median(after):7.1%} {100 * last:+6.1f}   {' '.join(f'{a:.1%}' for a in after)}"
 
 

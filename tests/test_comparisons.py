@@ -76,6 +76,7 @@ def test_methods_compares_all_in_stages_and_does_nothing_twice(
             assert row["ratio"] >= rows[f"0 {name} 0.7"]["infeasible"] * 0.999
         else:
             assert row["ratio"] <= 0.7
+        assert 0 <= row["renewed"] <= 1
         assert len(row["curve"]) == 2 and row["after"] == pytest.approx(row["curve"][-1], abs=0.1)
     assert "ratio" in rows["0 fit 0.7"]
     assert (tmp_path / "methods.png").exists()
@@ -110,13 +111,13 @@ def test_equal_plans_are_fine_tuned_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_table_says_what_can_not_be_reached() -> None:
     missed = {"infeasible": 0.83}
-    fast = {"ratio": 0.84, "before": 0.1, "convs": 9, "after": 0.9, "curve": [0.5, 0.8, 0.85, 0.9]}
+    fast = {"ratio": 0.84, "before": 0.1, "renewed": 0.4, "convs": 9, "after": 0.9, "curve": [0.5, 0.8, 0.85, 0.9]}
     rows = {"0 original": {"after": 1.0}, "0 layeronly 0.5": missed, "0 depth 0.5": missed, "0 depth fastest": fast}
     told = methods_report.table(
         {"digits resnet": {"settings": {"epochs": 4}, "rows": rows}}, ["layeronly", "depth", "fit"]
     )
     assert "layeronly       0.5 can not be reached, least 0.830" in told
-    assert "depth           0.5 *   0.840     9   10.0%   90.0%   +5.0   90.0%" in told
+    assert "depth           0.5 *   0.840     9   10.0%    40.0%   90.0%   +5.0   90.0%" in told
     assert "fit             0.5 not run" in told
 
 

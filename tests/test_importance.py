@@ -222,10 +222,59 @@ def test_what_is_stored_is_not_scored_again(made: Made, tmp_path: Any, monkeypat
                 replace(mine, **change).score(made.spans, chosen, made.data, store)
 
 
-@pytest.mark.parametrize("option", [{"images": 0}, {"images": 2.0}, {"probes": True}, {"surrogate": "none"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"images": 0},
+        {"images": 2.0},
+        {"probes": True},
+        {"surrogate": "none"},
+        {"norms": "all"},
+        {"norms": "batch", "exact": False},
+    ],
+)
 def test_options_that_cannot_be_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(lmfx.OptionError, match=next(iter(option))):
         get_estimator("reconstruction", **option)
+
+
+def chain() -> nn.Sequential:
+    """Convolutions without a bias, each with a norm whose statistics are nothing special."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for width in (3, 6, 6):
+        norm = nn.BatchNorm2d(6)
+        torch.nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        layers += [nn.Conv2d(width, 6, 3, padding=1, bias=False), norm, nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+
+
+def test_new_statistics_repair_a_wrong_scale_in_front_of_a_norm() -> None:
+    made = make(chain())
+    before = {k: v.clone() for k, v in made.graph.state_dict().items()}
+    first = next(c for c in made.wanted if c.convs == ("0",))
+    changes = {}
+    for norms in ("kept", "batch"):
+        scorer = _Scorer(Reconstruction(exact=True, norms=norms), made.spans, made.data, None)  # type: ignore[arg-type]
+        (part,), _ = scorer.parts(set())
+        y = part.values[first.span.output]
+        assert scorer.squared_change(first, y, part) == 0
+        turned = y[:, [1, 0, 2, 3, 4, 5]]
+        changes[norms] = [scorer.squared_change(first, new, part) for new in (3 * y, turned)]
+    assert changes["batch"][0] < 1e-3 * changes["kept"][0]
+    assert changes["batch"][1] > 100 * changes["batch"][0]  # what statistics do not repair
+    for key, value in made.graph.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_new_statistics_need_two_images_and_run_the_network() -> None:
+    made = make(chain(), DATA[:1])
+    new = Reconstruction(norms="batch")
+    with pytest.raises(lmfx.InputError, match="norms='batch' needs statistics of two images"):
+        new.score(made.spans, made.wanted[:1], made.data)
+    assert new.resolved(made.spans.network, 10**12, made.data).exact
+    assert replace(new, exact=True) != Reconstruction(exact=True)
+    assert not Reconstruction().resolved(made.spans.network, 10**12, made.data).exact
 
 
 def test_a_missing_row_is_an_error_and_never_a_guess(made: Made) -> None:

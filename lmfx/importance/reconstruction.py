@@ -10,19 +10,27 @@ on the original network's value. How it reaches the output is taken to first ord
 `exact=True` runs the rest of the network instead. Fits are made from sampled pixels of three quarters of the images,
 one Gram matrix for each (span start, stride) that serves every stop and kernel, and judged on images of the last
 quarter: on the images that it was made from, a fit with more unknowns than pixels has no error at all.
+
+A least-squares fit gives a map of too small a variance where it fits badly, and batch norms behind it, which have the
+original's statistics, pass that on. Any training in train mode begins by putting that right. `norms="batch"` takes the
+statistics of the scoring images behind the candidate, in place of the stored ones: what is left is the error that new
+statistics do not repair (Jordan et al. 2022, REPAIR). It ranks nearer to an importance by training than "kept" does,
+which says what the network does as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, fit_groups
@@ -58,13 +66,16 @@ class Reconstruction:
 
     `exact` runs the network behind the candidate instead of the second-order estimate; None does so where it is cheap
     (a small network). `surrogate` is what a composed span puts in place of the activations that it removes: "identity"
-    (the paper) or "affine" (least squares).
+    (the paper) or "affine" (least squares). `norms` says what batch norms behind the candidate use: "kept", the
+    statistics that they have (for a network that is not trained further), or "batch", those of the scoring images (for
+    one that is), which needs the network to be run, so `exact` must not be False.
     """
 
     exact: bool | None = None
     images: int = 64
     probes: int = 2
     surrogate: str = "affine"
+    norms: Literal["kept", "batch"] = "kept"
     name: str = "reconstruction"
 
     def __post_init__(self) -> None:
@@ -74,6 +85,10 @@ class Reconstruction:
                 raise OptionError(f"{option}={value!r}: use a whole number from 1")
         if self.surrogate not in ("affine", "identity"):
             raise OptionError(f"surrogate={self.surrogate!r}: use 'affine' or 'identity'")
+        if self.norms not in ("kept", "batch"):
+            raise OptionError(f"norms={self.norms!r}: use 'kept' or 'batch'")
+        if self.norms == "batch" and self.exact is False:
+            raise OptionError("norms='batch' runs the network behind each candidate: use it with exact=True")
 
     def score(
         self,
@@ -98,6 +113,7 @@ class Reconstruction:
             "images": self.images,
             "probes": self.probes,
             "surrogate": self.surrogate,
+            "norms": self.norms,
             "weights": weights_digest(spans.network.gm),
             "calibration": calibration.digest(),
         }
@@ -151,7 +167,7 @@ class Reconstruction:
             return self
         judged = min(self.images, len(calibration.split(self.images)[1]))
         cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
-        return replace(self, exact=cost <= EXACT_MACS)
+        return replace(self, exact=cost <= EXACT_MACS or self.norms == "batch")
 
 
 def multiply_accumulates(network: Network) -> float:
@@ -178,11 +194,13 @@ def weights_digest(gm: fx.GraphModule) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """One batch of the scoring images: values and gradients (one a probe) of nodes, and the output, (images, ...)."""
+    """One batch of the scoring images: values and gradients (one a probe) of nodes, and the output, (images, ...);
+    `renewed` are outputs with the batch's statistics behind a node."""
 
     values: dict[str, Tensor]
     gradients: dict[str, list[Tensor]]
     output: Tensor
+    renewed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Scorer:
@@ -272,6 +290,8 @@ class _Scorer:
         generator = torch.Generator().manual_seed(0)
         for batch in batches_for(self.gm, self.judged, self.options.images, self.options.images):
             part = self.exact_part(batch) if self.options.exact else self.part(batch, names, generator)
+            if self.options.norms == "batch" and len(part.output) < 2:
+                raise InputError("norms='batch' needs statistics of two images and more: pass more calibration images")
             found.append(part)
             outputs.append(part.output)
         return found, _scale(torch.cat(outputs))
@@ -329,7 +349,28 @@ class _Scorer:
             nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"
         }
         known[nodes[c.span.output]] = new
-        return float((flat_output(resume(self.gm, known), len(new)) - part.output).double().square().sum())
+        wanted = part.output
+        with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
+            output = flat_output(resume(self.gm, known), len(new))
+            if self.options.norms == "batch":  # the original from here on, with its new statistics
+                if c.span.output not in part.renewed:
+                    same = known | {nodes[c.span.output]: part.values[c.span.output]}
+                    part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new))
+                wanted = part.renewed[c.span.output]
+        return float((output - wanted).double().square().sum())
+
+
+@contextlib.contextmanager
+def batch_statistics(gm: nn.Module) -> Iterator[None]:
+    """Batch norms in eval mode use the statistics of their batch within, and have their own again afterwards."""
+    held = [(m, m.running_mean, m.running_var) for m in gm.modules() if isinstance(m, _BatchNorm)]
+    try:
+        for module, _, _ in held:
+            module.running_mean = module.running_var = None
+        yield
+    finally:
+        for module, mean, variance in held:
+            module.running_mean, module.running_var = mean, variance
 
 
 def _sides(network: Network, c: Candidate) -> tuple[str, ...]:
