@@ -328,7 +328,7 @@ def test_two_processes_make_one_plan_with_two_workers_and_train_together(tmp_pat
     pytest.importorskip("accelerate")
     if recipe == "imagenet":
         small: dict[str, Any] = {"arch": "mobilenet_v2", "importance": "finetune", "include": "blocks.1.1*"}
-        small |= {"share": 0.25, "importance-batch": 3, "budget": 0.98, "distillation": "logits"}
+        small |= {"share": 0.25, "importance-batch": 3, "budget": 0.98}
         arguments = imagenet_arguments(image_folder(tmp_path / "data"), tmp_path / "out", **small)
     else:
         arguments = ddpm_arguments(
