@@ -1,167 +1,215 @@
 """A small diffusion network on digits, before and after compression: samples, a distance like FID, latency.
 
-    python benchmarks/diffusion_digits.py [--steps 1200] [--budget 0.7] [--out out/diffusion]
+    python benchmarks/diffusion_digits.py [--stage train profile score plan tune report] [--budgets 0.9 0.8 0.7]
 
-A U-Net of diffusers (GroupNorm, a time embedding added in every block, long skips) learns to denoise real digits at
-16 x 16, and is compressed to a share of its measured latency; nothing in lmfx knows of diffusion. Then all draw as many
-samples from the same noise (DDIM, Song et al. 2021), and are compared in the feature space of a classifier:
+The denoiser of `diffusion` is trained, and compressed to shares of its measured latency without training; then it is
+fine-tuned on noise and on what the original says of it. Nothing in lmfx knows of diffusion: it calibrates on pairs of a
+noisy image and a time step. The stages keep what they made in `--out`, and only `profile` and `plan` measure latencies:
 
-    distance = |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))       m, C: mean and covariance of features; m', C': held out
+    train     the original, and the classifier in whose features samples are compared
+    profile   a latency for each candidate            score    an importance for each that may pay
+    plan      one network for each budget             tune     the same, fine-tuned
+    report    for each: error of the noise by time step, distance of the samples, latency; one picture
 
-which is FID (Heusel et al. 2017) with the classifier in place of Inception. `real` is the distance of training digits.
+All networks draw from the same noise. `real` is the distance of training digits to held-out ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
 
 import lmfx
+from benchmarks import diffusion
+from benchmarks.diffusion import SIZE, TIMES, Denoiser, NoisyBatches, digits
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import digits
-
-SIZE, TIMES = 16, 200
-ALPHA = torch.cumprod(1 - torch.linspace(5e-4, 0.05, TIMES), 0)  # to nearly pure noise in 200 steps
+STAGES = ("train", "profile", "score", "plan", "tune", "report")
 
 
-class Denoiser(nn.Module):
-    """Noisy images `(n, 1, 16, 16)` and time steps `(n,)` to the noise in them."""
+class Run:
+    """One command: its options, data and files."""
 
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        import diffusers
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.out = args, args.out
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.data = digits.load(args.seed)
+        self.images, self.held = diffusion.scaled(self.data.train_images), diffusion.scaled(self.data.test_images)
+        self.example = (torch.randn(args.batch, 1, SIZE, SIZE), torch.full((args.batch,), TIMES // 2))
+        self.cache = args.out / "cache"
 
-        make: Any = diffusers.UNet2DModel
-        self.net = make(
-            sample_size=SIZE,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(width, 2 * width),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=8,
-            add_attention=False,  # whose reshapes would tie the traced network to one batch size
+    # --- what is trained ---------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        self.original()
+        self.classifier()
+
+    def original(self) -> nn.Module:
+        """The denoiser, trained once."""
+        a = self.args
+        torch.manual_seed(a.seed)
+        return self.kept(
+            Denoiser(a.width),
+            f"original-{a.width}-{a.steps}-{a.seed}",
+            lambda model: diffusion.train(model, self.images, a.steps, a.seed),
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.net(sample, timestep, return_dict=False)[0]
+    def classifier(self) -> digits.Classifier:
+        """A classifier of digits at this size, trained once."""
+        a = self.args
+        seen = digits.Digits(
+            diffusion.enlarged(self.images),
+            self.data.train_labels,
+            diffusion.enlarged(self.held),
+            self.data.test_labels,
+        )
+
+        def trained(model: nn.Module) -> nn.Module:
+            return digits.train(model, seen, epochs=a.classifier_epochs, seed=a.seed, progress=False)
+
+        torch.manual_seed(a.seed)
+        model = self.kept(digits.Classifier(), f"classifier-{a.classifier_epochs}-{a.seed}", trained)
+        assert isinstance(model, digits.Classifier)
+        self.right = digits.accuracy(model, seen.test_images, seen.test_labels)
+        return model
+
+    def kept(self, model: nn.Module, name: str, trained: Any) -> nn.Module:
+        """`model` with the weights of `name`, which are made by `trained` if they are not there."""
+        file = self.out / f"{name}.safetensors"
+        if not file.exists():
+            save_file({k: v.contiguous() for k, v in trained(model).state_dict().items()}, file)
+        model.load_state_dict(load_file(file))
+        return model.eval()
+
+    # --- what is compressed ------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What may be merged: residual blocks and their neighbours; longer spans only make the table longer."""
+        return {"norm": self.args.norm, "max_span_convs": 3, "max_kernel_size": 5}
+
+    def calibration(self) -> tuple[Tensor, Tensor]:
+        x, t, _ = diffusion.spread(self.images, self.args.images, self.args.seed)
+        return x, t
+
+    def tables(self, score: bool) -> None:
+        graph = lmfx.trace(self.original(), self.example)
+        spans = lmfx.spans(graph, **self.options, max_fit_convs=3)
+        table = lmfx.profile(graph, self.args.latency, spans=spans, cache_dir=self.cache, calibrate=False)
+        print(f"{len(spans)} candidates, {len(table)} rows that may pay", flush=True)
+        if score:
+            found = lmfx.score(graph, spans=spans, calibration=self.calibration(), latency=table, cache_dir=self.cache)
+            frontier = lmfx.solve(graph, table, found, spans=spans)
+            for share in (0.95, *self.args.budgets):
+                i = frontier.index_at(share)
+                print(f"predicted {share}: {frontier[i].importance:.3g}, plan {i} of {len(frontier)}")
+
+    def profile(self) -> None:
+        self.tables(score=False)
+
+    def score(self) -> None:
+        self.tables(score=True)
+
+    def folder(self, budget: float, tuned: bool = False) -> Path:
+        return Path(self.out) / f"{self.args.norm}-{budget}{f'-tuned-{self.args.fine_tune}' if tuned else ''}"
+
+    def plan(self) -> None:
+        model, calibration = self.original(), self.calibration()
+        for budget in self.args.budgets:
+            student = lmfx.compress(
+                model,
+                self.example,
+                budget,
+                calibration=calibration,
+                latency=self.args.latency,
+                cache_dir=self.cache,
+                merge=False,
+                progress=False,
+                **self.options,
+            )
+            lmfx.save(student, self.folder(budget))
+            print(lmfx.report(student), flush=True)
+
+    def load(self, model: nn.Module, budget: float, tuned: bool = False) -> fx.GraphModule:
+        return lmfx.load(self.folder(budget, tuned), model)
+
+    def tune(self) -> None:
+        """On the noise itself and on what the original says of it."""
+        model, a = self.original(), self.args
+        for budget in a.budgets:
+            if not self.folder(budget, True).exists():
+                student = self.load(model, budget)
+                batches = NoisyBatches(self.images, a.fine_tune)
+                lmfx.distill(student, model, batches, loss=F.mse_loss, lr=a.lr, clip=1.0, warmup=0.05, seed=a.seed)
+                lmfx.save(student, self.folder(budget, True))
+
+    # --- what is shown -----------------------------------------------------------------------------------------------
+
+    def report(self) -> None:
+        model, classifier = self.original(), self.classifier()
+        target, drawn = diffusion.features(classifier, self.held), []
+        rows: dict[str, dict[str, Any]] = {}
+        rows["real"] = {"distance": diffusion.frechet(diffusion.features(classifier, self.images), target)}
+
+        def add(name: str, network: nn.Module, ms: float, ratio: float) -> None:
+            drawn.append(diffusion.sample(network, self.args.samples, self.args.seed))
+            each = diffusion.errors(network, self.held)
+            rows[name] = {
+                "distance": diffusion.frechet(diffusion.features(classifier, drawn[-1]), target),
+                "ms": ms,
+                "ratio": ratio,
+                "error": sum(each) / len(each),
+                "errors": each,
+                "convs": sum(isinstance(m, nn.Conv2d) for m in network.modules()),
+            }
+
+        for i, budget in enumerate(self.args.budgets):
+            student = self.load(model, budget)
+            result = lmfx.result_of(student)
+            if not i:
+                add("original", model, result.original or float("nan"), 1.0)
+            for name, network in (("compressed", student), ("fine-tuned", self.load(model, budget, True))):
+                whole = result.measured if result.measured is not None else float("nan")
+                add(f"{budget} {name}", lmfx.merge(network), whole, result.ratio or float("nan"))
+        diffusion.sheet([self.held, *drawn], self.out / "samples.png")
+        rows["run"] = {"classifier": self.right, "arguments": {k: str(v) for k, v in vars(self.args).items()}}
+        (self.out / "diffusion_digits.json").write_text(json.dumps(rows, indent=1))
+        print(table(rows))
 
 
-def scaled(images: Tensor) -> Tensor:
-    """The digits at 16 x 16, from -1 to 1."""
-    small = F.interpolate(images, (SIZE, SIZE), mode="area")
-    low, high = small.amin(), small.amax()
-    return (small - low) / (high - low) * 2 - 1
-
-
-def noisy(images: Tensor, random: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(noisy images, time steps, noise) for a batch."""
-    steps = torch.randint(TIMES, (len(images),), generator=random)
-    noise = torch.randn(images.shape, generator=random)
-    alpha = ALPHA[steps][:, None, None, None]
-    return alpha.sqrt() * images + (1 - alpha).sqrt() * noise, steps, noise
-
-
-class NoisyBatches:
-    """Fresh noise on random images at each turn: `count` batches of (noisy, time steps, noise)."""
-
-    def __init__(self, images: Tensor, count: int, size: int = 64) -> None:
-        self.images, self.count, self.size = images, count, size
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for _ in range(self.count):
-            yield noisy(self.images[torch.randint(len(self.images), (self.size,))])
-
-
-def train(model: nn.Module, images: Tensor, steps: int, seed: int) -> nn.Module:
-    """Trains the denoiser in place: noise from torch's global generator, Adam, cosine."""
-    torch.manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.train()
-    for x, t, noise in tqdm(NoisyBatches(images, steps), desc="training the denoiser", unit="step", mininterval=5):
-        loss = F.mse_loss(model(x, t), noise)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@torch.inference_mode()
-def sample(model: Callable[..., Tensor], count: int, seed: int, steps: int = 20, batch: int = 128) -> Tensor:
-    """`count` images by DDIM without added noise; the same seed starts from the same noise."""
-    start = torch.randn(count, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-    times = torch.linspace(TIMES - 1, 0, steps).round().long().tolist()
-    found = []
-    for x in start.split(batch):
-        for now, then in zip(times, [*times[1:], -1], strict=True):
-            noise = model(x, torch.full((len(x),), now))
-            a, b = ALPHA[now], ALPHA[then] if then >= 0 else torch.tensor(1.0)
-            clean = ((x - (1 - a).sqrt() * noise) / a.sqrt()).clamp(-1, 1)
-            # the noise that goes with the clamped image, so that both stay consistent
-            noise = (x - a.sqrt() * clean) / (1 - a).sqrt()
-            x = b.sqrt() * clean + (1 - b).sqrt() * noise
-        found.append(x)
-    return torch.cat(found)
-
-
-def frechet(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance of two sets of features `(n, d)`, as Gaussians."""
-    x, y = a.double().numpy(), b.double().numpy()
-    c, d = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    values, vectors = np.linalg.eigh(c)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # tr (c d)^(1/2) = tr (c^(1/2) d c^(1/2))^(1/2), which is symmetric
-    cross = np.sqrt(np.linalg.eigvalsh(root @ d @ root).clip(0)).sum()
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * cross)
-
-
-@torch.inference_mode()
-def features(classifier: digits.Classifier, images: Tensor) -> Tensor:
-    """What the classifier sees just before its last layer, `(n, 64)`, of images from -1 to 1."""
-    large = F.interpolate(images, (digits.SIZE, digits.SIZE), mode="bilinear", align_corners=False)
-    trunk = nn.Sequential(classifier.stem, classifier.stage1, classifier.stage2, classifier.stage3)
-    return torch.cat([trunk(x).mean((2, 3)) for x in large.split(128)])
-
-
-def sheet(rows: list[Tensor], file: Path) -> None:
-    """One PNG: each row the same noise's first samples, three times as large."""
-    from PIL import Image
-
-    columns = min(16, *(len(row) for row in rows))
-    lines = [torch.cat(list(row[:columns, 0]), 1) for row in rows]
-    grey = ((torch.cat(lines).clamp(-1, 1) + 1) * 127.5).to(torch.uint8)
-    grey = grey.repeat_interleave(3, 0).repeat_interleave(3, 1)
-    Image.fromarray(grey.contiguous().numpy()).save(file)
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The rows as text; errors in thousandths, those by time from the least noisy images to the noisiest."""
+    lines = [f"{'':15} {'distance':>8} {'latency':>10} {'ratio':>6} {'convs':>5} {'error':>6}   by time, x 1000"]
+    lines.append(f"{'real':15} {rows['real']['distance']:8.2f}")
+    for name, r in rows.items():
+        if "error" in r:
+            each = " ".join(f"{1000 * e:5.1f}" for e in r["errors"])
+            lines.append(
+                f"{name:15} {r['distance']:8.2f} {r['ms']:7.3f} ms {r['ratio']:6.3f} {r['convs']:5d} "
+                f"{1000 * r['error']:6.1f}   {each}"
+            )
+    return "\n".join(lines)
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200, help="of training the original (default: %(default)s)")
-    parser.add_argument("--fine-tune", type=int, default=300, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--steps", type=int, default=6000, help="of training the original (default: %(default)s)")
+    parser.add_argument("--fine-tune", type=int, default=1500, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--budget", default="0.7")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7])
     parser.add_argument("--norm", default="affine", choices=["affine", "post"])
-    parser.add_argument("--images", type=int, default=32, help="to calibrate on (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=512, help="noisy ones, to calibrate on (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="of which the latency counts (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--latency", default="onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
@@ -171,67 +219,14 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train, compress, fine-tune, sample, compare."""
+    """The stages that are asked for, in their order."""
     args = options(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
-    clock = time.process_time()
-    data = digits.load(args.seed)
-    images, held = scaled(data.train_images), scaled(data.test_images)
-    torch.manual_seed(args.seed)
-    classifier = digits.Classifier()
-    seen = digits.Digits(*(v for v in (_up(images), data.train_labels, _up(held), data.test_labels)))
-    digits.train(classifier, seen, epochs=args.classifier_epochs, seed=args.seed, progress=False)
-    right = digits.accuracy(classifier, seen.test_images, seen.test_labels)
-    model = train(Denoiser(args.width), images, args.steps, args.seed)
-
-    example = (torch.randn(1, 1, SIZE, SIZE), torch.tensor([TIMES // 2]))
-    random = torch.Generator().manual_seed(args.seed)
-    x, t, _ = noisy(images[torch.randint(len(images), (args.images,), generator=random)], random)
-    student = lmfx.compress(
-        model,
-        example,
-        args.budget,
-        calibration=(x, t),
-        latency=args.latency,
-        norm=args.norm,
-        max_span_convs=3,  # residual blocks and their neighbours; longer spans only make the table longer
-        cache_dir=args.out / "cache",
-        merge=False,
-        progress=False,
-    )
-    result, merged = lmfx.result_of(student), lmfx.merge(student)
-    batches = NoisyBatches(images, args.fine_tune)
-    tuned = lmfx.merge(
-        lmfx.distill(student, model, batches, loss=F.mse_loss, lr=1e-3, clip=1.0, seed=args.seed, progress=False)
-    )
-
-    networks = {"original": model, "compressed": merged, "fine-tuned": tuned}
-    target, drawn, rows = features(classifier, held), [], {}
-    rows["real"] = {"distance": frechet(features(classifier, images), target)}
-    for name, network in networks.items():
-        drawn.append(sample(network, args.samples, args.seed))
-        whole = result.original if name == "original" else result.measured
-        rows[name] = {"distance": frechet(features(classifier, drawn[-1]), target), "ms": whole or float("nan")}
-        rows[name]["convs"] = sum(isinstance(m, nn.Conv2d) for m in network.modules())
-    sheet([held, *drawn], args.out / "samples.png")
-    rows["run"] = {"classifier": right, "cpu_s": time.process_time() - clock, "budget_ratio": result.ratio or 1.0}
-    (args.out / "diffusion_digits.json").write_text(json.dumps(rows, indent=1))
-    print(
-        f"classifier of the feature space: {right:.1%} of held-out digits; budget {args.budget}, {args.samples} samples"
-    )
-    print(f"{'':12} {'distance':>9} {'latency':>10} {'ratio':>6} {'convs':>6}")
-    print(f"{'real':12} {rows['real']['distance']:9.2f}")
-    for name in networks:
-        r = rows[name]
-        ratio = r["ms"] / rows["original"]["ms"]
-        print(f"{name:12} {r['distance']:9.2f} {r['ms']:7.3f} ms {ratio:6.3f} {r['convs']:6d}")
-    print(
-        f"{rows['run']['cpu_s']:.0f} s CPU time; samples (held-out digits, then each network): {args.out}/samples.png"
-    )
-
-
-def _up(images: Tensor) -> Tensor:
-    return F.interpolate(images, (digits.SIZE, digits.SIZE), mode="bilinear", align_corners=False)
+    run = Run(args)
+    for stage in STAGES:
+        if stage in args.stage:
+            start = time.process_time()
+            getattr(run, stage)()
+            print(f"{stage}: {time.process_time() - start:.0f} s CPU time", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,12 @@
 A `FitGroup` is all fit candidates that share the value they read, their stride and output size: one Gram matrix at the
 union of their windows serves them all. `fit_plan` goes through the compressed network in order, so that each conv sees
 what the convs before it really give (X), and aims at what the original network has there (Y).
+
+Vectors that enter a span from the side are fitted with it (`FittedOp.sides`), by their principal components: there are
+only as many samples of them as images, and several vectors are often made of one. With m, U: mean and components of all
+of a span's vectors together,
+
+    V v + b = Z U'(v - m) + b'        V = Z U'        b = b' - V m
 """
 
 from __future__ import annotations
@@ -19,46 +25,68 @@ from lmfx.calibration import Calibration, Frame
 from lmfx.passes import fit
 from lmfx.passes.errors import OptionError
 from lmfx.passes.fit import Gram, fit_cg, sample_positions
-from lmfx.passes.gram import MAX_UNKNOWNS
+from lmfx.passes.gram import MAX_UNKNOWNS, usual_damping
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
-from lmfx.passes.rewrite import span_names
+from lmfx.passes.rewrite import span_names, span_sides
+from lmfx.passes.sides import side_conv
 from lmfx.progress import progress as progress_bar
 from lmfx.values import batches_for, placeholder_values, record_batches
 
-__all__ = ["FitGroup", "fit_groups", "fit_plan"]
+__all__ = ["FitGroup", "FittedOp", "fit_groups", "fit_plan"]
 
 LEAST_SAMPLES = 4096
 MOST_SAMPLES = {True: 10000, False: 20000}  # quick or not
 FLOAT32_ROUNDING = 1e-6
 SAMPLES_AN_UNKNOWN = {True: 2, False: 4}
+COMPONENTS, IMAGES_A_COMPONENT = 48, 4  # of vectors from the side, at most
 CG_ITERATIONS, CG_IMAGES = {True: 6, False: 20}, {True: 16, False: 64}
 
 
 @dataclass(frozen=True)
+class FittedOp(LinearOp):
+    """A fitted convolution, and for each vector from the side the matrix (out, channels) by which it is added."""
+
+    sides: tuple[Tensor, ...] = ()
+
+    def side_convs(self, names: Sequence[str], like: Tensor) -> dict[str, nn.Module]:
+        """The 1 x 1 convolution of each vector, by the name of its node, in the dtype and on the device of `like`."""
+        return {name: side_conv(v, self.ndim, like) for name, v in zip(names, self.sides, strict=True)}
+
+
+@dataclass(frozen=True)
 class FitGroup:
-    """Fit candidates that can share one Gram matrix: one entry, stride, output size, and dense or depthwise alike."""
+    """Fit candidates that can share one Gram matrix: one entry, stride, output size, the same vectors from the side
+    (`sides`, the names of their nodes), and dense or depthwise alike."""
 
     entry: str
     depthwise: bool
     candidates: tuple[Candidate, ...]
+    sides: tuple[str, ...] = ()
 
-    def fit(self, x: Tensor, ys: dict[str, Tensor], quick: bool = False) -> dict[str, LinearOp]:
-        """The fitted op of each candidate, by its key. `x` (images, in, size...), `ys` the value at each output node.
+    @property
+    def names(self) -> set[str]:
+        """The nodes whose values the fit needs."""
+        return {self.entry, *self.sides, *(c.span.output for c in self.candidates)}
 
+    def fit(self, x: Tensor, ys: dict[str, Tensor], quick: bool = False) -> dict[str, FittedOp]:
+        """The fitted op of each candidate, by its key.
+
+        `x` (images, in, size...), `ys` the value at each output node, and of each vector (images, channels, 1...).
         `quick` takes fewer samples and a rule's damping instead of the best on held-out images.
         """
         if x.dim() == 2:
             return self.fit_vectors(x, ys, quick)
+        beside = _Vectors.of([ys[n] for n in self.sides], x)
         narrow = [c for c in self.candidates if _unknowns(c) <= MAX_UNKNOWNS]
-        found = {c.key: _fit_wide(c, x, ys[c.span.output], quick) for c in self.candidates if c not in narrow}
+        found = {c.key: _fit_wide(c, x, ys[c.span.output], beside, quick) for c in self.candidates if c not in narrow}
         # The largest kernel decides the cost of all, so kernels that would make it too large are left out in turn.
         while narrow and _union(narrow).unknowns(self.depthwise) > MAX_UNKNOWNS:
             largest = max(narrow, key=_unknowns)
             narrow.remove(largest)
-            found.update(FitGroup(self.entry, self.depthwise, (largest,)).fit(x, ys, quick))
+            found.update(replace(self, candidates=(largest,)).fit(x, ys, quick))
         if not narrow:
             return found
         window = _union(narrow)
@@ -73,12 +101,13 @@ class FitGroup:
             holdout=not quick,
             dtype=torch.float32 if quick else torch.float64,
             rounding=0.0 if x.dtype == torch.float64 else FLOAT32_ROUNDING,
+            sides=beside.values.shape[1],
         )
         size = ys[narrow[0].span.output].shape[2:]
         unknowns = window.unknowns(self.depthwise)
         want = min(max(SAMPLES_AN_UNKNOWN[quick] * unknowns, LEAST_SAMPLES), MOST_SAMPLES[quick])
         positions = sample_positions(tuple(size), len(x), -(-want // len(x)), torch.Generator().manual_seed(0))
-        gram.update(x, {n: ys[n] for n in targets}, positions)
+        gram.update(x, {n: ys[n] for n in targets}, positions, vectors=beside.values)
         for c in narrow:
             assert c.conv is not None
             before = tuple(lo for lo, _ in c.conv.padding)
@@ -91,16 +120,16 @@ class FitGroup:
                 before=before,
                 heldout=False,
             )
-            found[c.key] = _op(c.conv, solved.weight, solved.bias)
+            found[c.key] = beside.op(c.conv, solved.weight, solved.bias, solved.side)
         return found
 
-    def fit_vectors(self, x: Tensor, ys: dict[str, Tensor], quick: bool) -> dict[str, LinearOp]:
+    def fit_vectors(self, x: Tensor, ys: dict[str, Tensor], quick: bool) -> dict[str, FittedOp]:
         """The same for vectors, as maps of one pixel."""
         group = FitGroup(self.entry, self.depthwise, tuple(replace(c, conv=_one_pixel(c)) for c in self.candidates))
         found = group.fit(x[..., None], {name: y[..., None] for name, y in ys.items()}, quick)
         ops = [found[c.key] for c in group.candidates]
         return {
-            c.key: LinearOp(op.weight[..., 0], op.bias, (), (), ()) for c, op in zip(self.candidates, ops, strict=True)
+            c.key: FittedOp(op.weight[..., 0], op.bias, (), (), ()) for c, op in zip(self.candidates, ops, strict=True)
         }
 
 
@@ -109,8 +138,36 @@ def _one_pixel(candidate: Candidate) -> ConvConfig:
     return ConvConfig(candidate.conv.in_channels, candidate.conv.out_channels, (1,), (1,), ((0, 0),), (1,))
 
 
-def _op(config: ConvConfig, weight: Tensor, bias: Tensor) -> LinearOp:
-    return LinearOp(weight, bias, config.stride, config.padding, config.dilation, config.groups)
+@dataclass(frozen=True)
+class _Vectors:
+    """The vectors of a fit by their principal components: `values` (images, components) = (v - mean) basis."""
+
+    values: Tensor
+    mean: Tensor  # (channels of all vectors,)
+    basis: Tensor  # (channels, components)
+    widths: tuple[int, ...]  # channels of each vector
+
+    @classmethod
+    def of(cls, vectors: Sequence[Tensor], x: Tensor) -> _Vectors:
+        images = len(x)
+        if not vectors:
+            return cls(x.new_zeros(images, 0), x.new_zeros(0), x.new_zeros(0, 0), ())
+        # Rows for other than all images are those of a vector that no input changes.
+        rows = [(v if len(v) == images else v[:1]).flatten(1).double().expand(images, -1) for v in vectors]
+        whole = torch.cat(rows, 1)
+        mean = whole.mean(0)
+        _, _, right = torch.linalg.svd(whole - mean, full_matrices=False)
+        basis = right[: min(COMPONENTS, images // IMAGES_A_COMPONENT)].T
+        return cls((whole - mean) @ basis, mean, basis, tuple(r.shape[1] for r in rows))
+
+    def op(self, config: ConvConfig, weight: Tensor, bias: Tensor, side: Tensor | None) -> FittedOp:
+        """The fitted op on the vectors themselves; `side` (out, components)."""
+        matrices: tuple[Tensor, ...] = ()
+        if self.widths:
+            whole = (bias.new_zeros(len(bias), self.basis.shape[1]) if side is None else side) @ self.basis.T
+            bias = bias - whole @ self.mean
+            matrices = whole.split(self.widths, 1)
+        return FittedOp(weight, bias, config.stride, config.padding, config.dilation, config.groups, matrices)
 
 
 def _unknowns(candidate: Candidate) -> int:
@@ -158,20 +215,35 @@ def fit_groups(network: Network, candidates: Sequence[Candidate]) -> list[FitGro
         if c.conv is None:
             raise OptionError(f"candidate {c.key} has no conv to fit")
         excess = tuple(sum(p) - k for p, k in zip(c.conv.padding, c.conv.kernel_size, strict=True))
-        key = (c.span.entry, c.conv.groups > 1, c.conv.stride, excess, network.shape(c.span.output)[2:])
+        sides = span_sides(network, c)
+        key = (c.span.entry, c.conv.groups > 1, sides, c.conv.stride, excess, network.shape(c.span.output)[2:])
         found.setdefault(key, []).append(c)
     return [
-        FitGroup(key[0], key[1], tuple(group)) for key, group in sorted(found.items(), key=lambda kv: order[kv[0][0]])
+        FitGroup(key[0], key[1], tuple(group), key[2])
+        for key, group in sorted(found.items(), key=lambda kv: order[kv[0][0]])
     ]
 
 
-def _fit_wide(candidate: Candidate, x: Tensor, y: Tensor, quick: bool) -> LinearOp:
-    """Conjugate gradients, where the Gram matrix would not fit."""
+def _fit_wide(candidate: Candidate, x: Tensor, y: Tensor, beside: _Vectors, quick: bool) -> FittedOp:
+    """Conjugate gradients, where the Gram matrix would not fit; vectors are fitted to what that leaves."""
     config = candidate.conv
     assert config is not None
     images = CG_IMAGES[quick]
     solved = fit_cg([x[:images]], [y[:images]], config, iterations=CG_ITERATIONS[quick])
-    return _op(config, solved.weight, solved.bias)
+    op = _Vectors.of((), x).op(config, solved.weight, solved.bias, None)
+    if not beside.widths:
+        return op
+    images = min(images, len(x))
+    left = (y[:images] - _cast(op, x)(x[:images])).double().flatten(2).mean(2)
+    sums = Gram(beside.values.shape[1], (1,), (1,), ((0, 0),), {"": left.shape[1]}, holdout=False)
+    sums.update(beside.values[:images, :, None], {"": left[:, :, None]})
+    found = fit.solve(sums, "", (1,), damping=usual_damping(beside.values.shape[1], images), heldout=False)
+    return beside.op(config, op.weight, op.bias + found.bias, found.weight[:, :, 0])
+
+
+def _cast(op: LinearOp, x: Tensor) -> LinearOp:
+    weight, bias = op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype)
+    return LinearOp(weight, bias, op.stride, op.padding, op.dilation, op.groups)
 
 
 # --- a chosen plan ----------------------------------------------------------------------------------------------------
@@ -189,12 +261,11 @@ def fit_plan(
     targets = record_batches(network.gm, calibration, {c.span.output for c in fits.values()})
     batches = list(batches_for(network.gm, calibration))
     with torch.no_grad(), progress_bar(len(fits), "fitting", progress) as bar:
-        for node, x in _inputs(student, batches, calibration.names, set(fits)):
+        for node, x, *beside in _inputs(student, batches, calibration.names, set(fits)):
             candidate = fits[str(node.target)]
-            group = FitGroup(
-                candidate.span.entry, candidate.conv is not None and candidate.conv.groups > 1, (candidate,)
-            )
-            op = group.fit(x, {candidate.span.output: targets[candidate.span.output]})[candidate.key]
+            (group,) = fit_groups(network, [candidate])
+            values = dict(zip(group.sides, beside, strict=True))
+            op = group.fit(x, {**values, candidate.span.output: targets[candidate.span.output]})[candidate.key]
             set_fitted(student.get_submodule(str(node.target)), op)
             bar.update(1)
     return student
@@ -202,9 +273,9 @@ def fit_plan(
 
 def _inputs(
     student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
-) -> Iterator[tuple[fx.Node, Tensor]]:
-    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its input on
-    all images, so that the caller can set the module before it runs."""
+) -> Iterator[tuple[Any, ...]]:
+    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with the node and its
+    inputs on all images, so that the caller can set the module before it runs."""
     runs = [fx.Interpreter(student) for _ in batches]
     for run, batch in zip(runs, batches, strict=True):
         run.args_iter = iter(placeholder_values(student, batch, names))
@@ -212,7 +283,7 @@ def _inputs(
         if node.op == "output":
             return
         if node.op == "call_module" and str(node.target) in targets:
-            yield node, torch.cat([run.env[node.args[0]] for run in runs])
+            yield node, *(torch.cat([run.env[value] for run in runs]) for value in node.args)
         for run in runs:
             run.env[node] = run.run_node(node)
             for dead in run.user_to_last_uses.get(node, ()):
@@ -220,8 +291,11 @@ def _inputs(
 
 
 def set_fitted(module: nn.Module, op: LinearOp) -> None:
-    """Write a fitted op into the conv that stands for it (inside a `LinearSpan` where its padding is uneven)."""
+    """Write a fitted op into the conv that stands for it (inside a `LinearSpan` where its padding is uneven or vectors
+    come from the side)."""
     conv: Any = module.body[0] if isinstance(module, LinearSpan) else module
     with torch.no_grad():
         conv.weight.copy_(op.weight)
         conv.bias.copy_(op.bias)
+        for i, matrix in enumerate(op.sides if isinstance(op, FittedOp) else ()):
+            module.body[1 + i].weight.copy_(matrix)  # type: ignore[union-attr, index]

@@ -26,9 +26,8 @@ from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
 from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import pad_module
 from lmfx.passes.norms import moved_norm
-from lmfx.passes.rewrite import kept_nodes
+from lmfx.passes.rewrite import span_sides
 from lmfx.passes.sides import side_conv
-from lmfx.passes.states import side_inputs
 
 __all__ = ["Workloads"]
 
@@ -65,7 +64,7 @@ class Workloads:
         if candidate.realization == "keep":
             return self._build(candidate, conv, body, join)
         joined = None if join is None else (join[1], *self._texts(self._fused(join[0])))
-        sides = tuple(self.network.shape(n) for n in self._sides(candidate))
+        sides = tuple(self.network.shape(n) for n in span_sides(self.network, candidate))
         post = None if candidate.post_norm is None else str(self.network.module(candidate.post_norm))
         key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides, post)
         if key not in self._cache:
@@ -108,13 +107,6 @@ class Workloads:
         here, before = self.network.module(act), self.network.module(candidate.span.entry)
         return type(here) is type(before) and isinstance(here, ops.IDEMPOTENT)
 
-    def _sides(self, candidate: Candidate) -> tuple[str, ...]:
-        """The nodes whose vectors a composed span takes from the side."""
-        if candidate.realization != "compose" or not self.network.vectors:
-            return ()
-        layers = self.network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
-        return side_inputs(self.network, layers, kept_nodes(self.network, candidate))
-
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _texts(self, nodes: Iterable[str]) -> tuple[str, ...]:
@@ -148,7 +140,7 @@ class Workloads:
                 for i, module in enumerate(_meta_conv(conv, dtype)):
                     root.add_module(f"conv{i}", module)
                     last = graph.call_module(f"conv{i}", (last,))
-            for i, name in enumerate(self._sides(candidate)):
+            for i, name in enumerate(span_sides(net, candidate)):
                 assert conv is not None
                 matrix = torch.empty(conv.out_channels, net.shape(name)[1], dtype=dtype, device="meta")
                 root.add_module(f"side{i}", side_conv(matrix, len(conv.kernel_size), None))

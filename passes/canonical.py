@@ -23,7 +23,7 @@ from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
 from .functional import global_pool, module_of
 from .layouts import channels_first
-from .nodes import op_name
+from .nodes import op_name, tensor_of
 from .placing import bypass, place, set_submodule
 from .selections import select_channels
 from .transposed import as_conv
@@ -91,6 +91,10 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return _reshape(node)
     if name in ("cat", "concat", "concatenate"):
         return concatenation(node)
+    if name == "mul" and (value := _times_ones(gm, node)) is not None:
+        node.replace_all_uses_with(value)
+        node.graph.erase_node(node)
+        return True
     if name in SCALAR:
         return arithmetic(gm, node, name)
     if name == "mean":
@@ -102,6 +106,23 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return bypass(node)
     place(gm, node, module, name)
     return True
+
+
+def _times_ones(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The operand of a product with a constant of ones of its own shape, which a tracer made for the example's batch."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for value, other in (node.args, node.args[::-1]):
+        if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or other.op != "get_attr":
+            continue
+        if any(value.meta.get(key) != node.meta.get(key) for key in ("shape", "dtype")):
+            continue
+        ones = tensor_of(gm, other)
+        if ones is None or isinstance(ones, nn.Parameter) or ones.shape != node.meta["shape"]:
+            continue
+        if bool((ones == 1).all()):
+            return value
+    return None
 
 
 def _swish(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -19,15 +19,10 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .errors import InputError, OptionError
-from .gram import Fit
+from .gram import Fit, usual_damping
 from .ir import ConvConfig
 
-__all__ = ["fit_cg", "usual_damping"]
-
-
-def usual_damping(unknowns: int, samples: float) -> float:
-    """A relative damping that does well where none can be searched (`fit` says why)."""
-    return min(1.0, 0.4 * unknowns / samples)
+__all__ = ["fit_cg"]
 
 
 def fit_cg(

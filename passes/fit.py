@@ -21,6 +21,9 @@ little. Where a search is too dear, ``0.4 unknowns / samples`` (at most 1) is us
 not depend on the number of samples, and 0.4 is, within a factor of 3, what the search finds on the residual blocks of
 a small residual classifier.
 
+**Vectors from the side** (`sides`) are more features, a row ``v`` an image: ``|y_o - (W x_o + V v + b)|^2``. There are
+only as many of them as images, so V is damped at least as ``0.4 channels / images`` asks for.
+
 Where the sums would not fit in memory, `fit_cg` solves the same system by conjugate gradients.
 """
 
@@ -31,11 +34,12 @@ from math import log
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .cg import fit_cg, usual_damping
+from .cg import fit_cg
 from .errors import OptionError
-from .gram import PARTS, Fit, Gram, Part, System, sample_positions
+from .gram import PARTS, Fit, Gram, Part, System, sample_positions, usual_damping
 from .linear import LinearOp, densify
 
 __all__ = ["Fit", "Gram", "evaluate", "fit_cg", "sample_positions", "solve"]
@@ -72,7 +76,7 @@ def solve(
         before = tuple(lo for lo, _ in gram.padding_of(kernel_size))
     taps = gram.sub(kernel_size, before)
     shape = (gram.targets[target], 1 if depthwise else gram.in_channels, *kernel_size)
-    start = None if prior is None else _pack(prior[0].detach(), shape, depthwise)
+    start = None if prior is None else _pack(prior[0].detach(), shape, depthwise, gram.sides)
     total = gram.system("total", taps, depthwise)
     if damping == "auto":
         cheap = total.matrix.shape[1] <= AUTO_UNKNOWNS and gram.can_hold_out()
@@ -88,7 +92,9 @@ def solve(
     if heldout and gram.can_hold_out():
         w, b, _ = _fit(gram.system("rest", taps, depthwise), target, start, damping)
         unseen = gram.system("held", taps, depthwise).error(target, w, b)
-    return Fit(_unpack(weight, shape), bias, residual, damping, tuple(before), unseen)
+    own = weight.shape[1] - gram.sides
+    side = weight[:, own:].permute(0, 2, 1).reshape(shape[0], -1) if gram.sides else None
+    return Fit(_unpack(weight[:, :own], shape), bias, residual, damping, tuple(before), unseen, side)
 
 
 def evaluate(
@@ -103,6 +109,7 @@ def evaluate(
 ) -> Tensor:
     """Mean squared error (out,) of any convolution whose taps lie in the Gram's window, on one part of the images.
 
+    It takes no vectors, whether the sums have some or not.
     `weight` is (out, in / groups, kernel...); groups are seen from its shape.
     """
     _known(gram, target)
@@ -122,7 +129,7 @@ def evaluate(
             weight, bias, (1,) * ndim, ((0, 0),) * ndim, (1,) * ndim, channels // weight.shape[1]
         )  # fmt: skip
         weight = densify(grouped).weight
-    packed = _pack(weight.detach(), tuple(weight.shape), depthwise)
+    packed = _pack(weight.detach(), tuple(weight.shape), depthwise, gram.sides)
     return gram.system(part, taps, depthwise).error(target, packed, bias.detach().double())
 
 
@@ -182,12 +189,16 @@ def _known(gram: Gram, target: str) -> None:
         raise OptionError(f"no target {target!r}; the sums have {sorted(gram.targets)}")
 
 
-def _pack(weight: Tensor, shape: tuple[int, ...], depthwise: bool) -> Tensor:
-    """(out, in, kernel...) as (1, taps x in, out), or (channels, 1, kernel...) as (channels, taps, 1)."""
+def _pack(weight: Tensor, shape: tuple[int, ...], depthwise: bool, sides: int = 0) -> Tensor:
+    """(out, in, kernel...) as (1, taps x in, out), or (channels, 1, kernel...) as (channels, taps, 1).
+
+    Behind the taps come as many rows of zeros as there are channels of vectors.
+    """
     if tuple(weight.shape) != shape:
         raise OptionError(f"weight {tuple(weight.shape)}, expected {shape}")
     flat = weight.double().flatten(2)
-    return flat.transpose(1, 2) if depthwise else flat.permute(2, 1, 0).reshape(1, -1, shape[0])
+    packed = flat.transpose(1, 2) if depthwise else flat.permute(2, 1, 0).reshape(1, -1, shape[0])
+    return F.pad(packed, (0, 0, 0, sides))
 
 
 def _unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:

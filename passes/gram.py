@@ -7,6 +7,9 @@ sums of any kernel inside of it:
     tap t of the largest kernel, padding P before, reads pixel   s o - P + t
     tap j of a smaller one, padding p, dilation d, reads         s o - p + d j         so   t = P - p + d j
 
+Channels of vectors from the side (`sides`) are features as well: between the taps and the 1, the same under all pixels
+of an image. So there are only as many samples of them as images, and they have a damping of their own.
+
 A depthwise kernel needs the diagonal blocks only. Every fourth image is summed apart, to judge a fit on images that it
 has not seen; whole images, because the pixels of one image are much alike.
 """
@@ -27,7 +30,7 @@ from torch import Tensor
 from .errors import InputError, OptionError
 from .ir import ConvConfig
 
-__all__ = ["Fit", "Gram", "Part", "sample_positions"]
+__all__ = ["Fit", "Gram", "Part", "sample_positions", "usual_damping"]
 
 MAX_UNKNOWNS = 6500  # an input channel and tap each; a sum of this size takes 0.34 GB
 CACHE_BYTES = 1 << 30
@@ -45,7 +48,7 @@ class Fit:
     `weight` is (out, in / groups, kernel...), `bias` (out,), both float64; `before` is the padding before in each
     dimension. `residual` (out,) is the mean squared error on the data that it was fitted to; `heldout` (out,) that of
     a fit with the same damping to the other images on the held-out ones, None if it was not asked for. `damping` is
-    the relative one that was used.
+    the relative one that was used. `side` (out, vectors' channels) is the matrix of the vectors, None without any.
     """
 
     weight: Tensor
@@ -54,6 +57,12 @@ class Fit:
     damping: float
     before: tuple[int, ...]
     heldout: Tensor | None = None
+    side: Tensor | None = None
+
+
+def usual_damping(unknowns: int, samples: float) -> float:
+    """A relative damping that does well where none can be searched (`fit` says why)."""
+    return min(1.0, 0.4 * unknowns / samples)
 
 
 def sample_positions(
@@ -119,6 +128,8 @@ class Gram:
     it is large would get a large weight, and the bias would cancel what that makes of its mean: in float32 such sums
     lose all digits. 1e-6 means variations of a thousandth.
 
+    `sides` is the number of channels of the vectors that are features as well, one an image.
+
     Raises OptionError if there would be more than `limit` unknowns an output channel: use `fit_cg` there.
     """
 
@@ -135,6 +146,7 @@ class Gram:
         dtype: torch.dtype = torch.float64,
         limit: int = MAX_UNKNOWNS,
         rounding: float = 0.0,
+        sides: int = 0,
     ) -> None:
         self.in_channels, self.kernel_size, self.stride = in_channels, tuple(kernel_size), tuple(stride)
         self.padding = tuple((lo, hi) for lo, hi in padding)
@@ -152,10 +164,11 @@ class Gram:
         if depthwise and any(out != in_channels for out in self.targets.values()):
             raise OptionError(f"a depthwise fit keeps the {in_channels} channels, the targets have {self.targets}")
         self.taps = list(product(*map(range, self.kernel_size)))
-        rows = len(self.taps) * (1 if depthwise else in_channels) + 1
-        if rows - 1 > limit:
-            raise OptionError(f"{rows - 1} unknowns an output channel are more than {limit}; use fit_cg")
+        rows = len(self.taps) * (1 if depthwise else in_channels) + sides + 1
+        if rows - 1 - sides > limit:
+            raise OptionError(f"{rows - 1 - sides} unknowns an output channel are more than {limit}; use fit_cg")
         self._shape = (in_channels if depthwise else 1, rows)
+        self.sides = sides
         self._holdout = holdout
         self._rounding = rounding
         self._dtype = dtype
@@ -175,13 +188,18 @@ class Gram:
         targets: Mapping[str, Tensor],
         positions: Tensor | None = None,
         weights: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> None:
         """Add images: `x` (batch, in, size...), targets (batch, out, output size...).
 
         `positions` (batch, count) are flat output pixels, default all; `weights` (batch, count) their weights, default
-        1. InputError if shapes do not fit or values are not finite.
+        1; `vectors` (batch, sides) what comes from the side. InputError if shapes do not fit or values are not finite.
         """
         out_size = self._check(x, targets)
+        if vectors is None:
+            vectors = x.new_zeros(len(x), 0)
+        if vectors.shape != (len(x), self.sides):
+            raise InputError(f"vectors {tuple(vectors.shape)}, expected {(len(x), self.sides)}")
         pixels = prod(out_size)
         if positions is None:
             positions = torch.arange(pixels).expand(len(x), -1)
@@ -204,7 +222,8 @@ class Gram:
                     self._sums[part] = _Sums.zeros(*self._shape, self.targets, x.device)
                 ys = {name: targets[name][chosen] for name in self.targets}
                 w = None if weights is None else weights.to(x.device)[chosen]
-                self._accumulate(self._sums[part], x[chosen], ys, out_size, positions[chosen], w)
+                self._accumulate(self._sums[part], x[chosen], ys, out_size, positions[chosen], w, vectors[chosen])
+                self._sums[part].images += len(chosen)
         self._images += len(x)
 
     def _check(self, x: Tensor, targets: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -234,6 +253,7 @@ class Gram:
         out_size: tuple[int, ...],
         positions: Tensor,
         weights: Tensor | None,
+        vectors: Tensor,
     ) -> None:
         padded = F.pad(x, [p for pair in reversed(self.padding) for p in pair])
         size = padded.shape[2:]
@@ -254,10 +274,11 @@ class Gram:
         for i in range(0, len(where), chunk):
             part = slice(i, i + chunk)
             patches = pixels[image[part, None], corner[part, None] + taps].to(self._dtype)  # (n, taps, channels)
-            if self.depthwise:
-                features = F.pad(patches.permute(2, 0, 1), (0, 1), value=1.0)
-            else:
-                features = F.pad(patches.flatten(1), (0, 1), value=1.0)[None]
+            features = patches.permute(2, 0, 1) if self.depthwise else patches.flatten(1)[None]
+            if self.sides:
+                beside = vectors[image[part]].to(self._dtype)
+                features = torch.cat([features, beside.expand(len(features), -1, -1)], 2)
+            features = F.pad(features, (0, 1), value=1.0)
             values = {name: y[image[part], :, where[part]].to(self._dtype) for name, y in flat_ys.items()}
             if not all(bool(t.sum().isfinite()) for t in (features, *values.values())):  # NaN and inf survive a sum
                 raise InputError("calibration features have NaN or infinite values; check the model and its input")
@@ -319,7 +340,7 @@ class Gram:
         key = (part, taps, depthwise)
         if key not in self._systems:
             self._systems[key] = System.of(
-                self._part(part), self.in_channels, taps, depthwise, self.depthwise, self._rounding
+                self._part(part), self.in_channels, taps, depthwise, self.depthwise, self._rounding, self.sides
             )
         self._systems.move_to_end(key)
         while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:
@@ -332,12 +353,13 @@ class System:
     """Centred sums for one kernel, in independent blocks (1 if dense, the channels if depthwise) of m rows each."""
 
     sums: _Sums
-    rows: Tensor  # (blocks, m) rows of a dense sum, or (m,) of each block of a depthwise one
+    rows: Tensor  # (blocks, m) rows of a dense sum, or (m,) of each block of a depthwise one; those of vectors last
     from_dense: bool
     matrix: Tensor  # (blocks, m, m)
     mean: Tensor  # (blocks, m)
-    scale: Tensor  # (blocks, 1, 1) mean of the diagonal, never 0
-    least: Tensor  # (blocks, 1, 1) the least lambda
+    scale: Tensor  # (blocks, m, 1) mean of the diagonal, never 0; of the vectors' rows apart
+    least: Tensor  # (blocks, m, 1) the least lambda
+    damped: Tensor  # (m, 1) the least damping
     factors: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -349,26 +371,37 @@ class System:
         depthwise: bool,
         stored_depthwise: bool,
         rounding: float = 0.0,
+        sides: int = 0,
     ) -> System:
         xx = sums.xx
         t = torch.tensor(taps, device=xx.device)
+        beside = torch.arange(xx.shape[1] - 1 - sides, xx.shape[1] - 1, device=xx.device)
         if stored_depthwise:
-            rows = t
-            matrix, total = xx[:, t[:, None], t], xx[:, t, -1]
+            rows = torch.cat([t, beside])
+            matrix, total = xx[:, rows[:, None], rows], xx[:, rows, -1]
         else:
             every = torch.arange(channels, device=xx.device)
             rows = every[:, None] + t * channels if depthwise else (t[:, None] * channels + every).reshape(1, -1)
+            rows = torch.cat([rows, beside.expand(len(rows), -1)], 1)
             whole = rows.shape == (1, xx.shape[1] - 1)
             matrix = xx[:, :-1, :-1].clone() if whole else xx[0][rows[:, :, None], rows[:, None, :]]
             total = xx[0, :, -1][rows]
         # only blocks on and above the diagonal were summed, and a selection keeps their order
         matrix = matrix.triu() + matrix.triu(1).transpose(1, 2)
-        least = rounding * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        own = matrix.shape[1] - sides
+
+        def means() -> Tensor:
+            parts = matrix.diagonal(dim1=1, dim2=2).split([own, sides], 1)
+            return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], 1)[:, :, None]
+
+        least = rounding * means()
         matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
-        scale = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        whole_scale = float(scale.mean())
+        scale = means()
+        whole_scale = float(scale[:, 0].mean())
         floor = whole_scale * 1e-9 if whole_scale > 0 else 1.0  # a dead channel must not make a singular block
-        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor), least)
+        damped = torch.zeros_like(scale[0])
+        damped[own:] = usual_damping(sides, max(sums.images, 1))
+        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor), least, damped)
 
     def bytes(self) -> int:
         return 8 * self.matrix.numel() * (1 + len(self.factors))
@@ -395,7 +428,7 @@ class System:
     def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
         more = 0.0
         while True:
-            lam = torch.maximum((damping + more) * self.scale, self.least)
+            lam = torch.maximum((self.damped.clamp_min(damping) + more) * self.scale, self.least)
             damped = self.matrix.clone()
             damped.diagonal(dim1=1, dim2=2).add_(lam[:, :, 0])
             factor, info = torch.linalg.cholesky_ex(damped)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import linear, ops
 from .ir import ConvConfig
 from .linear import LinearOp
-from .sides import Maps, SideAdd, merge_maps, side_conv, through
+from .sides import Maps, SideAdd, SideConv, merge_maps, side_conv, through
 
 __all__ = ["Branches", "Chain", "Crop", "LinearSpan", "fill_pad", "pad_module"]
 
@@ -41,7 +41,7 @@ class Chain(nn.Sequential):
         maps: Maps = {}
         for module in self:
             own: Maps = {}
-            if isinstance(module, SideAdd):
+            if isinstance(module, (SideAdd, SideConv)):
                 own = module.maps(device)
             elif isinstance(module, ops.ChannelSelect):
                 maps, channels = {i: m[list(module.index)] for i, m in maps.items()}, len(module.index)
@@ -58,7 +58,7 @@ class Chain(nn.Sequential):
         op: LinearOp | None = None
         chosen: tuple[int, ...] | None = None  # the channels of the input that the first op reads
         for module in self:
-            if isinstance(module, SideAdd):
+            if isinstance(module, (SideAdd, SideConv)):
                 continue  # see `side_maps`
             if isinstance(module, ops.ChannelSelect) and op is None:
                 chosen = module.index if chosen is None else tuple(chosen[i] for i in module.index)
@@ -143,7 +143,7 @@ class Branches(nn.Module):
         return f"{self.join}, signs={self.signs}"
 
 
-_SIDED = (Chain, Branches, SideAdd)
+_SIDED = (Chain, Branches, SideAdd, SideConv)
 
 
 def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:

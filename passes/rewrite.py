@@ -27,12 +27,12 @@ from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan
 from .norms import moved_norm
 from .placing import is_attribute
-from .sides import SideAdd, side_vector
+from .sides import SideAdd, SideConv, side_vector
 from .states import is_dropped, side_inputs
 from .trace import fingerprint
 from .verify import check_graph, drop_unread
 
-__all__ = ["build_span", "kept_nodes", "merge", "rewrite", "span_names"]
+__all__ = ["build_span", "merge", "rewrite", "span_names", "span_sides"]
 
 
 def rewrite(
@@ -220,7 +220,16 @@ def build_span(
         bare = candidate.post_norm is not None  # the norm behind the conv undoes a scale: nothing stands for what goes
         kept = kept_nodes(network, candidate)
         return _Builder(network, kept, None if bare else surrogates or {}).span(layers, candidate.conv)
-    return fitted_conv(network, candidate.conv)
+    return fitted_conv(network, candidate.conv, span_sides(network, candidate))
+
+
+def span_sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
+    """The nodes whose vectors a composed or fitted candidate takes from the side, in the order of the graph."""
+    if candidate.realization not in ("compose", "fit") or not network.vectors:
+        return ()
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    kept = kept_nodes(network, candidate) if candidate.realization == "compose" else network.convs(layers)[1]
+    return side_inputs(network, layers, frozenset(kept))
 
 
 def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
@@ -229,12 +238,15 @@ def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
     return frozenset(n for n in network.convs(layers)[1] if network.path(n) in set(candidate.kept))
 
 
-def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
-    """A conv (or Linear) of this configuration in the network's dtype, initialised as torch does it."""
+def fitted_conv(network: Network, config: ConvConfig, sides: tuple[str, ...] = ()) -> nn.Module:
+    """A conv (or Linear) of this configuration in the network's dtype, initialised as torch does it.
+
+    Where `sides` are nodes of vectors it is a `LinearSpan`, which adds each of them by a matrix that begins as zeros.
+    """
     like = next(p for p in network.gm.parameters() if p.is_floating_point())
     if not config.kernel_size:
         return nn.Linear(config.in_channels, config.out_channels, dtype=like.dtype, device=like.device)
-    symmetric = all(lo == hi for lo, hi in config.padding)
+    symmetric = all(lo == hi for lo, hi in config.padding) and not sides
     make: Any = ops.conv_class(len(config.kernel_size))
     conv: nn.Module = make(
         config.in_channels,
@@ -250,10 +262,12 @@ def fitted_conv(network: Network, config: ConvConfig) -> nn.Module:
     if symmetric:
         return conv
     op = linear.from_conv(conv)
+    added = [SideConv(i, network.shape(n)[1], config.out_channels, op.bias.to(like)) for i, n in enumerate(sides)]
     return LinearSpan(
-        Chain([conv]),
+        Chain([conv, *added]),
         config.padding,
         linear.LinearOp(op.weight, op.bias, op.stride, config.padding, op.dilation, op.groups).config,
+        sides,
     )
 
 

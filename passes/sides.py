@@ -5,7 +5,8 @@ the output is the sum over the taps of all that follows (section 6 of the design
 
     conv2(conv1(x) + v) = (conv2 . conv1)(x) + V v        V = sum over taps of conv2        (out, channels of v)
 
-So the merged form is the merged conv plus a 1 x 1 convolution of the vector, which is a map of one pixel:
+So the merged form is the merged conv plus a 1 x 1 convolution of the vector, which is a map of one pixel (a fitted conv
+has one too, whose matrix is fitted with it: `SideConv`):
 
     x ─ conv1 ─ add ─ conv2 ─        ->        x ─ merged ─ add ─
     v ───────────┘                             v ─ V ────────┘
@@ -14,12 +15,13 @@ So the merged form is the merged conv plus a 1 x 1 convolution of the vector, wh
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import linear, ops
 from .reduction import join_of, operands_of
 
-__all__ = ["SideAdd", "merge_maps", "side_conv", "side_vector", "through"]
+__all__ = ["SideAdd", "SideConv", "merge_maps", "side_conv", "side_vector", "through"]
 
 Maps = dict[int, Tensor]  # side input -> the matrix (channels here, channels of the vector) by which it is seen
 
@@ -41,6 +43,29 @@ class SideAdd(nn.Module):
 
     def extra_repr(self) -> str:
         return f"side={self.index}, {self.channels}, sign={self.sign}"
+
+
+class SideConv(nn.Module):
+    """x + V v for the side input number `index` of the span that this is in; the identity in the span's algebra.
+
+    `weight` is V, (out, channels of the vector).
+    """
+
+    def __init__(self, index: int, channels: int, out_channels: int, like: Tensor) -> None:
+        super().__init__()
+        self.index = index
+        self.weight = nn.Parameter(torch.zeros(out_channels, channels, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        v = sides[self.index].flatten(1)
+        return x + F.linear(v, self.weight).reshape(len(v), -1, *[1] * (x.dim() - 2))
+
+    def maps(self, device: torch.device | None) -> Maps:
+        """The matrix by which the vector is seen."""
+        return {self.index: self.weight.to(device, torch.float64)}
+
+    def extra_repr(self) -> str:
+        return f"side={self.index}, {self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
 def side_vector(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -11,7 +11,7 @@ import torch
 from helpers import one_thread as one_thread
 from torch import nn
 
-from benchmarks import diffusion_digits, methods, methods_report
+from benchmarks import diffusion, diffusion_digits, methods, methods_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,14 +124,12 @@ def test_the_table_says_what_can_not_be_reached() -> None:
 def test_the_frechet_distance_is_that_of_gaussians() -> None:
     random = torch.Generator().manual_seed(0)
     a = torch.randn(4000, 3, generator=random)
-    assert diffusion_digits.frechet(a, a) == pytest.approx(0, abs=1e-8)
+    assert diffusion.frechet(a, a) == pytest.approx(0, abs=1e-8)
     moved = a + torch.tensor([3.0, 0.0, 4.0])
-    assert diffusion_digits.frechet(a, moved) == pytest.approx(25, rel=1e-6)
+    assert diffusion.frechet(a, moved) == pytest.approx(25, rel=1e-6)
     # diagonal covariances: the sum of (s - s')^2
     scaled = a * torch.tensor([2.0, 1.0, 1.0])
-    assert diffusion_digits.frechet(a, scaled) == pytest.approx(
-        float(a[:, 0].std() ** 2 + scaled[:, 0].mean() ** 2), rel=0.05
-    )
+    assert diffusion.frechet(a, scaled) == pytest.approx(float(a[:, 0].std() ** 2 + scaled[:, 0].mean() ** 2), rel=0.05)
 
 
 def test_sampling_recovers_a_distribution_whose_best_denoiser_is_known() -> None:
@@ -139,10 +137,10 @@ def test_sampling_recovers_a_distribution_whose_best_denoiser_is_known() -> None
     c = torch.rand(1, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
     def best(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a = diffusion_digits.ALPHA[t][:, None, None, None]
+        a = diffusion.ALPHA[t][:, None, None, None]
         return (x - a.sqrt() * c) / (1 - a).sqrt()
 
-    drawn = diffusion_digits.sample(best, 4, seed=0)
+    drawn = diffusion.sample(best, 4, seed=0)
     assert torch.allclose(drawn, c.expand_as(drawn), atol=1e-4)
 
 
@@ -150,15 +148,35 @@ def test_diffusion_digits_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    whole = diffusion_digits.digits.load(0)
-    few = diffusion_digits.digits.Digits(*(v[:70] for v in vars(whole).values()))
-    monkeypatch.setattr(diffusion_digits.digits, "load", lambda seed: few)
+    whole = diffusion.digits.load(0)
+    few = diffusion.digits.Digits(*(v[:70] for v in vars(whole).values()))
+    monkeypatch.setattr(diffusion.digits, "load", lambda seed: few)
     arguments = (
-        f"--steps 2 --fine-tune 2 --width 8 --budget 0.85 --samples 8 --images 4 --latency roofline --out {tmp_path}"
-    )
-    diffusion_digits.main([*arguments.split(), "--classifier-epochs", "1"])
+        "--steps 2 --fine-tune 2 --width 8 --budgets 0.85 --samples 8 --images 16 --batch 1 --latency roofline "
+        f"--classifier-epochs 1 --out {tmp_path}"
+    ).split()
+    for stages in (["train", "profile"], ["score", "plan"]):
+        diffusion_digits.main([*arguments, "--stage", *stages])
+    kept = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
+    assert len(kept) == 2
+    diffusion_digits.main([*arguments, "--stage", "tune", "report"])
+    assert kept == {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
     rows = json.loads((tmp_path / "diffusion_digits.json").read_text())
-    assert rows["compressed"]["convs"] <= rows["original"]["convs"]
-    assert rows["compressed"]["ms"] <= 0.85 * rows["original"]["ms"] * 1.001
+    compressed, tuned = rows["0.85 compressed"], rows["0.85 fine-tuned"]
+    assert compressed["convs"] <= rows["original"]["convs"]
+    assert compressed["ms"] <= 0.85 * rows["original"]["ms"] * 1.001
+    assert compressed["errors"] != tuned["errors"] and len(tuned["errors"]) == diffusion.BUCKETS
     assert (tmp_path / "samples.png").exists()
-    assert "fine-tuned" in capsys.readouterr().out
+    assert "0.85 fine-tuned" in capsys.readouterr().out
+
+
+def test_errors_are_those_of_each_quarter_of_the_time_steps() -> None:
+    images = torch.zeros(2, 1, 16, 16)
+
+    def late(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Exact in the first half of the steps, nothing in the second."""
+        a = diffusion.ALPHA[t][:, None, None, None]
+        return torch.where((t < 100)[:, None, None, None], x / (1 - a).sqrt(), 0.0)
+
+    first, second, third, fourth = diffusion.errors(late, images, 256)
+    assert max(first, second) < 1e-6 and third == pytest.approx(1, abs=0.05) and fourth == pytest.approx(1, abs=0.05)

@@ -271,7 +271,7 @@ def test_several_targets_share_one_factorisation(monkeypatch: pytest.MonkeyPatch
 def test_above_the_size_where_it_is_cheap_damping_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = summed(*noisy(), (3, 3), ONES)
     monkeypatch.setattr(fit, "AUTO_UNKNOWNS", 10)
-    assert solve(sums, "y", (3, 3)).damping == cg.usual_damping(36, 8 * 72)
+    assert solve(sums, "y", (3, 3)).damping == gram.usual_damping(36, 8 * 72)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

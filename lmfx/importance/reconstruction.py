@@ -33,7 +33,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmfx.calibration import Calibration
-from lmfx.fitting import FitGroup, fit_groups
+from lmfx.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.share import Share
@@ -44,9 +44,8 @@ from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan, fill_pad
 from lmfx.passes.norms import moved_norm
-from lmfx.passes.rewrite import build_span, kept_nodes
+from lmfx.passes.rewrite import build_span, span_sides
 from lmfx.passes.spans import SpanSet
-from lmfx.passes.states import side_inputs
 from lmfx.profiling import digest
 from lmfx.progress import progress as progress_bar
 from lmfx.surrogates import affine_surrogates
@@ -54,7 +53,7 @@ from lmfx.values import batches_for, flat_output, record, record_batches, resume
 
 __all__ = ["Reconstruction"]
 
-VERSION = 3
+VERSION = 4
 AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
 EXACT_MACS = 1e12  # some ten seconds on two cores
 HELD_BYTES = 3 << 30  # values of all calibration images that may be held at once
@@ -219,7 +218,7 @@ class _Scorer:
     ) -> Iterator[tuple[str, float]]:
         """Key and importance of those candidates that `take` gives when their turn comes."""
         names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
-        names |= {side for c in candidates if c.realization == "compose" for side in _sides(self.network, c)}
+        names |= {side for c in candidates for side in span_sides(self.network, c)}
         parts, scale = self.parts(names)
         surrogates = None
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
@@ -231,7 +230,7 @@ class _Scorer:
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
         for chunk in self.chunks(groups):
             jobs = self.jobs(chunk, take)
-            results: Iterable[tuple[FitGroup, dict[str, LinearOp]]]
+            results: Iterable[tuple[FitGroup, dict[str, FittedOp]]]
             if self.executor is None:
                 results = ((job[0], _fit_job(job)) for job in jobs)
             else:
@@ -239,26 +238,27 @@ class _Scorer:
                 results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
             for group, ops in results:
                 for c in group.candidates:
-                    yield c.key, self.value(c, ops[c.key], {}, parts, scale)
+                    sides = ops[c.key].side_convs(group.sides, parts[0].output)
+                    yield c.key, self.value(c, ops[c.key], sides, parts, scale)
 
     def jobs(
         self, chunk: list[FitGroup], take: Callable[[Sequence[Candidate]], list[Candidate]]
     ) -> Iterator[tuple[FitGroup, Tensor, dict[str, Tensor]]]:
         """The fits of groups of which `take` gives something; the network runs once for all of them."""
-        wanted = {g.entry for g in chunk} | {c.span.output for g in chunk for c in g.candidates}
+        wanted = {n for g in chunk for n in g.names}
         held: dict[str, Tensor] = {}
         for whole in chunk:
             if mine := take(whole.candidates):
                 group = replace(whole, candidates=tuple(mine))
                 held = held or record_batches(self.gm, self.calibration, wanted)
-                yield group, held[group.entry], {n: held[n] for n in {c.span.output for c in mine}}
+                yield group, held[group.entry], {n: held[n] for n in group.names}
 
     def chunks(self, groups: list[FitGroup]) -> Iterator[list[FitGroup]]:
         """Groups whose values together fit in memory, so that the network runs as seldom as possible."""
         chunk: list[FitGroup] = []
         held: set[str] = set()
         for group in groups:
-            more = {group.entry} | {c.span.output for c in group.candidates}
+            more = group.names
             if chunk and self.bytes(held | more) > HELD_BYTES:
                 yield chunk
                 chunk, held = [], set()
@@ -373,14 +373,7 @@ def batch_statistics(gm: nn.Module) -> Iterator[None]:
             module.running_mean, module.running_var = mean, variance
 
 
-def _sides(network: Network, c: Candidate) -> tuple[str, ...]:
-    if not network.vectors:
-        return ()
-    layers = network.series[c.span.series].layers[c.span.start : c.span.stop]
-    return side_inputs(network, layers, kept_nodes(network, c))
-
-
-def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, LinearOp]:
+def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, FittedOp]:
     group, x, ys = job
     return group.fit(x, ys, quick=True)
 
