@@ -4,12 +4,13 @@
 
 The denoiser of `diffusion` is trained, and compressed to shares of its measured latency without training; then it is
 fine-tuned on noise and on what the original says of it. Nothing in lmfx knows of diffusion: it calibrates on pairs of a
-noisy image and a time step. The stages keep what they made in `--out`, and only `profile` and `plan` measure latencies:
+noisy image and a time step. Stages keep what they made in `--out`; `profile`, `plan` and `report` measure latencies:
 
     train     the original, and the classifier in whose features samples are compared
     profile   a latency for each candidate            score    an importance for each that may pay
     plan      one network for each budget             tune     the same, fine-tuned
-    report    for each: error of the noise by time step, distance of the samples, latency; one picture
+    report    for each: error of the noise by time step, distance of the samples, latency side by side with the
+              original; one picture
 
 All networks draw from the same noise. `real` is the distance of training digits to held-out ones.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ from torch import Tensor, fx, nn
 import lmfx
 from benchmarks import diffusion
 from benchmarks.diffusion import SIZE, TIMES, Denoiser, NoisyBatches, digits
+from lmfx.latency import get_backend
+from lmfx.passes.bare import bare
+from lmfx.passes.trace import example_arguments
 
 STAGES = ("train", "profile", "score", "plan", "tune", "report")
 
@@ -147,7 +152,17 @@ class Run:
             if not self.folder(budget, True).exists():
                 student = self.load(model, budget)
                 batches = NoisyBatches(self.images, a.fine_tune)
-                lmfx.distill(student, model, batches, loss=F.mse_loss, lr=a.lr, clip=1.0, warmup=0.05, seed=a.seed)
+                lmfx.distill(
+                    student,
+                    model,
+                    batches,
+                    loss=F.mse_loss,
+                    lr=a.lr,
+                    clip=1.0,
+                    warmup=0.05,
+                    ema=0.995,
+                    seed=a.seed,
+                )
                 lmfx.save(student, self.folder(budget, True))
 
     # --- what is shown -----------------------------------------------------------------------------------------------
@@ -158,26 +173,28 @@ class Run:
         rows: dict[str, dict[str, Any]] = {}
         rows["real"] = {"distance": diffusion.frechet(diffusion.features(classifier, self.images), target)}
 
-        def add(name: str, network: nn.Module, ms: float, ratio: float) -> None:
+        example = example_arguments(self.example)
+        backend, graph = get_backend(self.args.latency), lmfx.trace(model, self.example)
+
+        def add(name: str, network: nn.Module, form: fx.GraphModule) -> None:
             drawn.append(diffusion.sample(network, self.args.samples, self.args.seed))
             each = diffusion.errors(network, self.held)
+            times = backend.measure_interleaved([bare(graph, example), bare(form, example)], 21)
             rows[name] = {
                 "distance": diffusion.frechet(diffusion.features(classifier, drawn[-1]), target),
-                "ms": ms,
-                "ratio": ratio,
+                "ms": statistics.median(times[1]),
+                "ratio": statistics.median(b / a for a, b in zip(*times, strict=True)),
                 "error": sum(each) / len(each),
                 "errors": each,
                 "convs": sum(isinstance(m, nn.Conv2d) for m in network.modules()),
             }
 
-        for i, budget in enumerate(self.args.budgets):
-            student = self.load(model, budget)
-            result = lmfx.result_of(student)
-            if not i:
-                add("original", model, result.original or float("nan"), 1.0)
-            for name, network in (("compressed", student), ("fine-tuned", self.load(model, budget, True))):
-                whole = result.measured if result.measured is not None else float("nan")
-                add(f"{budget} {name}", lmfx.merge(network), whole, result.ratio or float("nan"))
+        add("original", model, graph)
+        for budget in self.args.budgets:
+            for tuned, name in ((False, "compressed"), (True, "fine-tuned")):
+                if self.folder(budget, tuned).exists():
+                    merged = lmfx.merge(self.load(model, budget, tuned))
+                    add(f"{budget} {name}", merged, merged)
         diffusion.sheet([self.held, *drawn], self.out / "samples.png")
         rows["run"] = {"classifier": self.right, "arguments": {k: str(v) for k, v in vars(self.args).items()}}
         (self.out / "diffusion_digits.json").write_text(json.dumps(rows, indent=1))
@@ -203,7 +220,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--steps", type=int, default=6000, help="of training the original (default: %(default)s)")
-    parser.add_argument("--fine-tune", type=int, default=1500, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--fine-tune", type=int, default=1000, help="steps of fine-tuning (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of fine-tuning (default: %(default)s)")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7])

@@ -109,7 +109,7 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _times_ones(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The operand of a product with a constant of ones of its own shape, which a tracer made for the example's batch."""
+    """The operand of a product with ones of its own shape, a constant that a tracer made for the example's batch."""
     if len(node.args) != 2 or node.kwargs:
         return None
     for value, other in (node.args, node.args[::-1]):

@@ -394,3 +394,28 @@ def test_a_norm_is_seen_as_what_it_is_made_of_unless_it_permutes_or_computes_by_
     model = net(lambda m, x: m.b(m.n(m.a(x))), n=norm)
     gm = check_trace(model, X, ["Conv2d", *words, "Conv2d"])
     assert gm.meta["lmfx"]["tracer"] == "symbolic" and gm.meta["lmfx"]["opaque"] == {}
+
+
+@pytest.mark.parametrize("number", [1.0, 2.0])
+def test_ones_of_the_examples_batch_are_gone_and_other_constants_are_not(number: float) -> None:
+    """Code that spreads a time step over the batch in this way must not tie the network to the example's batch."""
+
+    def spread(m: Any, x: Tensor) -> Tensor:
+        steps = x.mean((1, 2, 3))
+        steps = (steps if len(steps.shape) else steps[None]) * torch.full((x.shape[0],), number, dtype=x.dtype)
+        return m.a(x) + steps[:, None, None, None]
+
+    model = net(spread)
+    gm = trace(model, X)
+    assert gm.meta["lmfx"]["tracer"] != "symbolic" and torch.allclose(run(gm, X), run(model, X))
+    more = torch.cat([X, X, X])
+    if number == 1.0:
+        assert torch.allclose(run(gm, more), run(model, more))
+    else:
+        with pytest.raises(RuntimeError, match="size"):
+            run(gm, more)
+
+
+def test_ones_that_are_a_parameter_stay() -> None:
+    model = net(lambda m, x: m.a(x) * m.scale, scale=nn.Parameter(torch.ones(2, 4, 7, 10, dtype=torch.float64)))
+    assert "scale" in dict(trace(model, X).named_parameters())
