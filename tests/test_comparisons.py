@@ -163,7 +163,6 @@ def test_diffusion_digits_runs_to_its_end(
     assert kept == {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
     rows = json.loads((tmp_path / "diffusion_digits.json").read_text())
     compressed, tuned = rows["0.85 compressed"], rows["0.85 fine-tuned"]
-    assert compressed["convs"] <= rows["original"]["convs"]
     assert compressed["ms"] <= 0.85 * rows["original"]["ms"] * 1.001
     assert compressed["errors"] != tuned["errors"] and len(tuned["errors"]) == diffusion.BUCKETS
     assert (tmp_path / "samples.png").exists()
