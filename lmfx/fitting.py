@@ -25,13 +25,14 @@ from lmfx.calibration import Calibration, Frame
 from lmfx.passes import fit
 from lmfx.passes.errors import OptionError
 from lmfx.passes.fit import Gram, fit_cg, sample_positions
-from lmfx.passes.gram import MAX_UNKNOWNS, usual_damping
+from lmfx.passes.gram import MAX_UNKNOWNS
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import span_names, span_sides
 from lmfx.passes.sides import side_conv
+from lmfx.passes.systems import usual_damping
 from lmfx.progress import progress as progress_bar
 from lmfx.values import batches_for, placeholder_values, record_batches
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .errors import InputError, OptionError
-from .gram import Fit, usual_damping
 from .ir import ConvConfig
+from .systems import Fit, usual_damping
 
 __all__ = ["fit_cg"]
 

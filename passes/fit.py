@@ -39,8 +39,9 @@ from torch import Tensor
 
 from .cg import fit_cg
 from .errors import OptionError
-from .gram import PARTS, Fit, Gram, Part, System, sample_positions, usual_damping
+from .gram import PARTS, Gram, Part, sample_positions
 from .linear import LinearOp, densify
+from .systems import Fit, System, usual_damping
 
 __all__ = ["Fit", "Gram", "evaluate", "fit_cg", "sample_positions", "solve"]
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from typing import Literal
@@ -29,40 +28,16 @@ from torch import Tensor
 
 from .errors import InputError, OptionError
 from .ir import ConvConfig
+from .systems import Sums, System
 
-__all__ = ["Fit", "Gram", "Part", "sample_positions", "usual_damping"]
+__all__ = ["Gram", "Part", "sample_positions"]
 
 MAX_UNKNOWNS = 6500  # an input channel and tap each; a sum of this size takes 0.34 GB
 CACHE_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 27
-BLOCK = 1024
 HOLD_OUT_EVERY = 4  # images
 Part = Literal["rest", "held", "total"]
 PARTS: dict[Part, bool] = {"rest": False, "held": True}  # whether the images of a part are held out
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """A fitted convolution.
-
-    `weight` is (out, in / groups, kernel...), `bias` (out,), both float64; `before` is the padding before in each
-    dimension. `residual` (out,) is the mean squared error on the data that it was fitted to; `heldout` (out,) that of
-    a fit with the same damping to the other images on the held-out ones, None if it was not asked for. `damping` is
-    the relative one that was used. `side` (out, vectors' channels) is the matrix of the vectors, None without any.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    residual: Tensor
-    damping: float
-    before: tuple[int, ...]
-    heldout: Tensor | None = None
-    side: Tensor | None = None
-
-
-def usual_damping(unknowns: int, samples: float) -> float:
-    """A relative damping that does well where none can be searched (`fit` says why)."""
-    return min(1.0, 0.4 * unknowns / samples)
 
 
 def sample_positions(
@@ -76,44 +51,6 @@ def sample_positions(
         return torch.arange(pixels).expand(batch, -1)
     device = "cpu" if generator is None else generator.device
     return torch.rand(batch, pixels, generator=generator, device=device).topk(count).indices
-
-
-@dataclass
-class _Sums:
-    """Weighted sums over samples: xx (1, D, D), xy (1, D, out), or depthwise (C, T + 1, T + 1) and (C, T + 1, 1).
-
-    Of a large `xx` only the blocks on and above the diagonal are summed.
-    """
-
-    xx: Tensor
-    xy: dict[str, Tensor]
-    yy: dict[str, Tensor]
-    n: float = 0.0
-    images: int = 0
-
-    @classmethod
-    def zeros(cls, blocks: int, rows: int, targets: Mapping[str, int], device: torch.device) -> _Sums:
-        def zero(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        xy = {name: zero(blocks, rows, out // blocks) for name, out in targets.items()}
-        return cls(zero(blocks, rows, rows), xy, {name: zero(out) for name, out in targets.items()})
-
-    def add(self, rows: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add weighted rows (blocks, n, D) and targets (n, out); float32 rows are multiplied as such."""
-        left = rows.transpose(1, 2)
-        width = rows.shape[2]
-        for i in range(0, width, BLOCK):
-            self.xx[:, i : i + BLOCK, i:] += left[:, i : i + BLOCK] @ rows[:, :, i:]
-        for name, y in targets.items():
-            blocks = y.reshape(len(y), rows.shape[0], -1).transpose(0, 1)
-            self.xy[name] += left @ blocks
-            self.yy[name] += y.double().square().sum(0)
-
-    def plus(self, other: _Sums) -> _Sums:
-        xy = {name: value + other.xy[name] for name, value in self.xy.items()}
-        yy = {name: value + other.yy[name] for name, value in self.yy.items()}
-        return _Sums(self.xx + other.xx, xy, yy, self.n + other.n, self.images + other.images)
 
 
 class Gram:
@@ -173,7 +110,7 @@ class Gram:
         self._rounding = rounding
         self._dtype = dtype
         self._images = 0
-        self._sums: dict[Part, _Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
+        self._sums: dict[Part, Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
         self._systems: OrderedDict[object, System] = OrderedDict()
 
     @property
@@ -219,7 +156,7 @@ class Gram:
             chosen = images[held == mask]
             if len(chosen):
                 if part not in self._sums:
-                    self._sums[part] = _Sums.zeros(*self._shape, self.targets, x.device)
+                    self._sums[part] = Sums.zeros(*self._shape, self.targets, x.device)
                 ys = {name: targets[name][chosen] for name in self.targets}
                 w = None if weights is None else weights.to(x.device)[chosen]
                 self._accumulate(self._sums[part], x[chosen], ys, out_size, positions[chosen], w, vectors[chosen])
@@ -247,7 +184,7 @@ class Gram:
 
     def _accumulate(
         self,
-        sums: _Sums,
+        sums: Sums,
         x: Tensor,
         ys: Mapping[str, Tensor],
         out_size: tuple[int, ...],
@@ -290,7 +227,7 @@ class Gram:
             sums.add(features, values)
             sums.n += n
 
-    def _part(self, part: Part) -> _Sums:
+    def _part(self, part: Part) -> Sums:
         """The sums of one part of the images; `total` is their sum and stays until the next update."""
         if not self.samples:
             raise OptionError("nothing to fit: call update with calibration features (of positive weight) first")
@@ -346,101 +283,3 @@ class Gram:
         while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:
             self._systems.popitem(last=False)
         return self._systems[key]
-
-
-@dataclass
-class System:
-    """Centred sums for one kernel, in independent blocks (1 if dense, the channels if depthwise) of m rows each."""
-
-    sums: _Sums
-    rows: Tensor  # (blocks, m) rows of a dense sum, or (m,) of each block of a depthwise one; those of vectors last
-    from_dense: bool
-    matrix: Tensor  # (blocks, m, m)
-    mean: Tensor  # (blocks, m)
-    scale: Tensor  # (blocks, m, 1) mean of the diagonal, never 0; of the vectors' rows apart
-    least: Tensor  # (blocks, m, 1) the least lambda
-    damped: Tensor  # (m, 1) the least damping
-    factors: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        sums: _Sums,
-        channels: int,
-        taps: tuple[int, ...],
-        depthwise: bool,
-        stored_depthwise: bool,
-        rounding: float = 0.0,
-        sides: int = 0,
-    ) -> System:
-        xx = sums.xx
-        t = torch.tensor(taps, device=xx.device)
-        beside = torch.arange(xx.shape[1] - 1 - sides, xx.shape[1] - 1, device=xx.device)
-        if stored_depthwise:
-            rows = torch.cat([t, beside])
-            matrix, total = xx[:, rows[:, None], rows], xx[:, rows, -1]
-        else:
-            every = torch.arange(channels, device=xx.device)
-            rows = every[:, None] + t * channels if depthwise else (t[:, None] * channels + every).reshape(1, -1)
-            rows = torch.cat([rows, beside.expand(len(rows), -1)], 1)
-            whole = rows.shape == (1, xx.shape[1] - 1)
-            matrix = xx[:, :-1, :-1].clone() if whole else xx[0][rows[:, :, None], rows[:, None, :]]
-            total = xx[0, :, -1][rows]
-        # only blocks on and above the diagonal were summed, and a selection keeps their order
-        matrix = matrix.triu() + matrix.triu(1).transpose(1, 2)
-        own = matrix.shape[1] - sides
-
-        def means() -> Tensor:
-            parts = matrix.diagonal(dim1=1, dim2=2).split([own, sides], 1)
-            return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], 1)[:, :, None]
-
-        least = rounding * means()
-        matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
-        scale = means()
-        whole_scale = float(scale[:, 0].mean())
-        floor = whole_scale * 1e-9 if whole_scale > 0 else 1.0  # a dead channel must not make a singular block
-        damped = torch.zeros_like(scale[0])
-        damped[own:] = usual_damping(sides, max(sums.images, 1))
-        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor), least, damped)
-
-    def bytes(self) -> int:
-        return 8 * self.matrix.numel() * (1 + len(self.factors))
-
-    def target(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Centred X'Y (blocks, m, out / blocks) and Y'Y (out,), and the mean (blocks, 1, out / blocks) of a target."""
-        xy = self.sums.xy[name]
-        mean = xy[:, -1:] / self.sums.n
-        if self.from_dense and len(self.rows) > 1:  # depthwise out of a dense sum
-            every = torch.arange(len(self.rows), device=xy.device)[:, None]
-            xy, mean = xy[0][self.rows, every][:, :, None], mean[0].T[:, :, None]
-        else:
-            xy = xy[:, self.rows.flatten()]
-        centred = xy - self.sums.n * self.mean[:, :, None] * mean
-        return centred, self.sums.yy[name] - self.sums.n * mean.flatten().square(), mean
-
-    def solve(self, damping: float, right: Tensor) -> tuple[Tensor, Tensor]:
-        """(matrix + lambda I)^-1 right, and lambda; more damping than asked for if the matrix is singular without."""
-        if damping not in self.factors:
-            self.factors[damping] = self._factor(damping)
-        factor, lam = self.factors[damping]
-        return torch.cholesky_solve(right, factor), lam
-
-    def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
-        more = 0.0
-        while True:
-            lam = torch.maximum((self.damped.clamp_min(damping) + more) * self.scale, self.least)
-            damped = self.matrix.clone()
-            damped.diagonal(dim1=1, dim2=2).add_(lam[:, :, 0])
-            factor, info = torch.linalg.cholesky_ex(damped)
-            pivots = factor.diagonal(dim1=1, dim2=2)
-            small = pivots.amin(1) ** 2 <= 2e-16 * pivots.shape[1] * pivots.amax(1) ** 2
-            if not bool((info != 0).any() | small.any()):
-                return factor, lam
-            more = max(1e-12, 100 * more)
-
-    def error(self, name: str, weight: Tensor, bias: Tensor) -> Tensor:
-        """Mean squared error (out,) of a packed weight (blocks, m, out / blocks) and its bias (out,)."""
-        xy, yy, mean = self.target(name)
-        squares = (weight * (self.matrix @ weight - 2 * xy)).sum(1).flatten() + yy
-        shift = (mean - self.mean[:, None] @ weight).flatten() - bias
-        return (squares / self.sums.n + shift.square()).clamp_min(0.0)

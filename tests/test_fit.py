@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfx.passes import cg, fit, gram
+from lmfx.passes import cg, fit, gram, systems
 from lmfx.passes.errors import InputError, LmfxError, OptionError
 from lmfx.passes.fit import Gram, evaluate, fit_cg, sample_positions, solve
 from lmfx.passes.ir import ConvConfig
@@ -220,7 +220,7 @@ def test_many_updates_are_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = summed(x, y, (3, 3), ONES, depthwise=depthwise)
         with monkeypatch.context() as patch:
             patch.setattr(gram, "CHUNK_BYTES", 1)
-            patch.setattr(gram, "BLOCK", 7)
+            patch.setattr(systems, "BLOCK", 7)
             parts = Gram(4, (3, 3), (1, 1), ONES, {"y": 4}, depthwise=depthwise)
             for i in (0, 2, 3):
                 j = {0: 2, 2: 3, 3: 9}[i]
@@ -271,7 +271,7 @@ def test_several_targets_share_one_factorisation(monkeypatch: pytest.MonkeyPatch
 def test_above_the_size_where_it_is_cheap_damping_is_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = summed(*noisy(), (3, 3), ONES)
     monkeypatch.setattr(fit, "AUTO_UNKNOWNS", 10)
-    assert solve(sums, "y", (3, 3)).damping == gram.usual_damping(36, 8 * 72)
+    assert solve(sums, "y", (3, 3)).damping == systems.usual_damping(36, 8 * 72)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
