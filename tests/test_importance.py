@@ -17,7 +17,7 @@ import lmfx
 from lmfx.calibration import Calibration
 from lmfx.fitting import fit_groups, set_fitted
 from lmfx.importance import Magnitude, Reconstruction, get_estimator
-from lmfx.importance.reconstruction import _Scorer
+from lmfx.importance.change import Scorer
 from lmfx.latency import Store
 from lmfx.latency.table import kendall_tau
 from lmfx.passes.ir import Candidate, MergePlan
@@ -214,7 +214,7 @@ def test_what_is_stored_is_not_scored_again(made: Made, tmp_path: Any, monkeypat
     with Store.open(tmp_path) as store:
         mine = Reconstruction(exact=False)
         first = mine.score(made.spans, chosen, made.data, store)
-        monkeypatch.setattr("lmfx.importance.reconstruction._Scorer.run", lambda *_: pytest.fail("scored again"))
+        monkeypatch.setattr("lmfx.importance.reconstruction.Scorer.run", lambda *_: pytest.fail("scored again"))
         second = mine.score(made.spans, chosen, made.data, store)
         assert dict(first) == dict(second)
         for change in ({"exact": True}, {"images": 3}, {"probes": 3}, {"surrogate": "identity"}):
@@ -255,7 +255,7 @@ def test_new_statistics_repair_a_wrong_scale_in_front_of_a_norm() -> None:
     first = next(c for c in made.wanted if c.convs == ("0",))
     changes = {}
     for norms in ("kept", "batch"):
-        scorer = _Scorer(Reconstruction(exact=True, norms=norms), made.spans, made.data, None)  # type: ignore[arg-type]
+        scorer = Scorer(Reconstruction(exact=True, norms=norms), made.spans, made.data, None)  # type: ignore[arg-type]
         (part,), _ = scorer.parts(set())
         y = part.values[first.span.output]
         assert scorer.squared_change(first, y, part) == 0
@@ -326,10 +326,10 @@ def test_magnitude_charges_for_every_activation_that_goes() -> None:
 
 
 def test_a_candidate_whose_arithmetic_overflows_gets_no_row(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, (first, second) = _Scorer.value, made.wanted[:2]
+    honest, (first, second) = Scorer.value, made.wanted[:2]
 
     def value(self: Any, c: Candidate, *others: Any) -> float:
         return math.inf if c.key == first.key else honest(self, c, *others)
 
-    monkeypatch.setattr(_Scorer, "value", value)
+    monkeypatch.setattr(Scorer, "value", value)
     assert set(Reconstruction().score(made.spans, [first, second], made.data)) == {second.key}

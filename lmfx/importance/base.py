@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import fx
 
 from lmfx.calibration import Calibration
 from lmfx.importance.pool import ExecutorLike
@@ -12,9 +16,10 @@ from lmfx.latency.store import Store
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans import SpanSet
+from lmfx.passes.trace import fingerprint
 from lmfx.profiling import digest
 
-__all__ = ["Estimator", "ImportanceTable", "Scored"]
+__all__ = ["Estimator", "ImportanceTable", "Scored", "weights_digest"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,12 @@ class Scored:
                 f"the ImportanceTable was made for another graph ({made_for}, this one is {here}): score this one"
             )
         return self.table
+
+
+def weights_digest(gm: fx.GraphModule) -> str:
+    """A short digest of a graph's structure and of all its values."""
+    state = hashlib.sha256(fingerprint(gm).encode())
+    for name, tensor in gm.state_dict().items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()[:16]

@@ -26,11 +26,10 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration import Calibration
 from lmfx.fitting import fit_plan
-from lmfx.importance.base import ImportanceTable
+from lmfx.importance.base import ImportanceTable, weights_digest
 from lmfx.importance.jobs import Evaluate, Job, Outcome, PackedNetwork, Train, isolated, run_job
 from lmfx.importance.objective import Metric, Objective, ObjectiveName, importances
 from lmfx.importance.pool import ExecutorLike, run_jobs
-from lmfx.importance.reconstruction import weights_digest
 from lmfx.latency.store import Store
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate, Layer, MergePlan
