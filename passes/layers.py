@@ -91,9 +91,15 @@ class Network:
         """The size rule between two maps, whatever lies between them, seen at the example and at larger inputs."""
         if entry not in self.maps or exit not in self.maps or not self.elsewhere:
             return None
-        pairs = [(self.shape(entry), self.shape(exit))]
-        pairs += [(seen[entry], seen[exit]) for seen in self.elsewhere if entry in seen and exit in seen]
+        pairs = self._seen(entry, exit)
+        if len(pairs) == 1 and 1 in self.shape(exit)[2:]:
+            return None  # any stride leaves one pixel of one
         return observed_geometry(pairs)
+
+    def _seen(self, entry: str, exit: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The shapes of two values at the example, and at those larger inputs at which both can be had."""
+        pairs = [(self.shape(entry), self.shape(exit))]
+        return pairs + [(seen[entry], seen[exit]) for seen in self.elsewhere if entry in seen and exit in seen]
 
     def l1(self, name: str) -> float:
         """The L1 norm of a conv node's weight."""
@@ -191,7 +197,8 @@ class Network:
         if not self.sized(layer.entry) or not self.sized(layer.exit) or len(before) != len(after):
             return None
         found = self._structural_geometry(layer, before, after)
-        if found is not None and follows(found, before, after):
+        # The larger inputs tell apart what a map of one pixel does not.
+        if found is not None and all(follows(found, a, b) for a, b in self._seen(layer.entry, layer.exit)):
             return found
         return self.observed(layer.entry, layer.exit)
 

@@ -14,6 +14,7 @@ allows it.
 from __future__ import annotations
 
 import copy
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -34,8 +35,11 @@ def last_norm(network: Network, layers: tuple[Layer, ...]) -> str | None:
     if end is not None and ops.normalizes(network.module(end), network.shape(end)):
         return None
     found = _norms(network, layers, end)
-    channels = network.shape(layers[-1].exit)[1]
-    return found[-1] if found and moved_norm(network.module(found[-1]), channels) is not None else None
+    _, channels, *size = network.shape(layers[-1].exit)
+    moved = moved_norm(network.module(found[-1]), channels) if found else None
+    alone = isinstance(moved, ops.INSTANCE_NORMS) or getattr(moved, "num_groups", 0) == channels
+    # One pixel of one channel is no statistic, and torch refuses it.
+    return None if moved is None or (alone and prod(size) == 1) else found[-1]
 
 
 def _norms(network: Network, layers: tuple[Layer, ...], end: str | None) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.passes.observed import spatial_maps
+from lmfx.passes.rewrite import rewrite
 from lmfx.passes.spans import SpanOptions
 from lmfx.passes.trace import trace
 from tests.fuzz.prelude import Output
@@ -205,3 +206,55 @@ def test_one_tensor_in_a_dict_is_calibrated_as_it_is_given() -> None:
             progress=False,
         )
         assert net({"x": x}).shape == (2, 4, 10, 10)
+
+
+def test_a_pool_before_a_shared_conv_has_its_stride_on_one_pixel_as_well() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+            self.pool = nn.AvgPool2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.shared(self.pool(y)) + self.shared(self.pool(y).relu())
+
+    model, one, more = double(Net()), example(2, 3, 1, 1), example(2, 3, 6, 6)
+    spans = spans_of(model, one, realize=("fit", "drop"))
+    graph = spans.network.gm
+    changed = [c for c in spans if c.realization != "keep"]
+    assert changed
+    for candidate in changed:
+        net = lmfx.merge(rewrite(graph, lmfx.MergePlan((candidate,))))
+        assert net(more).shape == model(more).shape, candidate.key
+
+
+def test_branches_of_different_strides_are_no_rule_where_they_meet_in_one_pixel() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3, 2, 1), nn.Conv2d(3, 3, 3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)  # 3 pixels become 2 and 1, and broadcast
+
+    whole = [c for c in spans_of(double(Net()), example(2, 3, 1, 1), realize=("fit",)) if len(c.all_convs) == 2]
+    assert not whole
+
+
+def test_a_norm_does_not_move_to_where_it_has_one_value_a_channel() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(6, 12, 3), nn.GroupNorm(4, 12), nn.Conv2d(12, 6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(self.a(x)))  # type: ignore[no-any-return]
+
+    for size, moved in ((7, 0), (8, 1)):  # to one pixel, and to four
+        both = [
+            c
+            for c in spans_of(double(Net()), example(1, 6, size, size), realize=("compose",), norm="post")
+            if len(c.kept) == 2 and c.post_norm is not None
+        ]
+        assert bool(both) == bool(moved)
