@@ -6,7 +6,7 @@ directions; ops that move dimensions (permute, reshape) do not. So the channels-
 
 **Other sizes.** The graph is run on fake tensors with the example's maps enlarged. A part whose output size is that of
 a convolution at the example and at the other sizes may be replaced by one. Where the graph only runs at the example's
-size (a reshape with constant sizes), that size is all there is.
+size (a reshape with constant sizes), that size is all there is, and one pixel tells no rule.
 """
 
 from __future__ import annotations

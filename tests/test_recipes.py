@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -107,7 +108,7 @@ def importance_rows(out: Path) -> dict[str, int]:
 def test_imagenet_with_the_papers_importance_goes_on_after_kills_and_ends_at_the_same_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    imagenet = pytest.importorskip("imagenet")
+    imagenet = importlib.import_module("imagenet")
     pytest.importorskip("timm")
     data, out, whole = image_folder(tmp_path / "data"), tmp_path / "out", tmp_path / "whole"
     small: dict[str, Any] = {"arch": "mobilenet_v2", "importance": "finetune", "share": 0.25, "epochs": 2}
@@ -143,7 +144,7 @@ def test_imagenet_with_the_papers_importance_goes_on_after_kills_and_ends_at_the
 
 
 def test_imagenet_on_demand_scores_less_and_other_options_need_another_folder(tmp_path: Path) -> None:
-    imagenet = pytest.importorskip("imagenet")
+    imagenet = importlib.import_module("imagenet")
     small: dict[str, Any] = {"arch": "resnet34", "importance": "finetune", "share": 0.25, "include": "layer1.*"}
     arguments = imagenet_arguments(image_folder(tmp_path / "data"), tmp_path / "out", budget=0.95, **small)
     imagenet.main([*arguments, "--on-demand", "--plan-only"])
@@ -157,7 +158,7 @@ def test_imagenet_on_demand_scores_less_and_other_options_need_another_folder(tm
 
 
 def test_the_short_training_of_imagenet_is_one_epoch_on_a_share_and_judged_on_another(tmp_path: Path) -> None:
-    imagenet = pytest.importorskip("imagenet")
+    imagenet = importlib.import_module("imagenet")
     data = image_folder(tmp_path / "data")
     short = imagenet.Short(data, 32, 0.25, 4, 0.05, 0, "cpu")
     parts = [set(short.loader(part).dataset.indices) for part in (0, 1)]
@@ -176,7 +177,7 @@ def test_the_short_training_of_imagenet_is_one_epoch_on_a_share_and_judged_on_an
     [("resnet34", 90, 1.024, 2**-15), ("mobilenet_v2", 180, 0.05, 1e-5), ("mobilenet_v2_1.4", 180, 0.1, 1e-5)],
 )
 def test_the_settings_are_the_published_ones(arch: str, epochs: int, rate: float, decay: float) -> None:
-    imagenet = pytest.importorskip("imagenet")
+    imagenet = importlib.import_module("imagenet")
     recipe = imagenet.RECIPES[arch]
     assert (recipe.epochs, recipe.rate, recipe.decay) == (epochs, rate, decay)
     args = imagenet.options(["data", "--arch", arch])
@@ -184,7 +185,7 @@ def test_the_settings_are_the_published_ones(arch: str, epochs: int, rate: float
 
 
 def test_imagenet_without_its_folders_says_so(tmp_path: Path) -> None:
-    imagenet = pytest.importorskip("imagenet")
+    imagenet = importlib.import_module("imagenet")
     with pytest.raises(SystemExit, match="needs train/CLASS"):
         imagenet.main(imagenet_arguments(tmp_path, tmp_path / "out"))
 
@@ -206,7 +207,7 @@ def test_ddpm_with_the_papers_importance_goes_on_after_kills_and_ends_at_the_sam
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    ddpm = pytest.importorskip("ddpm_cifar10")
+    ddpm = importlib.import_module("ddpm_cifar10")
     data, out, whole = cifar_folder(tmp_path / "data"), tmp_path / "out", tmp_path / "whole"
     few = ("--include", "net.up_blocks.1.resnets.0*", "--budget", "0.96", "--save-every", "1")
     ddpm.main(ddpm_arguments(data, whole, *few, "--plan-only"))
@@ -234,7 +235,7 @@ def test_ddpm_trains_with_a_share_of_the_batch_in_each_process_and_the_average_i
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("diffusers")
-    ddpm = pytest.importorskip("ddpm_cifar10")
+    ddpm = importlib.import_module("ddpm_cifar10")
     seen: dict[str, Any] = {}
 
     def distill(student: Any, teacher: Any, batches: Any, **options: Any) -> Any:
@@ -257,7 +258,7 @@ def test_ddpm_trains_with_a_share_of_the_batch_in_each_process_and_the_average_i
 
 
 def test_samples_of_a_network_that_knows_the_noise_are_the_image() -> None:
-    ddpm = pytest.importorskip("ddpm_cifar10")
+    ddpm = importlib.import_module("ddpm_cifar10")
     image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 
     class Knows(torch.nn.Module):
@@ -271,7 +272,7 @@ def test_samples_of_a_network_that_knows_the_noise_are_the_image() -> None:
 
 
 def test_cifar_is_read_as_it_is_and_damage_is_told(tmp_path: Path) -> None:
-    ddpm = pytest.importorskip("ddpm_cifar10")
+    ddpm = importlib.import_module("ddpm_cifar10")
     data = cifar_folder(tmp_path / "data")
     images = ddpm.read(data)
     raw = np.fromfile(data / "data_batch_2.bin", dtype=np.uint8)
@@ -288,13 +289,13 @@ def test_cifar_is_read_as_it_is_and_damage_is_told(tmp_path: Path) -> None:
 
 
 def test_the_settings_of_ddpm_are_the_published_ones() -> None:
-    args = pytest.importorskip("ddpm_cifar10").options(["data"])
+    args = importlib.import_module("ddpm_cifar10").options(["data"])
     assert (args.share, args.importance_epochs, args.steps, args.batch, args.rate) == (0.01, 50, 100_000, 128, 4e-4)
     assert args.norm == "post"
 
 
 def test_each_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("launch")
+    launch = importlib.import_module("launch")
     names: Any = queue.Queue()
     for name in ("5", "GPU-7", ""):
         names.put(name)
@@ -310,7 +311,7 @@ def test_each_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_knows_its_place_and_waits_for_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = pytest.importorskip("launch")
+    launch = importlib.import_module("launch")
     assert launch.Launch.of("cpu") == launch.Launch(0, 1, "cpu")
     taken: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
