@@ -183,8 +183,10 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
     if ndim > 3 or any(len(v) != ndim for v in (conv.stride, conv.padding, conv.dilation)):
         raise _Damage(f"{where} has a kernel of {ndim} dimensions, and other numbers of strides, pads or dilations")
     least = (conv.in_channels, conv.out_channels, conv.groups, *conv.kernel_size, *conv.stride, *conv.dilation)
-    if min(least) < 1 or min((p for pair in conv.padding for p in pair), default=0) < 0:
-        raise _Damage(f"{where} has a size below 1, or a negative padding")
+    if min(least) < 1:
+        raise _Damage(f"{where} has a size below 1")
+    if conv.padding_mode != "zeros" and min((p for pair in conv.padding for p in pair), default=0) < 0:
+        raise _Damage(f"{where} has a negative padding that is filled from the map ({conv.padding_mode})")
     if conv.in_channels % conv.groups or conv.out_channels % conv.groups:
         raise _Damage(f"{where} has {conv.groups} groups for {conv.in_channels} and {conv.out_channels} channels")
 

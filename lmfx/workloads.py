@@ -194,8 +194,7 @@ def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
     """A conv or Linear of this configuration without values, behind a pad if its padding is not even zeros."""
     if not config.kernel_size:
         return [nn.Linear(config.in_channels, config.out_channels, dtype=dtype, device="meta")]
-    zeros = config.padding_mode == "zeros" and config.padding_value == 0
-    even = not config.pads or (zeros and all(lo == hi for lo, hi in config.padding))
+    even = config.even
     make: Any = ops.conv_class(len(config.kernel_size))
     conv = make(
         config.in_channels,

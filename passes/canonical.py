@@ -24,6 +24,7 @@ from .cats import share_prefixes
 from .functional import global_pool, module_of
 from .layouts import channels_first
 from .nodes import op_name, tensor_of
+from .pixels import slice_pixels
 from .placing import bypass, place, set_submodule
 from .selections import select_channels
 from .transposed import as_conv
@@ -49,6 +50,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed += channels_first(gm)
+    changed += slice_pixels(gm)
     changed += select_channels(gm)
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     changed += share_prefixes(gm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -73,6 +74,11 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
         fill = _fill(pads, ops.mirror_mode(module), float(getattr(module, "value", 0.0)))
         return ConvConfig(channels, channels, (1,) * ndim, (1,) * ndim, pads, (1,) * ndim, channels, *fill)
     config = identity_config(channels, ndim)
+    if isinstance(module, ops.PixelSlice):
+        crops = tuple((-lo, -hi) for lo, hi in module.amounts)
+        return replace(config, stride=module.steps, padding=crops)
+    if (blocks := ops.blocks_of(module, ndim)) is not None:
+        return replace(config, out_channels=channels * prod(blocks), kernel_size=blocks, stride=blocks)
     if isinstance(module, ops.ChannelSelect) and module.index != tuple(range(channels)):
         return replace(config, out_channels=len(module.index), groups=1)
     return config
@@ -94,4 +100,4 @@ def _conv_config(conv: Any) -> ConvConfig:
 
 def _fill(pads: tuple[tuple[int, int], ...], mode: PaddingMode, value: float = 0.0) -> tuple[PaddingMode, float]:
     """How a config says what its padding is filled with; one that does not pad says nothing."""
-    return (mode, value) if any(map(any, pads)) else ("zeros", 0.0)
+    return (mode, value) if any(p > 0 for pair in pads for p in pair) else ("zeros", 0.0)

@@ -102,6 +102,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = 
     "adaptive_max_pool1d": (nn.AdaptiveMaxPool1d, ("output_size",)),
     "adaptive_max_pool2d": (nn.AdaptiveMaxPool2d, ("output_size",)),
     "adaptive_max_pool3d": (nn.AdaptiveMaxPool3d, ("output_size",)),
+    "pixel_shuffle": (nn.PixelShuffle, ("upscale_factor",)),
+    "pixel_unshuffle": (nn.PixelUnshuffle, ("downscale_factor",)),
     "flatten": (lambda start_dim=0, end_dim=-1: nn.Flatten(start_dim, end_dim), ("start_dim", "end_dim")),
 }
 

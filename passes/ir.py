@@ -57,7 +57,7 @@ class ConvConfig:
     none for an nn.Linear on vectors.
 
     `padding` is `((before, after), ...)`, so left/top and right/bottom may differ. It is filled with `padding_value`,
-    or from the map itself in one of torch's other padding modes.
+    or from the map itself in one of torch's other padding modes. A negative one drops pixels.
     """
 
     in_channels: int
@@ -72,8 +72,19 @@ class ConvConfig:
 
     @property
     def pads(self) -> bool:
-        """Whether there is any padding."""
+        """Whether there is any padding, or a crop."""
         return any(before or after for before, after in self.padding)
+
+    @property
+    def fills(self) -> bool:
+        """Whether any padding is filled, and does not crop."""
+        return any(before > 0 or after > 0 for before, after in self.padding)
+
+    @property
+    def even(self) -> bool:
+        """Whether a torch convolution has this padding of its own: zeros, as many before as after, no crop."""
+        zeros = self.padding_mode == "zeros" and self.padding_value == 0
+        return not self.pads or (zeros and all(lo == hi >= 0 for lo, hi in self.padding))
 
     @property
     def depthwise(self) -> bool:

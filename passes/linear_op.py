@@ -31,6 +31,8 @@ __all__ = [
     "from_conv",
     "from_linear",
     "from_pad",
+    "from_slice",
+    "from_space_to_depth",
     "identity",
     "taps",
     "to_conv",
@@ -227,22 +229,37 @@ def from_avg_pool(pool: nn.Module, channels: int, device: torch.device | str | N
 
 
 def from_pad(padding: Sequence[tuple[int, int]], channels: int, device: torch.device | str | None = None) -> LinearOp:
-    """Zeros around: `padding` is (before, after) for each dimension, first dimension first; negative: ModelError."""
+    """Zeros around: `padding` is (before, after) for each dimension, first dimension first. What is negative crops."""
     pads = tuple((int(lo), int(hi)) for lo, hi in padding)
-    if any(p < 0 for pair in pads for p in pair):
-        raise ModelError(f"padding {pads} crops; only padding of zero or more can move into a convolution")
     op = identity(channels, len(pads), device)
     return LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups)
 
 
+def from_slice(
+    amounts: Sequence[tuple[int, int]], steps: Sequence[int], channels: int, device: torch.device | str | None = None
+) -> LinearOp:
+    """Every `steps`-th pixel of each dimension, without `amounts` (before, after): one tap, a stride, a crop."""
+    op = from_pad([(-lo, -hi) for lo, hi in amounts], channels, device)
+    return LinearOp(op.weight, op.bias, tuple(steps), op.padding, op.dilation, op.groups)
+
+
+def from_space_to_depth(factors: Sequence[int], channels: int, device: torch.device | str | None = None) -> LinearOp:
+    """Blocks of pixels as channels: a convolution whose kernel and stride are the block, each output one tap."""
+    blocks, ndim = prod(factors), len(factors)
+    weight = torch.eye(blocks, dtype=torch.float64, device=device).repeat(channels, 1)
+    weight = weight.reshape(channels * blocks, 1, *factors)
+    none = ((0, 0),) * ndim
+    return LinearOp(weight, weight.new_zeros(len(weight)), tuple(factors), none, (1,) * ndim, channels)
+
+
 def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> nn.Module:
-    """The torch.nn module of an op: a plain convolution, behind a zero pad if before and after differ, or nn.Linear."""
+    """The torch.nn module of an op: a plain convolution, after a pad where before and after differ or crop, or nn.Linear."""
     if op.ndim == 0:
         layer = nn.Linear(op.in_channels, op.out_channels, device="meta")
         layer.weight = nn.Parameter(densify(op).weight.detach().to(device, dtype, copy=True).contiguous())
         layer.bias = nn.Parameter(op.bias.detach().to(device, dtype, copy=True).contiguous())
         return layer
-    symmetric = all(lo == hi for lo, hi in op.padding)
+    symmetric = op.config.even
     conv = _CONV[op.ndim](
         op.in_channels,
         op.out_channels,

@@ -159,6 +159,10 @@ def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device
         return linear.from_avg_pool(module, channels, device)
     if isinstance(module, ops.ChannelAffine):
         return linear.diagonal(module.scale.double().expand(channels), module.bias.double().expand(channels), ndim)
+    if isinstance(module, ops.PixelSlice):
+        return linear.from_slice(module.amounts, module.steps, channels, device)
+    if isinstance(module, ops.SpaceToDepth):
+        return linear.from_space_to_depth(module.factors, channels, device)
     raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
 
 

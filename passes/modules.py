@@ -3,6 +3,8 @@
     ChannelAffine     y[:, c] = scale[c] x[:, c] + bias[c]
     ChannelSelect     y[:, k] = x[:, index[k]]                 a part of the channels, or all in another order
     ChannelLayerNorm  nn.LayerNorm over dimension 1
+    PixelSlice        y[:, :, i] = x[:, :, start + step i]     a crop, a stride, or both
+    SpaceToDepth      nn.PixelUnshuffle in any number of dimensions, with a factor for each
 
 A selection runs as cheaply as what it was written as: a range is a view of its input, and anything else a gather, which
 for a shuffle is faster than to transpose a view (`benchmarks/layouts.py`).
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import OptionError
 
-__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelSelect"]
+__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelSelect", "PixelSlice", "SpaceToDepth"]
 
 
 class ChannelAffine(nn.Module):
@@ -74,6 +76,58 @@ class ChannelSelect(nn.Module):
             return "{}:{}:{}".format(*self.span)
         groups = _shuffle(self.index)
         return f"{len(self.index)}, groups={groups}" if groups is not None else str(list(self.index))
+
+
+class PixelSlice(nn.Module):
+    """Of each spatial dimension every `step`-th pixel, without the first `before` and the last `after` ones.
+
+    `amounts` is (before, after) and `steps` one number for each spatial dimension: ``x[:, :, before:-after:step]``.
+    """
+
+    def __init__(self, amounts: Sequence[tuple[int, int]], steps: Sequence[int]) -> None:
+        super().__init__()
+        self.amounts = tuple((int(lo), int(hi)) for lo, hi in amounts)
+        self.steps = tuple(int(s) for s in steps)
+        least = min((n for pair in self.amounts for n in pair), default=0)
+        if len(self.amounts) != len(self.steps) or least < 0 or min(self.steps, default=1) < 1:
+            raise OptionError(
+                f"a slice needs a crop of 0 or more and a step of 1 or more in each dimension, not {self.amounts} and "
+                f"{self.steps}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = (slice(lo, -hi if hi else None, step) for (lo, hi), step in zip(self.amounts, self.steps, strict=True))
+        return x[(slice(None), slice(None), *cut)]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{lo}:{-hi if hi else ''}:{s}" for (lo, hi), s in zip(self.amounts, self.steps, strict=True))
+
+
+class SpaceToDepth(nn.Module):
+    """The pixels of each block of `factors` pixels become channels, those of one channel next to each other.
+
+    Like a convolution of this stride it leaves out what is no whole block.
+    """
+
+    def __init__(self, factors: Sequence[int]) -> None:
+        super().__init__()
+        self.factors = tuple(int(f) for f in factors)
+        if min(self.factors, default=0) < 1:
+            raise OptionError(f"blocks need a size of 1 or more in each dimension, not {self.factors}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks: list[int] = []
+        for i, factor in enumerate(self.factors):
+            count = x.shape[i + 2] // factor
+            x = x.narrow(i + 2, 0, count * factor)
+            blocks += [count, factor]
+        n = len(self.factors)
+        split = x.reshape(x.shape[0], x.shape[1], *blocks)
+        moved = split.permute(0, 1, *range(3, 2 * n + 2, 2), *range(2, 2 * n + 2, 2))
+        return moved.flatten(1, n + 1)
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.factors))
 
 
 def _range(index: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -58,7 +58,10 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
     )
 
 
-_ON_MAPS = (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.MAX_POOLS, *ops.PADS, nn.GroupNorm, nn.Upsample)
+_ON_MAPS = (
+    *(*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.MAX_POOLS, *ops.PADS, nn.GroupNorm, nn.Upsample),
+    *(ops.PixelSlice, ops.SpaceToDepth, nn.PixelUnshuffle, nn.PixelShuffle),
+)
 
 
 def _only_on_maps(gm: fx.GraphModule, node: fx.Node) -> bool:

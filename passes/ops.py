@@ -1,7 +1,8 @@
 """What lmfx knows of single operations: which modules are convs, affine, activations, and how functions map to them.
 
     conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
-    affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, zero pads
+    affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, pads and crops
+                 pixels that move                 slices of pixels, space-to-depth
     selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
     activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it. A norm whose
                                                   statistics come from the map (GroupNorm) is treated like one
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .errors import OptionError
-from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect
+from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect, PixelSlice, SpaceToDepth
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,7 +38,10 @@ __all__ = [
     "ChannelAffine",
     "ChannelLayerNorm",
     "ChannelSelect",
+    "PixelSlice",
+    "SpaceToDepth",
     "activation_of",
+    "blocks_of",
     "conv_class",
     "has_hooks",
     "is_plain",
@@ -71,7 +75,10 @@ MIRRORS: tuple[type[nn.Module], ...] = (
     nn.CircularPad2d,
     nn.CircularPad3d,
 )
-AFFINE: tuple[type[nn.Module], ...] = (*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine, ChannelSelect)
+AFFINE: tuple[type[nn.Module], ...] = (
+    *(*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine, ChannelSelect),
+    *(PixelSlice, SpaceToDepth, nn.PixelUnshuffle),
+)
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU,
     nn.ReLU6,
@@ -170,11 +177,20 @@ def mirror_mode(module: nn.Module) -> Literal["zeros", "reflect", "replicate", "
 def rank(module: nn.Module) -> int:
     """The rank of the batched maps that a conv, norm, pool or pad of so many dimensions takes: 4 for nn.Conv2d."""
     mirrors = (MIRRORS[:3], MIRRORS[3:6], MIRRORS[6:])
+    if isinstance(module, nn.PixelUnshuffle):
+        return 4
     for kinds in (CONVS, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:], *mirrors):
         for i, kind in enumerate(kinds):
             if isinstance(module, kind):
                 return i + 3
     raise TypeError(f"{type(module).__name__} has no number of spatial dimensions")
+
+
+def blocks_of(module: nn.Module, ndim: int) -> tuple[int, ...] | None:
+    """The size of the blocks of pixels that a space-to-depth makes channels of, or None if it is none."""
+    if isinstance(module, SpaceToDepth):
+        return module.factors
+    return (module.downscale_factor,) * ndim if is_plain(module, nn.PixelUnshuffle) else None  # type: ignore[return-value]
 
 
 def keeps_shape(module: nn.Module) -> bool:
@@ -207,10 +223,12 @@ def affine_refusal(module: nn.Module) -> str | None:
         if any(padding) and not pool.count_include_pad and not getattr(pool, "divisor_override", None):
             return "the average pool does not count its padding"
         return None
-    if plain_in(module, (*PADS, *MIRRORS)):
+    if plain_in(module, MIRRORS):
         pad: Any = module
-        return "the pad crops" if min(pad.padding) < 0 else None
-    if isinstance(module, (ChannelAffine, ChannelSelect)):
+        return "the pad crops, and fills from the map itself" if min(pad.padding) < 0 else None
+    if plain_in(module, (*PADS, nn.PixelUnshuffle)) or isinstance(
+        module, (ChannelAffine, ChannelSelect, PixelSlice, SpaceToDepth)
+    ):
         return None
     return f"{type(module).__name__} is not affine"
 

@@ -64,7 +64,8 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, shape):
         return None
     reason = ops.affine_refusal(module)
-    ranked = ops.plain_in(module, (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS, *ops.MIRRORS))
+    kinds = (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS, *ops.MIRRORS, nn.PixelUnshuffle)
+    ranked = ops.plain_in(module, kinds)
     if reason is None and ranked and ops.rank(module) != len(shape):
         reason = f"{type(module).__name__} runs on an unbatched value of shape {shape}"
     return Refusal(reason, (node.name,)) if reason else None

@@ -246,7 +246,7 @@ def fitted_conv(network: Network, config: ConvConfig, sides: tuple[str, ...] = (
     like = next(p for p in network.gm.parameters() if p.is_floating_point())
     if not config.kernel_size:
         return nn.Linear(config.in_channels, config.out_channels, dtype=like.dtype, device=like.device)
-    symmetric = all(lo == hi for lo, hi in config.padding) and not sides
+    symmetric = config.even and not sides
     make: Any = ops.conv_class(len(config.kernel_size))
     conv: nn.Module = make(
         config.in_channels,
@@ -305,8 +305,9 @@ class _Builder:
                     modules.append(SideAdd(self.sides.index(vector.name), config.out_channels, sign))
                     continue
                 module = self.network.module(name)
-                if not isinstance(module, (*ops.PADS, *ops.MIRRORS)):
-                    modules.append(without_padding(module))
+                bare = without_padding(module)
+                if bare is not None:
+                    modules.append(bare)
             last = i == len(layers) - 1 and not linearize_last
             surrogate = None if last or layer.activation is None else self.surrogate(layer.activation)
             if surrogate is not None:
@@ -348,8 +349,15 @@ class _Builder:
         return Branches(parallel.join, chains, crops, signs), whole
 
 
-def without_padding(module: nn.Module) -> nn.Module:
-    """A copy that shares nothing with the original and does not pad."""
+def without_padding(module: nn.Module) -> nn.Module | None:
+    """A copy that shares nothing with the original, and neither pads nor crops; None if nothing else is left of it."""
+    if isinstance(module, (*ops.PADS, *ops.MIRRORS)):
+        return None
+    if isinstance(module, ops.PixelSlice):
+        none = ((0, 0),) * len(module.steps)
+        return ops.PixelSlice(none, module.steps) if any(s > 1 for s in module.steps) else None
+    if isinstance(module, nn.PixelUnshuffle):
+        return ops.SpaceToDepth((module.downscale_factor,) * 2)  # of what is no whole block it leaves out the rest
     clone = copy.deepcopy(module)
     if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         clone.padding = (0,) * len(clone.kernel_size)

@@ -12,6 +12,14 @@ Views, permutes and slices only move numbers. So nothing has to be said about sp
 of the same batch and size are run once on the positions ``0, 1, 2, ...`` of the first one's numbers. If all that the
 second one holds is whole channels of the first, unchanged, then it is that selection, proved number by number.
 
+The same positions show a reshape that makes channels of blocks of pixels (space-to-depth as einops writes it), or pixels
+of channels: all numbers of the map are there, and channel `k` of the result holds pixel `(a, b)` of each block of some
+channel. It becomes a `SpaceToDepth` or `nn.PixelShuffle`, beside a selection where the channels come in another order.
+
+    %v = reshape(%x, n, c, h / 2, 2, w / 2, 2)
+    %p = permute(%v, 0, 3, 5, 1, 2, 4)                    %d = call_module[blocks](%x)     SpaceToDepth 2x2
+    %s = reshape(%p, n, 4 c, h / 2, w / 2)        ->      %s = call_module[select](%d)     ChannelSelect
+
 The proof is for the example's size. These rules make it one for all sizes: the map is known to be channels-first (the
 number of tokens behind a class token is another one at another size); a part is only taken along dimension 1, by
 constants or by numbers of channels; the batch stays the first dimension; and a dimension of size 1 is neither moved nor
@@ -83,6 +91,7 @@ def _select(gm: fx.GraphModule, maps: set[str]) -> int:
         operands = node.all_input_nodes
         step = _attempt(gm, node, moved)
         index = None if step is None else step.channels(node)
+        blocks = None if step is None or index is not None else step.blocks(node)
         if step is not None and index is not None and not {step.source.name, node.name}.isdisjoint(maps):
             if index != tuple(range(step.source.meta["shape"][1])):
                 maps.add(_place(gm, node, step.source, index))
@@ -92,6 +101,9 @@ def _select(gm: fx.GraphModule, maps: set[str]) -> int:
                 bypass(node)
             else:
                 moved[node] = step
+        elif step is not None and blocks is not None and not {step.source.name, node.name}.isdisjoint(maps):
+            maps.add(_place_blocks(gm, node, step.source, *blocks))
+            found += 1
         elif step is not None:
             moved[node] = step
         for operand in operands:
@@ -119,6 +131,64 @@ class _Moved:
             return None
         expected = _positions((batch, channels, prod(size)))[:, index.long()]
         return tuple(index.tolist()) if torch.equal(expected, positions) else None
+
+    def blocks(self, node: fx.Node) -> tuple[nn.Module, tuple[int, ...]] | None:
+        """The module that makes channels of blocks of pixels or the other way, and the order of the channels then.
+
+        For `nn.PixelShuffle` it is the order before it. None where the value is neither.
+        """
+        batch, channels, *size = self.source.meta["shape"]
+        if not isinstance(self.value, Tensor) or self.value.dim() != len(size) + 2 or self.parts_only:
+            return None
+        if self.value.numel() != batch * channels * prod(size) or self.value.shape != node.meta["shape"]:
+            return None
+        small = list(self.value.shape[2:])
+        if small == size or self.value.shape[0] != batch:
+            return None
+        if all(n % m == 0 for n, m in zip(size, small, strict=True)):
+            factors = [n // m for n, m in zip(size, small, strict=True)]
+            if any(f > 1 and m < 2 for f, m in zip(factors, small, strict=True)):
+                return None  # of one block a side too much looks alike
+            whole = ops.SpaceToDepth(factors)(_positions((batch, channels, *size)))
+            order = _order_of(whole, self.value)
+            plain = len(size) == 2 and factors[0] == factors[1]
+            module = nn.PixelUnshuffle(factors[0]) if plain else ops.SpaceToDepth(factors)
+            return None if order is None else (module, order)
+        if len(size) != 2 or any(n % m for n, m in zip(small, size, strict=True)):
+            return None
+        factor = small[0] // size[0]
+        if small != [factor * n for n in size] or min(size) < 2 or channels % factor**2:
+            return None
+        # The blocks of the result as channels are the channels of the source, in some order.
+        order = _order_of(_positions((batch, channels, *size)), ops.SpaceToDepth((factor, factor))(self.value))
+        return None if order is None else (nn.PixelShuffle(factor), order)
+
+
+def _order_of(whole: Tensor, value: Tensor) -> tuple[int, ...] | None:
+    """The channels of `whole` that those of `value` are, each once."""
+    first = {int(p): i for i, p in enumerate(whole[0].flatten(1)[:, 0])}
+    order = tuple(first.get(int(p), -1) for p in value[0].flatten(1)[:, 0])
+    if sorted(order) != list(range(len(first))) or not torch.equal(whole[:, list(order)], value):
+        return None
+    return order
+
+
+def _place_blocks(gm: fx.GraphModule, node: fx.Node, source: fx.Node, module: nn.Module, order: tuple[int, ...]) -> str:
+    """The module of `_Moved.blocks` in place of `node`, with a selection where the order is not torch's."""
+    if order == tuple(range(len(order))):
+        return place(gm, node, module, "blocks", source).name
+    device = next((p.device for p in (*gm.parameters(), *gm.buffers())), None)
+    select = ops.ChannelSelect(order, device)
+    first, second = (select, module) if isinstance(module, nn.PixelShuffle) else (module, select)
+    with gm.graph.inserting_before(node):
+        between = gm.graph.call_function(torch.clone, (source,))
+    if first is select:
+        shape = source.meta["shape"]
+    else:
+        shape = node.meta["shape"]
+    between.meta = {**node.meta, "shape": shape}
+    between = place(gm, between, first, "select" if first is select else "blocks", source)
+    return place(gm, node, second, "blocks" if first is select else "select", between).name
 
 
 def _place(gm: fx.GraphModule, node: fx.Node, source: fx.Node, index: tuple[int, ...]) -> str:

@@ -11,7 +11,9 @@ is ``[s o - p, s o - p + K]`` with the extent ``K = d (k - 1)``.
 result has dilation ``u`` and ``k = K / u + 1``. So dilation survives next to 1 x 1 ops and equal dilations, and mixed
 dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k = k1 + s1 (k2 - 1)``).
 
-All padding is filled as the first op that pads fills its own.
+All padding is filled as the first op that pads fills its own. A padding may be negative: then pixels are dropped, which
+is exact after any op (``p = p1 - s1 c`` drops what the second does not read). A filling that is taken from the map
+itself can not be told from the map once some of the same padding crops, so that is refused.
 
 **add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
 into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
@@ -49,7 +51,8 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
         dilation.append(step)
         padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
-    filled = first if first.pads else second
+    filled = first if first.fills else second
+    fill = _fill(padding, filled.padding_mode, filled.padding_value)
     return ConvConfig(
         first.in_channels,
         second.out_channels,
@@ -58,9 +61,18 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         tuple(padding),
         tuple(dilation),
         gcd(first.groups, second.groups),
-        filled.padding_mode,
-        filled.padding_value,
+        *fill,
     )
+
+
+def _fill(pads: Sequence[tuple[int, int]], mode: PaddingMode, value: float) -> tuple[PaddingMode, float]:
+    """How padding is filled, which says nothing if all it does is to crop. OptionError as the module docstring says."""
+    signs = {p > 0 for pair in pads for p in pair if p}
+    if True not in signs:
+        return "zeros", 0.0
+    if False in signs and mode != "zeros":
+        raise OptionError(f"padding {tuple(pads)} crops, and fills the rest from the map itself ({mode})")
+    return mode, value
 
 
 def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
@@ -70,7 +82,7 @@ def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
     kernel, padding, dilation = _common_window(configs)
     first = configs[0]
     groups = gcd(*(c.groups for c in configs))
-    fill = _common_fill(configs)
+    fill = _fill(padding, *_common_fill(configs))
     return ConvConfig(first.in_channels, first.out_channels, kernel, first.stride, padding, dilation, groups, *fill)
 
 
@@ -80,12 +92,13 @@ def cat_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
     first = configs[0]
     groups = first.groups if len(configs) == 1 else 1
     out = sum(c.out_channels for c in configs)
-    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups, *_common_fill(configs))
+    fill = _fill(padding, *_common_fill(configs))
+    return ConvConfig(first.in_channels, out, kernel, first.stride, padding, dilation, groups, *fill)
 
 
 def _common_fill(configs: Sequence[ConvConfig]) -> tuple[PaddingMode, float]:
     """How the branches that pad do it. OptionError if they differ."""
-    found = {(c.padding_mode, c.padding_value) for c in configs if c.pads}
+    found = {(c.padding_mode, c.padding_value) for c in configs if c.fills}
     if len(found) > 1:
         seen = " and ".join(sorted(mode if mode != "zeros" else f"{value:g}" for mode, value in found))
         raise OptionError(f"the branches pad in different ways: {seen}")

@@ -215,9 +215,10 @@ class _Finder:
     def refuse_boundaries(self) -> None:
         """Say why regions end where they end."""
         for region in self.network.regions:
+            inside = {name for layer in region.series.layers for name in layer.all_nodes()}
             for name in (region.entry, region.exit):
                 readers = self.network.nodes[name].users
-                if len(readers) > 1:
+                if len(readers) > 1 and not inside.issuperset(u.name for u in readers):
                     names = (name, *(u.name for u in readers))
                     far = [u for u in readers if join_of(u) is not None]
                     skip = f"; {far[-1].name} takes it as a long skip" if far else ""

@@ -349,7 +349,6 @@ def conv2d(**kwargs: object) -> linear.ConvConfig:
         (lambda: linear.from_avg_pool(nn.AvgPool2d(2, ceil_mode=True), 2), "ceil_mode"),
         (lambda: linear.from_avg_pool(nn.AvgPool2d(3, padding=1, count_include_pad=False), 2), "count_include_pad"),
         (lambda: linear.from_avg_pool(nn.MaxPool2d(2), 2), "MaxPool2d"),
-        (lambda: linear.from_pad([(0, -1)], 2), "crops"),
     ],
 )
 def test_a_module_that_is_not_one_convolution_is_refused(make: object, words: str) -> None:

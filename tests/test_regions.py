@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "p",
         "does not count its padding",
     ),
-    "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ZeroPad2d((-1, 1, 0, 0))}, "p", "the pad crops"),
+    "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ReflectionPad2d((-1, 1, 0, 0))}, "p", "the pad crops, and fills"),
     "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2, 2)}, "p", "ConvTranspose2d is not"),
     "softmax": (lambda m, x: torch.softmax(m.a(x), 1), {}, "softmax", "softmax is not an affine op"),
     "adaptive pool": (
@@ -325,6 +325,7 @@ AFFINE: dict[str, Callable[[], nn.Module]] = {
     "average pool": lambda: nn.AvgPool2d(3, 1, 1),
     "average pool without padding": lambda: nn.AvgPool2d(2, count_include_pad=False),
     "zero pad": lambda: nn.ZeroPad2d((0, 1, 2, 0)),
+    "crop": lambda: nn.ZeroPad2d((-1, 1, -2, 0)),
     "constant pad with zero": lambda: nn.ConstantPad2d(1, 0.0),
 }
 

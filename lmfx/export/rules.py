@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.builder import Builder, UnsupportedOp
-from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelLayerNorm, ChannelSelect
+from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelLayerNorm, ChannelSelect, PixelSlice, SpaceToDepth
 
 __all__ = ["FUNCTION_RULES", "MODULE_RULES"]
 
@@ -217,6 +217,32 @@ def _select(e: Builder, node: fx.Node, m: ChannelSelect) -> str:
     return e.node("Slice", e.value(node.args[0]), start, stop, e.ints([1]), step)
 
 
+def _pixel_slice(e: Builder, node: fx.Node, m: PixelSlice) -> str:
+    axes = range(2, len(m.steps) + 2)
+    starts = [lo for lo, _ in m.amounts]
+    stops = [-hi if hi else 2**31 - 1 for _, hi in m.amounts]
+    return e.node("Slice", e.value(node.args[0]), e.ints(starts), e.ints(stops), e.ints(axes), e.ints(m.steps))
+
+
+def _space_to_depth(e: Builder, node: fx.Node, m: SpaceToDepth) -> str:
+    return _blocks(e, node, m.factors)
+
+
+def _blocks(e: Builder, node: fx.Node, factors: Sequence[int]) -> str:
+    """Pixels of blocks as channels. ONNX's SpaceToDepth has the block outermost, torch the channel."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    batch, channels, *size = e.shape(source)
+    value, n = e.value(source), len(factors)
+    if any(s % f for s, f in zip(size, factors, strict=True)):
+        whole = [s - s % f for s, f in zip(size, factors, strict=True)]
+        value = e.node("Slice", value, e.ints([0] * n), e.ints(whole), e.ints(range(2, n + 2)))
+    split = [p for s, f in zip(size, factors, strict=True) for p in (s // f, f)]
+    value = e.node("Reshape", value, e.ints([batch, channels, *split]))
+    value = e.node("Transpose", value, perm=[0, 1, *range(3, 2 * n + 2, 2), *range(2, 2 * n + 2, 2)])
+    return e.node("Reshape", value, e.ints(e.shape(node)))
+
+
 def _affine(e: Builder, node: fx.Node, m: ChannelAffine) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -308,6 +334,12 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Builder, fx.Node, Any], str]] = {
     ChannelAffine: _affine,
     ChannelLayerNorm: _channel_layer_norm,
     ChannelSelect: _select,
+    PixelSlice: _pixel_slice,
+    SpaceToDepth: _space_to_depth,
+    nn.PixelUnshuffle: lambda e, node, m: _blocks(e, node, (m.downscale_factor,) * 2),
+    nn.PixelShuffle: lambda e, node, m: e.node(
+        "DepthToSpace", e.value(node.args[0]), blocksize=m.upscale_factor, mode="CRD"
+    ),
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,
     nn.Linear: _linear,

@@ -24,7 +24,7 @@ from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError
-from lmfx.passes.modules import ChannelSelect
+from lmfx.passes.modules import ChannelSelect, PixelSlice, SpaceToDepth
 
 __all__ = ["RooflineBackend"]
 
@@ -33,7 +33,7 @@ _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, 
 _FREE = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-_MOVES = (*_PADS, ChannelSelect)
+_MOVES = (*_PADS, ChannelSelect, PixelSlice, SpaceToDepth, nn.PixelShuffle, nn.PixelUnshuffle)
 _JOINS = (torch.add, torch.sub, torch.mul, operator.add, operator.sub, operator.mul)
 
 
@@ -130,7 +130,9 @@ class RooflineBackend:
             leader[node] = node
             weights = sum(p.numel() for p in module_.parameters()) if module_ is not None else 0
             flops[node] = _flops(module_, shapes, node)
-            read = out if isinstance(module_, ChannelSelect) else sum(math.prod(shapes[n]) for n in sources)
+            read = (
+                out if isinstance(module_, (ChannelSelect, PixelSlice)) else sum(math.prod(shapes[n]) for n in sources)
+            )
             moved[node] = size * (out + weights + read)
         peak, bandwidth = self.peak_gflops * 1e6, self.bandwidth_gbs * 1e6  # per ms
         return sum(max(flops[n] / peak, moved[n] / bandwidth) + self.overhead_us / 1e3 for n in flops)
