@@ -64,14 +64,14 @@ class Network:
         return {name: side[0].name for name, side in found.items() if side is not None}
 
     @cached_property
-    def shared(self) -> frozenset[str]:
-        """Nodes of convs whose module or weight is used by another call."""
+    def shared(self) -> dict[str, tuple[str, ...]]:
+        """Nodes of convs whose module or weight is used by another call, and all nodes that use it."""
         users: dict[int, list[str]] = {}
         for node in self.gm.graph.nodes:
             if node.op == "call_module":
                 for parameter in self.gm.get_submodule(str(node.target)).parameters():
                     users.setdefault(id(parameter), []).append(node.name)
-        return frozenset(name for names in users.values() if len(names) > 1 for name in names)
+        return {name: tuple(names) for names in users.values() if len(names) > 1 for name in names}
 
     @cached_property
     def maps(self) -> frozenset[str]:
@@ -127,7 +127,8 @@ class Network:
         config = identity_config(shape[1], len(shape) - 2)
         for name in self.affine_nodes(layer):
             if name == layer.conv and name in self.shared:
-                return Refusal("the conv is shared with another call, and merging would untie them", (name,))
+                reason = "the conv is shared with another call, and merging would untie them"
+                return Refusal(reason, self.shared[name])
             step = self.step(name, config)
             try:
                 config = linear.compose_config(config, step)

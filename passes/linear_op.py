@@ -253,7 +253,7 @@ def from_space_to_depth(factors: Sequence[int], channels: int, device: torch.dev
 
 
 def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> nn.Module:
-    """The torch.nn module of an op: a plain convolution, after a pad where before and after differ or crop, or nn.Linear."""
+    """The torch.nn module of an op: a convolution, after a pad where before and after differ or crop, or nn.Linear."""
     if op.ndim == 0:
         layer = nn.Linear(op.in_channels, op.out_channels, device="meta")
         layer.weight = nn.Parameter(densify(op).weight.detach().to(device, dtype, copy=True).contiguous())

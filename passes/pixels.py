@@ -1,12 +1,12 @@
 """Slices along the pixels of a map become `PixelSlice` modules: crops, strides, and parts of space-to-depth.
 
-    %s = getitem(%x, (:, :, 1:-1, ::2))                   ->      %s = call_module[slice](%x)     PixelSlice 1:-1:1, 0::2
+    %s = getitem(%x, (:, :, 1:-1, ::2))               ->      %s = call_module[slice](%x)     PixelSlice 1:-1:1, 0::2
     %n = sub(getitem(getattr(%x, shape), 2), 1)
-    %c = narrow(%x, 2, 0, %n)                             ->      %c = call_module[slice](%x)     PixelSlice 0:-1:1, 0::1
+    %c = narrow(%x, 2, 0, %n)                         ->      %c = call_module[slice](%x)     PixelSlice 0:-1:1, 0::1
 
 What is dropped before and after must be a number of pixels that is the same at every size of the map: ``x[:, :, :30]``
-drops as much as the example has more, ``x[:, :, -3:]`` leaves three, so both stay what they are. An end that is the size
-of that map minus a constant is a number of pixels. Channels that are taken in the same subscript are taken afterwards.
+drops as much as the example has more, ``x[:, :, -3:]`` leaves three, so both stay what they are. An end that is the
+size of that map minus a constant is a number of pixels. Channels taken in the same subscript are taken afterwards.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ Views, permutes and slices only move numbers. So nothing has to be said about sp
 of the same batch and size are run once on the positions ``0, 1, 2, ...`` of the first one's numbers. If all that the
 second one holds is whole channels of the first, unchanged, then it is that selection, proved number by number.
 
-The same positions show a reshape that makes channels of blocks of pixels (space-to-depth as einops writes it), or pixels
-of channels: all numbers of the map are there, and channel `k` of the result holds pixel `(a, b)` of each block of some
-channel. It becomes a `SpaceToDepth` or `nn.PixelShuffle`, beside a selection where the channels come in another order.
+The same positions show a reshape that makes channels of blocks of pixels (space-to-depth as einops writes it), or
+pixels of channels: all numbers of the map are there, and channel `k` of the result holds pixel `(a, b)` of each block
+of some channel. It becomes a `SpaceToDepth` or `nn.PixelShuffle`, beside a selection where the channels come in
+another order.
 
     %v = reshape(%x, n, c, h / 2, 2, w / 2, 2)
     %p = permute(%v, 0, 3, 5, 1, 2, 4)                    %d = call_module[blocks](%x)     SpaceToDepth 2x2
