@@ -154,7 +154,8 @@ def _from_the_end(value: Any, source: fx.Node, dim: int) -> int | None:
     """k if a value is the size of `source` in dimension `dim`, minus k; None if it is not known to be."""
     if not isinstance(value, fx.Node):
         return None
-    name, args = op_name(value), value.args
+    name = op_name(value)
+    args: Any = value.args
     if name in ("sub", "add") and len(args) == 2 and not value.kwargs:
         number = args[1] if isinstance(args[1], int) else args[0] if name == "add" else None
         other = args[0] if number is args[1] else args[1]

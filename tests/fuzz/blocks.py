@@ -31,6 +31,7 @@ KINDS = (
     "linear",
     "pool",
     "pad",
+    "pixels",
     "resize",
     "transposed",
 )

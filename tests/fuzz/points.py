@@ -5,7 +5,10 @@ from __future__ import annotations
 from tests.fuzz.convs import MODULE_ACTS, act_module
 from tests.fuzz.writer import Scope
 
-__all__ = ["activation", "constant", "drop", "gate", "other", "pad", "pool", "reshaped", "resize", "selection"]
+__all__ = [
+    *("activation", "constant", "drop", "gate", "other", "pad", "pixels", "pool"),
+    *("reshaped", "resize", "selection"),
+]
 
 FUNCTION_ACTS = (
     "F.relu({v})",
@@ -179,6 +182,29 @@ def pad(s: Scope, v: str) -> str:
         padded = f"F.pad({v}, {(1,) * (2 * ndim)}, {mode!r})"
         return s.let(f"F.conv{ndim}d({padded}, {name}_w, stride={step}, groups={v}.shape[1])", make) or v
     return s.let(f"F.pad({v}, {amounts})") or v
+
+
+def pixels(s: Scope, v: str) -> str:
+    """Crops, strided slices, and space-to-depth in several spellings."""
+    draw, shape = s.draw, s.shape(v)
+    ndim, channels = len(shape) - 2, shape[1]
+    form = draw.below(5)
+    if form == 0:
+        cuts = ", ".join(draw.pick((":", "1:", ":-1", "1:-1", "::2", "1::2")) for _ in range(ndim))
+        return s.let(f"{v}[:, :, {cuts}]") or v
+    if form == 1:
+        return s.let(f"{v}.narrow(2, 1, {v}.shape[2] - 2)") or v
+    if ndim != 2 or channels > 6:
+        return s.let(f"{v}[:, :, : {v}.shape[2] - 1]") or v
+    if form == 2:
+        return s.let(f"F.pixel_unshuffle({v}, 2)") or v
+    if form == 3:
+        parts = ", ".join(f"{v}[..., {a}::2, {b}::2]" for a, b in ((0, 0), (1, 0), (0, 1), (1, 1)))
+        return s.let(f"torch.cat([{parts}], 1)") or v
+    split = f"{v}.reshape({v}.shape[0], {channels}, {v}.shape[2] // 2, 2, {v}.shape[3] // 2, 2)"
+    order = draw.pick(("0, 1, 3, 5, 2, 4", "0, 3, 5, 1, 2, 4"))
+    size = f"{v}.shape[0], {4 * channels}, {v}.shape[2] // 2, {v}.shape[3] // 2"
+    return s.let(f"{split}.permute({order}).reshape({size})") or v
 
 
 def resize(s: Scope, v: str) -> str:
