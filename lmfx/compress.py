@@ -185,5 +185,5 @@ def _finish(
     if net is graph:
         net = rewrite(graph, plan)
     net.train(False)
-    net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"]}
+    net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"], "sizes": meta["sizes"]}
     return net

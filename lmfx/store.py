@@ -178,7 +178,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     if saved.result is None:
         net.meta["lmfx"] = {**meta, "plan": plan}
     else:
-        net.meta["lmfx"] = {"result": saved.result, "tracer": meta["tracer"], "opaque": meta["opaque"]}
+        kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
+        net.meta["lmfx"] = {"result": saved.result, **kept}
     return net.eval()
 
 

@@ -21,10 +21,11 @@ BATCH = 32
 def batches_for(
     gm: fx.GraphModule, calibration: Calibration, size: int = BATCH, limit: int | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The calibration inputs in batches that the graph can take: of the example's size where that is baked in."""
+    """The calibration inputs in batches that the graph can take: of the example's size where no other is right."""
     meta = gm.meta.get("lmfx", {})
+    free = meta.get("sizes", {}).get("batch", "any") in ("any", "none")
     if isinstance(calibration.names, Frame):
-        if meta.get("tracer", "symbolic") == "symbolic":
+        if free:
             yield from calibration.batches(size, limit)
             return
         fixed = calibration.names.batch
@@ -32,7 +33,7 @@ def batches_for(
         yield from calibration.whole_batches(fixed).batches(fixed, whole)
         return
     specs = [s for s in [*meta.get("positional", ()), *meta.get("keyword", {}).values()] if isinstance(s, dict)]
-    if meta.get("tracer", "symbolic") == "symbolic" or not specs or not specs[0]["shape"]:
+    if free or not specs or not specs[0]["shape"]:
         yield from calibration.batches(size, limit)
         return
     fixed = int(specs[0]["shape"][0])

@@ -15,6 +15,7 @@ __all__ = [
     "ModelError",
     "OptionError",
     "PlanError",
+    "SizeError",
     "StoreError",
     "TableError",
     "TraceError",
@@ -44,6 +45,10 @@ class InfeasibleBudget(LmfxError):
 
 class InputError(LmfxError, ValueError):
     """An example input or calibration data that the model can not take."""
+
+
+class SizeError(InputError):
+    """An input of a batch or image size for which a graph, traced at another one, is not right."""
 
 
 class ModelError(LmfxError, ValueError):

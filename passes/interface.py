@@ -30,6 +30,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
+from .limits import LimitedCodeGen
 
 __all__ = [
     "Binding",
@@ -250,7 +251,7 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
 
 
-class ModelCodeGen(fx.graph.CodeGen):
+class ModelCodeGen(LimitedCodeGen):
     """Generates a forward that takes what the model's takes and gives what it gives.
 
     `fixed` are given arguments that are constants of the trace, `absent` parameters that kept their default.
@@ -299,5 +300,5 @@ class ModelCodeGen(fx.graph.CodeGen):
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the generated code calls; what can be imported can be pickled with the graph."""
         expect: Any = expect_written if self.written else self.expect
-        found: list[tuple[str, Any]] = [("_lmfx_expect", expect)] if self.checked else []
+        found = super().additional_globals() + ([("_lmfx_expect", expect)] if self.checked else [])
         return found if self.structure is None else [*found, ("_lmfx_restore", self.process_outputs)]

@@ -36,7 +36,9 @@ from .exported import trace_export
 from .fold import fold_constants
 from .inplace import make_pure
 from .interface import Example, bind, plain_output
+from .limits import set_limits
 from .shape_tracer import trace_shapes
+from .sizes import Probes, Verdict
 from .tracers import Traced, first_line, trace_symbolic
 
 __all__ = ["TRACERS", "annotate", "example_arguments", "fingerprint", "trace"]
@@ -76,7 +78,8 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     bind(model, example)
     reference = _run(eval_copy(model), example)
     reasons: list[str] = []
-    best: tuple[int, fx.GraphModule] | None = None
+    best: tuple[tuple[int, int], fx.GraphModule] | None = None
+    probes = Probes(model, example)
     queue = list(tracers)
     deferred: dict[str, Traced] = {}
     while queue:
@@ -93,13 +96,14 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
                     queue.append(name)
                     continue
             gm = _graph_of(name, traced, example, reference)
+            fixed = _sized(gm, name, probes)
         except Exception as error:  # any tracer may fail in any way; the next one is tried
             reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
-        hidden = gm.meta["lmfx"]["hidden_convs"]
-        if best is None or hidden < best[0]:
-            best = hidden, gm
-        if not hidden:
+        rank = gm.meta["lmfx"]["hidden_convs"], fixed
+        if best is None or rank < best[0]:
+            best = rank, gm
+        if rank == (0, 0):
             break
     if best is not None:
         return best[1]
@@ -108,6 +112,16 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
         f"{type(model).__name__} could not be traced:\n  {detail}\n"
         "Pass the traceable part of the model (its backbone), or make the data-dependent part a module of its own."
     )
+
+
+def _sized(gm: fx.GraphModule, name: str, probes: Probes) -> int:
+    """How many of batch and image size are the example's only; the graph refuses others from now on."""
+    with _quiet():
+        verdict: Verdict = probes.verdict(gm, thorough=name != "symbolic")
+    gm.meta["lmfx"]["sizes"] = verdict.states
+    if verdict.limits:
+        set_limits(gm, verdict.limits)
+    return verdict.fixed
 
 
 def _traced(name: str, model: nn.Module, example: Example) -> Traced:

@@ -25,6 +25,7 @@ from lmfx.export.specs import eval_mode
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.interface import plain_face, plain_output
+from lmfx.passes.limits import limits_of
 
 __all__ = ["export_onnx", "quiet_export"]
 
@@ -42,8 +43,9 @@ def export_onnx(
     """Writes `net` in eval mode as one self-contained ONNX file and returns its path.
 
     `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's,
-    with a free first dimension if `dynamic_batch`. With `check`, every output of ONNX Runtime may differ from torch's
-    by `tolerance`, relative to the largest entry of that output. The training mode of `net` is restored.
+    with a free first dimension if `dynamic_batch` (the file is then run at another batch as well). With `check`, every
+    output of ONNX Runtime may differ from torch's by `tolerance`, relative to the largest entry of that output. The
+    training mode of `net` is restored.
 
     Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
     """
@@ -58,6 +60,8 @@ def export_onnx(
     if target.is_dir():
         raise ExportError(f"can not write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
+    if dynamic_batch:
+        _refuse_fixed_batch(net)
     if isinstance(net, fx.GraphModule) and not all(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
         net, tensors = bare(net, (args, kwargs))  # numbers and flags are constants of the file
         args, kwargs = tuple(tensors), {}
@@ -75,7 +79,7 @@ def export_onnx(
         except OSError as error:
             raise ExportError(f"can not write {target}: {error}") from error
         if check:
-            _check(net, args, kwargs, temporary, tolerance)
+            _check(net, args, kwargs, temporary, tolerance, dynamic_batch)
         os.replace(temporary, target)
     return target
 
@@ -144,8 +148,30 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InputError(f"example_input must be a tensor, a tuple or a dict of tensors, not {type(example).__name__}")
 
 
-def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, tolerance: float) -> None:
-    """Runs ONNX Runtime on the example and on a random input; raises `ExportError` with the worst difference."""
+def _refuse_fixed_batch(net: nn.Module) -> None:
+    for module in net.modules():
+        fixed = next((v for v in limits_of(module) if v.kind == "batch"), None)
+        if fixed is not None:
+            raise ExportError(
+                f"dynamic_batch=True: this network is right only for a batch of {fixed.shape[0]}, that of its "
+                "example, so a file for other batches would be wrong; export it without dynamic_batch, or trace "
+                "the model with an example of the batch that you need"
+            )
+
+
+def _at_another_batch(value: Any) -> Any:
+    """The same rows, more of them: each batch is distinct once it is drawn again."""
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return value
+    rows = 3 if len(value) == 2 else 2
+    return value[torch.arange(rows, device=value.device) % len(value)]
+
+
+def _check(
+    net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, tolerance: float, other_batch: bool
+) -> None:
+    """Runs ONNX Runtime on the example, on a random input and, if asked for, on one of another batch; raises
+    `ExportError` with the worst difference."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -160,11 +186,21 @@ def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: 
     except Exception as error:
         raise ExportError(f"ONNX Runtime can not load the exported network: {error}") from error
     generator = torch.Generator().manual_seed(0)
-    for what, draw in (("the example input", None), ("a random input", generator)):
-        new_args = tuple(_redraw(a, draw) for a in args)
-        new_kwargs = {k: _redraw(v, draw) for k, v in kwargs.items()}
-        with torch.no_grad():
-            expected = _leaves(net(*new_args, **new_kwargs))
+    runs = [("the example input", None), ("a random input", generator)]
+    for what, draw in [*runs, ("a random input of another batch", generator)] if other_batch else runs:
+        resized = _at_another_batch if what.endswith("batch") else _same_batch
+        new_args = tuple(_redraw(resized(a), draw) for a in args)
+        new_kwargs = {k: _redraw(resized(v), draw) for k, v in kwargs.items()}
+        try:
+            with torch.no_grad():
+                expected = _leaves(net(*new_args, **new_kwargs))
+        except Exception as error:  # a network that takes one batch only may say so in any way
+            if not other_batch:
+                raise
+            raise ExportError(
+                f"dynamic_batch=True: {type(net).__name__} does not run on {what}: {type(error).__name__}: "
+                f"{_first(error)}; export it without dynamic_batch"
+            ) from error
         # constants that are not tensors are baked into the graph, so inputs are matched among the tensors
         named = {i.name for i in session.get_inputs()}
         feed = {k: v for k, v in new_kwargs.items() if k in named}
@@ -173,7 +209,10 @@ def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: 
         if len(rest) != len(positional):
             raise ExportError(f"the exported network takes inputs {sorted(named)}, and {len(positional)} were given")
         feed |= dict(zip(rest, positional, strict=True))
-        got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
+        try:
+            got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
+        except Exception as error:  # onnxruntime's own kinds, none of them public
+            raise ExportError(f"ONNX Runtime does not run the exported network on {what}: {_first(error)}") from error
         if len(got) != len(expected):
             raise ExportError(f"the exported network has {len(got)} outputs, torch {len(expected)}")
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
@@ -184,6 +223,14 @@ def _check(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: 
                     f"the tolerance {tolerance:g}; no file was written. Raise `tolerance` if the network is "
                     "ill-conditioned, or report this"
                 )
+
+
+def _same_batch(value: Any) -> Any:
+    return value
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _redraw(value: Any, generator: torch.Generator | None) -> Any:

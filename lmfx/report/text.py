@@ -11,6 +11,7 @@ from torch import fx
 
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, Refusal
+from lmfx.passes.limits import limits_of
 from lmfx.result import Result, result_of
 from lmfx.store import is_merged
 
@@ -37,7 +38,13 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
     `full` lists everything; otherwise long lists end in a count. Raises `InputError` for a network without a result.
     """
     result = dataclasses.replace(result_of(net), merged=is_merged(net))
-    parts = [_head(result), _spans(result, full), _dropped(result, full), _kept(result, full), _refusals(result, full)]
+    parts = [
+        _head(result) + _sizes(net),
+        _spans(result, full),
+        _dropped(result, full),
+        _kept(result, full),
+        _refusals(result, full),
+    ]
     return Report("\n\n".join(p for p in parts if p))
 
 
@@ -90,6 +97,25 @@ def _head(result: Result) -> str:
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
+
+
+def _sizes(net: fx.GraphModule) -> str:
+    """At which batches and image sizes the network is right; nothing for one whose trace did not say."""
+    states = net.meta.get("lmfx", {}).get("sizes", {})
+    limits = {v.kind: v for v in limits_of(net)}
+    texts = []
+    for kind, many in (("batch", "batches"), ("size", "image sizes")):
+        limit = limits.get(kind)
+        if limit is not None:
+            seen = " x ".join(str(limit.shape[d]) for d in limit.dims)
+            texts.append(
+                f"right only at {'a batch of' if kind == 'batch' else 'images of'} {seen} (others raise SizeError)"
+            )
+        elif states.get(kind) == "any":
+            texts.append(f"agrees with the model at other {many}")
+        elif states.get(kind) == "refused":
+            texts.append(f"the model runs at none of the other {many} that were tried")
+    return f"\n  sizes      {'; '.join(texts)}" if texts else ""
 
 
 def calibration_text(latency: LatencyTable) -> str:
