@@ -1,6 +1,8 @@
 """What is asked of one network of the zoo, stage by stage: a dict that goes into one row of the table.
 
     trace     a tracer gives a graph that computes what the model computes
+    sizes     the graph at another batch, and at another image size: agrees, says so (SizeError), or not taken (the
+              model itself refuses what was tried)
     regions   which of the convs on maps lie in a region, and in a candidate, together with another conv
     exact     in float64, at odd sizes where the network takes them: the graph against the model, and the merged form of
               one random plan against its trainable form
@@ -71,6 +73,7 @@ def examine(
     for stage, run in (("build", _build), ("trace", _trace), ("regions", _regions)):
         if not _stage(row, stage, run, state, seconds):
             return row
+    _stage(row, "sizes", _sizes, state, seconds)
     parameters = 1e6 * row["parameters_m"]
     for stage, run, most in (("compress", _compress, GIANT), ("exact", _exact, HEAVY), ("onnx", _onnx, GIANT)):
         if stage not in stages:
@@ -180,6 +183,51 @@ def _trace(row: dict[str, Any], state: dict[str, Any]) -> None:
     row["trace_error"] = error
     row["trace"] = "equal" if error <= 1e-4 else f"error: off by {error:.1e}"
     state["graph"] = graph
+
+
+def _sizes(row: dict[str, Any], state: dict[str, Any]) -> None:
+    for kind in ("batch", "size"):
+        row[f"other_{kind}"] = _elsewhere(state, kind)
+
+
+def _elsewhere(state: dict[str, Any], kind: str) -> str:
+    """What the graph does where the model runs at another batch or size."""
+    for example in _resized(state["example"], kind):
+        try:
+            expected = _call(copy.deepcopy(state["model"]), example)
+        except Exception:  # models refuse sizes in many ways
+            continue
+        try:
+            actual = _call(state["graph"], example)
+        except lmfx.SizeError:
+            return "says so"
+        except Exception as error:  # what a graph raises instead is a fault
+            return f"error: {type(error).__name__}: {_short(str(error))}"
+        try:
+            off = relative_error(expected, actual)
+        except lmfx.LmfxError as error:
+            return f"error: {_short(str(error))}"
+        return "agrees" if off <= 1e-3 else f"error: off by {off:.1e}"
+    return "not taken"
+
+
+def _resized(example: Any, kind: str) -> Iterator[Any]:
+    """Inputs of another batch, or of other image sizes; not those that `trace` tries itself."""
+    rank = max(v.dim() for v in pytree.tree_leaves(example) if isinstance(v, torch.Tensor))
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(v: Any, way: int) -> Any:
+        if not isinstance(v, torch.Tensor):
+            return v
+        if kind == "batch":
+            shape = (3, *v.shape[1:]) if v.dim() > way else tuple(v.shape)
+        else:
+            more = [2 * n if way or n < 32 else n + 32 for n in v.shape[2:]]
+            shape = (*v.shape[:2], *more) if v.dim() == rank > 2 else tuple(v.shape)
+        return torch.randn(shape, generator=generator).to(v.dtype) if v.is_floating_point() else v.expand(shape)
+
+    for way in (0, 1):
+        yield pytree.tree_map(lambda v: drawn(v, way), example)  # noqa: B023  (used at once)
 
 
 def _regions(row: dict[str, Any], state: dict[str, Any]) -> None:

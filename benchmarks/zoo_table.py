@@ -15,7 +15,8 @@ from benchmarks.zoo_runner import Row
 __all__ = ["COLUMNS", "cells", "compare", "read_table", "summary", "write_table"]
 
 COLUMNS = (
-    *("model", "family", "parameters_m", "input", "tracer", "opaque", "trace", "convs", "in_region", "in_candidate"),
+    *("model", "family", "parameters_m", "input", "tracer", "opaque", "trace"),
+    *("other_batch", "other_size", "convs", "in_region", "in_candidate"),
     *(
         "candidates",
         "refusals",
@@ -35,6 +36,8 @@ NO_CONV_NETWORKS = ("det-full", "vit", "swin", "video-transformer")
 REASONS = 4  # that are written, most frequent first
 GOOD = {
     "trace": ("equal",),
+    "other_batch": ("agrees", "says so", "not taken"),
+    "other_size": ("agrees", "says so", "not taken"),
     "exact": ("exact", "exact to rounding"),
     "compress": ("ok",),
     "onnx": ("agrees", "agrees to rounding"),
@@ -53,6 +56,8 @@ def cells(row: Row, family: str) -> dict[str, str]:
             found["trace"] = f"error: {stage}: {row[stage]}" if stage == "error" else row[stage]
     if "regions" in row:
         found["trace"] = row["regions"]
+    if "sizes" in row:
+        found["other_size"] = row["sizes"]
     return {c: v.replace("\n", " ")[:400] for c, v in found.items()}
 
 
@@ -107,6 +112,8 @@ def summary(table: Mapping[str, Mapping[str, str]]) -> str:
     out = [f"{len(every)} networks, of them {len(nets)} conv networks of torchvision and timm"]
     out.append(_shares("traced and equal", nets, "trace", "equal"))
     out.append("  tracers: " + _counts(r["tracer"] for r in nets if r["tracer"]))
+    for column in ("other_batch", "other_size"):
+        out.append(f"  {column.replace('_', ' ')}: " + _counts(_kind(r.get(column, "")) for r in nets))
     convs = sum(int(r["convs"] or 0) for r in nets)
     for column, text in (("in_region", "a region"), ("in_candidate", "a candidate")):
         found = sum(int(r[column] or 0) for r in nets)

@@ -65,6 +65,8 @@ def test_a_network_of_the_zoo_is_traced_merged_exactly_and_compressed(name: str)
     failed = {stage: row[stage] for stage in row if str(row[stage]).startswith("error")}
     assert failed == {}
     assert row["trace"] == "equal"
+    assert row["other_batch"] in ("agrees", "says so") and row["other_size"] in ("agrees", "says so", "not taken")
+    assert row["other_batch"] == "agrees" or row["tracer"] != "symbolic"
     assert row["exact"] == "exact"
     assert row["in_region"] >= 0.5 * row["convs"] > 0
     assert row["in_candidate"] <= row["convs"]
@@ -215,6 +217,25 @@ def test_the_last_bit_of_the_weights_is_measured() -> None:
     assert zoo_stages._last_bit(net, example, net(example)) > 1e-9
 
 
+def test_a_graph_that_is_wrong_at_another_batch_is_an_error_in_the_row() -> None:
+    class Reshaped(nn.Module):
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.conv, self.rows = nn.Conv2d(3, 4, 3), rows
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x).reshape(self.rows or len(x), -1)
+
+    state: dict[str, Any] = {"model": Reshaped(0), "graph": Reshaped(1), "example": torch.randn(1, 3, 32, 32)}
+    row: dict[str, Any] = {}
+    zoo_stages._sizes(row, state)
+    assert row["other_batch"].startswith("error: output shapes") and row["other_size"] == "agrees"
+    zoo_stages._sizes(row, {**state, "graph": Reshaped(0)})
+    assert row["other_batch"] == row["other_size"] == "agrees"
+    zoo_stages._sizes(row, {**state, "model": nn.Conv2d(9, 9, 9)})
+    assert row["other_batch"] == row["other_size"] == "not taken"
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +324,8 @@ LINE = {
     "trace": "equal",
     "tracer": "symbolic",
     "opaque": "0",
+    "other_batch": "agrees",
+    "other_size": "says so",
     "convs": "100",
     "in_region": "90",
     "in_candidate": "90",
@@ -318,6 +341,8 @@ LINE = {
     [
         ({"trace": "error: TraceError"}, "trace was 'equal' and is 'error: TraceError'"),
         ({"exact": "error: off by 1e-9"}, "exact was"),
+        ({"other_batch": "error: off by 1e+00"}, "other_batch was 'agrees'"),
+        ({"other_size": "error: RuntimeError: shape"}, "other_size was 'says so'"),
         ({"compress": "infeasible"}, "compress was 'ok' and is 'infeasible'"),
         ({"compress": "error: UNEXPECTED TypeError"}, "compress was"),
         ({"onnx": "error: ExportError"}, "onnx was"),

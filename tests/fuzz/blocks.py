@@ -27,6 +27,7 @@ KINDS = (
     *("selection",) * 2,
     *("other",) * 2,
     *("reshaped",) * 2,
+    "sized",
     "drop",
     "linear",
     "pool",

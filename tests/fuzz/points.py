@@ -7,7 +7,7 @@ from tests.fuzz.writer import Scope
 
 __all__ = [
     *("activation", "constant", "drop", "gate", "other", "pad", "pixels", "pool"),
-    *("reshaped", "resize", "selection"),
+    *("reshaped", "resize", "selection", "sized"),
 ]
 
 FUNCTION_ACTS = (
@@ -380,3 +380,31 @@ def other(s: Scope, v: str) -> str:
         "nn.functional.relu(input={v})",
     )
     return s.let(s.draw.pick(texts).format(v=v, dims=dims)) or v
+
+
+def sized(s: Scope, v: str) -> str:
+    """Something that depends on the batch or on the map's size, most often as a number."""
+    shape = s.shape(v)
+    ndim, channels = len(shape) - 2, shape[1]
+    dims = tuple(range(2, ndim + 2))
+    texts = (
+        "torch.cat([{v}, torch.zeros({v}.shape[0], 1, *{v}.shape[2:], dtype={v}.dtype)], 1)",
+        "torch.stack([{v}[i] * 2 for i in range({v}.shape[0])])",
+        "{v} if {v}.shape[2] > {n} else {v} * 0.5",
+        "F.pad({v}, (0, -{v}.shape[-1] % 4))",
+        "F.pad({v}, (0, -int({v}.shape[-1]) % 4))",
+        "{v}[..., : int({v}.shape[-1] / 2) * 2]",
+        "F.avg_pool{d}d({v}, {v}.shape[2:])",
+        "F.avg_pool{d}d({v}, tuple(int(n) for n in {v}.shape[2:]))",
+        "{v}.sum({dims}, keepdim=True) / float({v}[0, 0].numel())",
+        "{v} + {v}.new_zeros({v}.shape[0], {c}, *{v}.shape[2:])",
+        "{v} + {v}.new_full((len({v}), 1, *{v}.shape[2:]), 0.3)",
+        "{v} + torch.arange({v}.shape[-1], dtype={v}.dtype) / {v}.shape[-1]",
+        "{v} + torch.linspace(0, 1, int({v}.shape[-1]), dtype={v}.dtype)",
+        "{v}.view(len({v}), {c}, -1).softmax(-1).view({v}.shape)",
+        "{v}.reshape(len({v}) * {c}, -1).cumsum(0).view({v}.shape)",
+        "{v} / len({v})",
+        "{v} * sum(1.0 for _ in {v})",
+    )
+    text = s.draw.pick(texts).format(v=v, d=ndim, c=channels, n=max(0, shape[2] - 1), dims=dims)
+    return s.let(text) or v

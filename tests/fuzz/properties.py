@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import lmfx
 from benchmarks.random_plans import random_plan
-from lmfx.passes.errors import ExportError, LmfxError, TraceError, VerifyError
+from lmfx.passes.errors import ExportError, LmfxError, SizeError, TraceError, VerifyError
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge, rewrite
@@ -100,13 +101,21 @@ def _check(program: Program, rng: random.Random, shares: Shares, outcome: Outcom
     outcome.note(f"tracer {tracer}")
     check_same("trace", reference, call(gm, x), 1e-12, floor)
     others: list[tuple[Any, Any]] = [(x, reference)]
-    larger = program.example(other=True)
-    if tracer == "symbolic" and (elsewhere := _attempt(model, larger)) is not None:
-        outcome.note("another size")
-        with _only_lmfx_errors("the trace at another size"):
-            result = call(gm, larger)
-        check_same("the trace at another size", elsewhere, result, 1e-12, _Noise(model, larger))
-        others.append((larger, elsewhere))
+    for what, larger in _elsewhere(program, x):
+        elsewhere = _attempt(program.build(), larger)
+        if elsewhere is None:
+            continue
+        try:
+            with _only_lmfx_errors(f"the trace at another {what}"):
+                result = call(gm, larger)
+        except SizeError as error:
+            _check_both_sizes(error, x, larger)
+            outcome.note(f"fixed {what}")
+            continue
+        outcome.note(f"another {what}")
+        check_same(f"the trace at another {what}", elsewhere, result, 1e-12, _Noise(model, larger))
+        if what == "size":
+            others.append((larger, elsewhere))
     _check_plans(gm, others, rng, outcome, floor)
     if rng.randrange(100) < shares.again:
         with _only_lmfx_errors("trace of the trace"):
@@ -127,6 +136,22 @@ class _Noise:
         if self.value is None:
             self.value = noise_of(self.model, self.example)
         return self.value
+
+
+def _elsewhere(program: Program, x: Any) -> Iterator[tuple[str, Any]]:
+    """The second example of a program, of another batch and size, and its first one with three images."""
+    yield "size", program.example(other=True)
+    batch = next(iter(program.inputs.values()))[0]
+    rows = torch.arange(3) % batch
+    yield "batch", pytree.tree_map(lambda v: 0.5 * v[rows] + v[rows].roll(1, -1) if isinstance(v, Tensor) else v, x)
+
+
+def _check_both_sizes(error: SizeError, x: Any, larger: Any) -> None:
+    """The message names a shape of the example and the shape that was given instead."""
+    text = str(error)
+    pairs = zip(leaves(x), leaves(larger), strict=True)
+    if not any(str(tuple(a.shape)) in text and str(tuple(b.shape)) in text and a.shape != b.shape for a, b in pairs):
+        raise Wrong("an error without both sizes", text)
 
 
 def _attempt(model: nn.Module, example: Any) -> Any:
