@@ -53,7 +53,7 @@ test: lint ## lint and types, then every test that needs neither a GPU nor long
 	$(PY) -m pytest $(ARGS)
 
 test-slow: install ## the tests marked slow
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow -o timeout=1800 -o faulthandler_timeout=2000 $(ARGS)
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .

@@ -30,7 +30,18 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}
-    | {"build", "diffusers", "hypothesis", "mypy", "pytest", "ruff", "scikit-learn", "setuptools>=77", "timm"}
+    | {
+        "build",
+        "diffusers",
+        "hypothesis",
+        "mypy",
+        "pytest",
+        "pytest-timeout",
+        "ruff",
+        "scikit-learn",
+        "setuptools>=77",
+        "timm",
+    }
 )
 
 setup(

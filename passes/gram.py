@@ -36,6 +36,7 @@ MAX_UNKNOWNS = 6500  # an input channel and tap each; a sum of this size takes 0
 CACHE_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 27
 HOLD_OUT_EVERY = 4  # images
+FLOAT32_ROUNDING = 1e-6  # of a mean square: what sums of products in float32 may be off by
 Part = Literal["rest", "held", "total"]
 PARTS: dict[Part, bool] = {"rest": False, "held": True}  # whether the images of a part are held out
 
@@ -63,7 +64,7 @@ class Gram:
 
     `rounding` bounds lambda from below, relative to the mean square of a feature. A feature that varies far less than
     it is large would get a large weight, and the bias would cancel what that makes of its mean: in float32 such sums
-    lose all digits. 1e-6 means variations of a thousandth.
+    lose all digits. 1e-6 means variations of a thousandth, and is the least for sums in float32.
 
     `sides` is the number of channels of the vectors that are features as well, one an image.
 
@@ -107,7 +108,7 @@ class Gram:
         self._shape = (in_channels if depthwise else 1, rows)
         self.sides = sides
         self._holdout = holdout
-        self._rounding = rounding
+        self._rounding = max(rounding, FLOAT32_ROUNDING) if dtype == torch.float32 else rounding
         self._dtype = dtype
         self._images = 0
         self._sums: dict[Part, Sums] = {}  # "rest" and "held" are summed, "total" is made from them when it is read
@@ -217,7 +218,7 @@ class Gram:
                 features = torch.cat([features, beside.expand(len(features), -1, -1)], 2)
             features = F.pad(features, (0, 1), value=1.0)
             values = {name: y[image[part], :, where[part]].to(self._dtype) for name, y in flat_ys.items()}
-            if not all(bool(t.sum().isfinite()) for t in (features, *values.values())):  # NaN and inf survive a sum
+            if not all(bool(t.abs().amax().isfinite()) for t in (features, *values.values())):  # a sum may overflow
                 raise InputError("calibration features have NaN or infinite values; check the model and its input")
             n = float(features.shape[1])
             if root is not None:

@@ -6,6 +6,15 @@ With rows x of features and y of targets, n samples, and the means taken off,
     system    (X'X - n m m' + lambda I) W = X'Y - n m y'          b = y - W' m
 
 for all features of a dense kernel at once, or for those of each channel of a depthwise one.
+
+**Scales.** Nothing here knows how large activations are: features and targets times any factors give W times their
+ratio. Pixels and vectors from the side are parts with scales of their own, and lambda is relative to that of the part.
+A system is factorised in the units U of its parts (powers of two, so exact), in which both have variances about 1:
+
+    U^-1 (X'X - n m m' + lambda I) U^-1 = L L'
+
+so that more damping, where rounding has made it singular, always comes to an end. A feature that varies by no more than
+the rounding of its sums (`ROUNDING` of its mean square) has no variance that is known, and is damped as if it had that.
 """
 
 from __future__ import annotations
@@ -16,9 +25,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Fit", "Sums", "System", "usual_damping"]
+from .errors import InputError
+
+__all__ = ["Fit", "Sums", "System", "power_of_two", "usual_damping"]
 
 BLOCK = 1024
+SAFE = 2.0**30  # sums of products of float32 numbers up to this are far from overflow, down to its inverse from 0
+ROUNDING = 1e-13  # of a mean square: what sums in float64 may be off by
+MORE = (0.0, *(10.0**e for e in range(-12, 9, 2)))  # damping on top, until a factorisation is sound
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The largest power of two (float64) that is at most each of these sizes; 1 for 0, NaN and infinity."""
+    sound = size.isfinite() & (size > 0)
+    mantissa, exponent = torch.frexp(torch.where(sound, size.double(), torch.ones_like(size, dtype=torch.float64)))
+    return torch.ldexp(torch.full_like(mantissa, 0.5), exponent)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +88,44 @@ class Sums:
         return cls(zero(blocks, rows, rows), xy, {name: zero(out) for name, out in targets.items()})
 
     def add(self, rows: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Add weighted rows (blocks, n, D) and targets (n, out); float32 rows are multiplied as such."""
-        left = rows.transpose(1, 2)
+        """Add weighted rows (blocks, n, D) and targets (n, out); float32 rows are multiplied as such.
+
+        Each feature and target in a unit of its own, so that no product of float32 numbers overflows or vanishes.
+        """
         width = rows.shape[2]
+        rows, units = _in_units(rows)
+        left = rows.transpose(1, 2)
         for i in range(0, width, BLOCK):
-            self.xx[:, i : i + BLOCK, i:] += left[:, i : i + BLOCK] @ rows[:, :, i:]
+            product = left[:, i : i + BLOCK] @ rows[:, :, i:]
+            if units is not None:
+                product = units[:, 0, i : i + BLOCK, None] * product * units[:, :, i:]
+            self.xx[:, i : i + BLOCK, i:] += product
         for name, y in targets.items():
-            blocks = y.reshape(len(y), rows.shape[0], -1).transpose(0, 1)
-            self.xy[name] += left @ blocks
+            blocks, scales = _in_units(y.reshape(len(y), rows.shape[0], -1).transpose(0, 1))
+            product = left @ blocks
+            product = product if units is None else units.transpose(1, 2) * product
+            self.xy[name] += product if scales is None else product * scales
             self.yy[name] += y.double().square().sum(0)
 
     def plus(self, other: Sums) -> Sums:
         xy = {name: value + other.xy[name] for name, value in self.xy.items()}
         yy = {name: value + other.yy[name] for name, value in self.yy.items()}
         return Sums(self.xx + other.xx, xy, yy, self.n + other.n, self.images + other.images)
+
+
+def _in_units(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Values (blocks, n, D) over a power of two for each column, and those (blocks, 1, D) in float64.
+
+    None for powers that are all 1: in float64 (which has room for all that a float32 network computes), and where the
+    values are neither very large nor very small.
+    """
+    if values.dtype == torch.float64:
+        return values, None
+    sizes = values.abs().amax(1, keepdim=True)
+    if bool((((sizes > 1 / SAFE) & (sizes < SAFE)) | (sizes == 0)).all()):
+        return values, None
+    units = power_of_two(sizes)
+    return values / units.to(values.dtype), units
 
 
 @dataclass
@@ -92,7 +137,7 @@ class System:
     from_dense: bool
     matrix: Tensor  # (blocks, m, m)
     mean: Tensor  # (blocks, m)
-    scale: Tensor  # (blocks, m, 1) mean of the diagonal, never 0; of the vectors' rows apart
+    scale: Tensor  # (blocks, m, 1) mean of the diagonal, positive; of the vectors' rows apart
     least: Tensor  # (blocks, m, 1) the least lambda
     damped: Tensor  # (m, 1) the least damping
     factors: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -123,20 +168,25 @@ class System:
             total = xx[0, :, -1][rows]
         # only blocks on and above the diagonal were summed, and a selection keeps their order
         matrix = matrix.triu() + matrix.triu(1).transpose(1, 2)
+        if not bool(matrix.isfinite().all()):
+            raise InputError(
+                f"sums over calibration features of up to {float(xx.diagonal(dim1=1, dim2=2).amax()) ** 0.5:.3g} are "
+                "not finite even in float64: scale the activations of the network down"
+            )
         own = matrix.shape[1] - sides
 
         def means() -> Tensor:
             parts = matrix.diagonal(dim1=1, dim2=2).split([own, sides], 1)
             return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], 1)[:, :, None]
 
-        least = rounding * means()
+        squares = means()
         matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
-        scale = means()
-        whole_scale = float(scale[:, 0].mean())
-        floor = whole_scale * 1e-9 if whole_scale > 0 else 1.0  # a dead channel must not make a singular block
+        least = max(rounding, ROUNDING) * squares
+        scale = torch.maximum(means(), least)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zero: a dead channel
         damped = torch.zeros_like(scale[0])
         damped[own:] = usual_damping(sides, max(sums.images, 1))
-        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale.clamp_min(floor), least, damped)
+        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale, least, damped)
 
     def bytes(self) -> int:
         return 8 * self.matrix.numel() * (1 + len(self.factors))
@@ -154,24 +204,34 @@ class System:
         return centred, self.sums.yy[name] - self.sums.n * mean.flatten().square(), mean
 
     def solve(self, damping: float, right: Tensor) -> tuple[Tensor, Tensor]:
-        """(matrix + lambda I)^-1 right, and lambda; more damping than asked for if the matrix is singular without."""
+        """(matrix + lambda I)^-1 right, and lambda (blocks, m, 1); more damping than asked for if the matrix is singular
+        without."""
         if damping not in self.factors:
             self.factors[damping] = self._factor(damping)
         factor, lam = self.factors[damping]
-        return torch.cholesky_solve(right, factor), lam
+        return torch.cholesky_solve(right / self.units, factor) / self.units, lam
+
+    @property
+    def units(self) -> Tensor:
+        """(blocks, m, 1) powers of two near the standard deviations of the parts."""
+        return power_of_two(self.scale.sqrt())
 
     def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
-        more = 0.0
-        while True:
+        """The Cholesky factor in the units of the parts, and lambda. InputError where no damping makes it sound."""
+        units = self.units
+        for more in MORE:
             lam = torch.maximum((self.damped.clamp_min(damping) + more) * self.scale, self.least)
-            damped = self.matrix.clone()
-            damped.diagonal(dim1=1, dim2=2).add_(lam[:, :, 0])
+            damped = self.matrix / units / units.transpose(1, 2)
+            damped.diagonal(dim1=1, dim2=2).add_((lam / units.square())[:, :, 0])
             factor, info = torch.linalg.cholesky_ex(damped)
             pivots = factor.diagonal(dim1=1, dim2=2)
-            small = pivots.amin(1) ** 2 <= 2e-16 * pivots.shape[1] * pivots.amax(1) ** 2
-            if not bool((info != 0).any() | small.any()):
+            sound = pivots.amin(1) ** 2 > 2e-16 * pivots.shape[1] * pivots.amax(1) ** 2
+            if bool((info == 0).all() & sound.all()):
                 return factor, lam
-            more = max(1e-12, 100 * more)
+        raise InputError(
+            f"the sums over calibration features can not be factorised with a damping of {damping:g}, nor with "
+            f"{MORE[-1]:g} times their variance on top: look for calibration features that are not finite"
+        )
 
     def error(self, name: str, weight: Tensor, bias: Tensor) -> Tensor:
         """Mean squared error (out,) of a packed weight (blocks, m, out / blocks) and its bias (out,)."""
