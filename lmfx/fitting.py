@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration import Calibration, Frame
 from lmfx.passes import fit
-from lmfx.passes.errors import OptionError
+from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.fit import Gram, fit_cg, sample_positions
 from lmfx.passes.gram import MAX_UNKNOWNS
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
@@ -32,7 +32,7 @@ from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import span_names, span_sides
 from lmfx.passes.sides import side_conv
-from lmfx.passes.systems import usual_damping
+from lmfx.passes.systems import power_of_two, usual_damping
 from lmfx.progress import progress as progress_bar
 from lmfx.values import batches_for, placeholder_values, record_batches
 
@@ -40,7 +40,7 @@ __all__ = ["FitGroup", "FittedOp", "fit_groups", "fit_plan"]
 
 LEAST_SAMPLES = 4096
 MOST_SAMPLES = {True: 10000, False: 20000}  # quick or not
-FLOAT32_ROUNDING = 1e-6
+FLOAT32_ROUNDING = 1e-6  # see `Gram`
 SAMPLES_AN_UNKNOWN = {True: 2, False: 4}
 COMPONENTS, IMAGES_A_COMPONENT = 48, 4  # of vectors from the side, at most
 CG_ITERATIONS, CG_IMAGES = {True: 6, False: 20}, {True: 16, False: 64}
@@ -156,9 +156,18 @@ class _Vectors:
         # Rows for other than all images are those of a vector that no input changes.
         rows = [(v if len(v) == images else v[:1]).flatten(1).double().expand(images, -1) for v in vectors]
         whole = torch.cat(rows, 1)
+        if not bool(whole.isfinite().all()):
+            raise InputError("vectors from the side have NaN or infinite values; check the model and its input")
         mean = whole.mean(0)
-        _, _, right = torch.linalg.svd(whole - mean, full_matrices=False)
-        basis = right[: min(COMPONENTS, images // IMAGES_A_COMPONENT)].T
+        # Each vector in its own unit: a small one next to a large one is told as well. What differs from its mean by no
+        # more than rounding is no variation.
+        unit = torch.cat([power_of_two(r.abs().amax()).expand(r.shape[1]) for r in rows])
+        centred = (whole - mean) / unit
+        precise = max(torch.finfo(v.dtype).eps for v in vectors if v.is_floating_point())
+        centred = torch.where(centred.abs().amax(0) > precise * (mean / unit).abs(), centred, 0.0)
+        _, sizes, right = torch.linalg.svd(centred, full_matrices=False)
+        count = int((sizes > precise * sizes.amax()).sum()) if len(sizes) else 0
+        basis = right[: min(COMPONENTS, images // IMAGES_A_COMPONENT, count)].T / unit[:, None]
         return cls((whole - mean) @ basis, mean, basis, tuple(r.shape[1] for r in rows))
 
     def op(self, config: ConvConfig, weight: Tensor, bias: Tensor, side: Tensor | None) -> FittedOp:

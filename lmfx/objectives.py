@@ -80,7 +80,7 @@ class Objective(nn.Module):
                 "student was made from"
             )
         if self.distance != "logits":
-            return (got - target).square().mean() / target.var().clamp_min(1e-12)
+            return normalised_error(got, target)
         if not isinstance(output, Tensor) or not isinstance(wanted, Tensor) or output.dim() < 2:
             raise InputError(
                 "distillation='logits' needs one tensor of logits (images, classes, ...), not a "
@@ -93,8 +93,12 @@ class Objective(nn.Module):
 
 
 def normalised_error(got: Tensor, wanted: Tensor) -> Tensor:
-    """The mean squared error over the variance of what is wanted."""
+    """The mean squared error over the variance of what is wanted, both in units of what is wanted: squares of large or
+    small float32 numbers would overflow or vanish. Where it does not vary (to a millionth), over that of its size."""
     got, wanted = got.float(), wanted.float()
+    unit = wanted.detach().abs().amax()
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
+    got, wanted = got / unit, wanted / unit
     return (got - wanted).square().mean() / wanted.var().clamp_min(1e-12)
 
 

@@ -11,6 +11,7 @@ iterated side by side, each with its own steps, preconditioned by the diagonal. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -20,9 +21,11 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .errors import InputError, OptionError
 from .ir import ConvConfig
-from .systems import Fit, usual_damping
+from .systems import ROUNDING, Fit, power_of_two, usual_damping
 
 __all__ = ["fit_cg"]
+
+FLOAT32_ROUNDING = 1e-6  # of a mean square: what sums of products in float32 may be off by
 
 
 def fit_cg(
@@ -52,7 +55,24 @@ def fit_cg(
     if damping is not None and not 0 <= damping < float("inf"):
         raise OptionError(f"damping {damping!r}; give a number of at least 0, or None")
     with torch.no_grad():
-        return _ConjugateGradients(x_batches, y_batches, config).solve(prior, damping, iterations, tolerance)
+        # In units (powers of two, so exact) in which nothing that is convolved overflows or vanishes.
+        x_unit, y_unit = _unit(x_batches), _unit(y_batches)
+        xs, ys = [x / x_unit for x in x_batches], [y / y_unit for y in y_batches]
+        ratio = y_unit / x_unit
+        begin = None if prior is None else prior[0].detach().double() / ratio
+        found = _ConjugateGradients(xs, ys, config).solve(begin, damping, iterations, tolerance)
+        weight, bias, residual = found.weight * ratio, found.bias * y_unit, found.residual * y_unit**2
+        if not all(bool(t.isfinite().all()) for t in (weight, bias)):
+            raise InputError(
+                f"a fit of values around {y_unit:.0e} to values around {x_unit:.0e} has no finite weights: scale the "
+                "activations of the network"
+            )
+        return replace(found, weight=weight, bias=bias, residual=residual)
+
+
+def _unit(batches: Sequence[Tensor]) -> float:
+    """The largest power of two that is at most the largest value, 1 if all are 0."""
+    return float(power_of_two(torch.stack([b.abs().amax().double() for b in batches]).amax()))
 
 
 class _ConjugateGradients:
@@ -66,7 +86,9 @@ class _ConjugateGradients:
         # sums of features and of their squares: the weight gradient of an output of ones
         self.total = self._sum(lambda x, y: self._gradient(x, one.expand_as(y)))
         squares = self._sum(lambda x, y: self._gradient(x.square(), one.expand_as(y)))
-        self.variances = squares - self.total.square() / self.n
+        # What varies by no more than the rounding of its sums is damped as if it varied by that.
+        self.least = (ROUNDING if xs[0].dtype == torch.float64 else FLOAT32_ROUNDING) * squares
+        self.variances = torch.maximum(squares - self.total.square() / self.n, self.least)
         self.y_mean = self._sum(lambda x, y: y.double().transpose(0, 1).flatten(1).sum(1)) / self.n
 
     def _sum(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -104,34 +126,40 @@ class _ConjugateGradients:
         return part - self._column(self.means(weight)) * self.total
 
     def solve(
-        self, prior: tuple[Tensor, Tensor] | None, damping: float | None, iterations: int, tolerance: float
+        self, prior: Tensor | None, damping: float | None, iterations: int, tolerance: float
     ) -> Fit:
         """Jacobi-preconditioned conjugate gradients from the prior."""
         weight = torch.zeros(self.shape, dtype=torch.float64, device=self.xs[0].device)
         if prior is not None:
-            if tuple(prior[0].shape) != self.shape:
-                raise OptionError(f"prior weight {tuple(prior[0].shape)}, expected {self.shape}")
-            weight = prior[0].detach().double()
+            if tuple(prior.shape) != self.shape:
+                raise OptionError(f"prior weight {tuple(prior.shape)}, expected {self.shape}")
+            weight = prior
         if damping is None:
             damping = usual_damping(prod(self.shape[1:]), self.n)
-        scale = self._column(self.variances.flatten(1).mean(1))
-        lam = damping * scale
-        inverse = 1.0 / (self.variances + lam).clamp_min(1e-12 * float(scale.mean()) or 1.0)
+        scale, least = (self._column(v.flatten(1).mean(1)) for v in (self.variances, self.least))
+        lam = torch.maximum(damping * scale, least)
+        lam = torch.where(lam > 0, lam, 1.0)  # all features are 0
+        inverse = 1.0 / (self.variances + lam)
         delta, residual = torch.zeros_like(weight), self.right(weight)
         direction = inverse * residual
         power = self._dot(residual, direction)
         goal = tolerance**2 * power
+        sound = torch.ones_like(power, dtype=torch.bool)
         for _ in range(iterations):
-            active = power > goal
+            active = sound & (power > goal)
             if not bool(active.any()):
                 break
             image = self.times(direction) + lam * direction
-            step = torch.where(active, power / self._dot(direction, image).clamp_min(1e-300), 0.0)
+            curvature = self._dot(direction, image)
+            # lambda alone bends it by so much; less is rounding, and an output channel that has come there is done
+            sound = sound & (curvature > 0.5 * lam * self._dot(direction, direction))
+            active = active & sound
+            step = torch.where(active, power / torch.where(active, curvature, 1.0), 0.0)
             delta += step * direction
             residual -= step * image
             scaled = inverse * residual
             power, before = self._dot(residual, scaled), power
-            direction = scaled + torch.where(active, power / before.clamp_min(1e-300), 0.0) * direction
+            direction = scaled + torch.where(active, power / torch.where(active, before, 1.0), 0.0) * direction
         weight = weight + delta
         bias = self.y_mean - self.means(weight)
         errors = self._sum(

@@ -195,7 +195,7 @@ class Scorer:
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
-                    changes = [((new - y) * g).flatten(1).double().sum(1) for g in part.gradients[c.span.output]]
+                    changes = [((new - y).double() * g).flatten(1).sum(1) for g in part.gradients[c.span.output]]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
             images += len(x)
         return -0.5 * total / images / scale
@@ -216,7 +216,7 @@ class Scorer:
                     same = known | {nodes[c.span.output]: part.values[c.span.output]}
                     part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new))
                 wanted = part.renewed[c.span.output]
-        return float((output - wanted).double().square().sum())
+        return float((output.double() - wanted).square().sum())
 
 
 @contextlib.contextmanager
@@ -246,10 +246,11 @@ def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
 
 def _scale(z: Tensor) -> float:
     """The mean squared distance of the outputs from their mean; of a single image, its mean square."""
+    z = z.double()
     centred = z - z.mean(0, keepdim=True) if len(z) > 1 else z
-    value = float(centred.double().square().sum(1).mean())
-    if value <= 1e-12 * float(z.double().square().sum(1).mean()):
-        value = float(z.double().square().sum(1).mean())
+    value = float(centred.square().sum(1).mean())
+    if value <= 1e-12 * float(z.square().sum(1).mean()):
+        value = float(z.square().sum(1).mean())
     return value or 1.0
 
 

@@ -77,6 +77,7 @@ class _Runner:
         self.ahead, self.retries = ahead, retries
         self.again: deque[Any] = deque()
         self.losses: Counter[Hashable] = Counter()
+        self.replaced = 0  # pools in a row that were broken from the start
         self.pending: dict[Future[Any], Any] = {}
 
     def run(self) -> Iterator[Any]:
@@ -112,6 +113,7 @@ class _Runner:
                 break
             try:
                 self.pending[self.pool.submit(self.function, job)] = job
+                self.replaced = 0
             except BrokenExecutor:  # it broke since the last look, and the futures in flight will say so
                 self.again.appendleft(job)
                 if not self.pending:
@@ -155,6 +157,12 @@ class _Runner:
             raise InputError(
                 f"the {type(self.pool).__name__} is broken, a worker of it died: pass a function that makes one, "
                 "executor=lambda: ProcessPoolExecutor(2)"
+            )
+        self.replaced += 1
+        if self.replaced > self.retries + 1:
+            raise InputError(
+                f"{self.replaced} pools in a row were broken before they took a job: executor= must be a function that "
+                "makes a new pool each time. Rows that were finished are kept"
             )
         self.pool.shutdown(wait=False, cancel_futures=True)
         self.pool = self.factory()
