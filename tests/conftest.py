@@ -1,4 +1,4 @@
-"""What every test starts from: a seed, two threads, and a cache of its own."""
+"""What every test starts from: a seed, two threads (or OMP_NUM_THREADS), and a cache of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ settings.register_profile("lmfx", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=explore
 settings.load_profile("lmfx")
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
 
 
 @pytest.fixture(scope="session", autouse=True)
