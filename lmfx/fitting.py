@@ -164,10 +164,12 @@ class _Vectors:
         unit = torch.cat([power_of_two(r.abs().amax()).expand(r.shape[1]) for r in rows])
         centred = (whole - mean) / unit
         precise = max(torch.finfo(v.dtype).eps for v in vectors if v.is_floating_point())
-        centred = torch.where(centred.abs().amax(0) > precise * (mean / unit).abs(), centred, 0.0)
+        varies = centred.abs().amax(0) > precise * (mean / unit).abs()
+        centred = torch.where(varies, centred, 0.0)
         _, sizes, right = torch.linalg.svd(centred, full_matrices=False)
         count = int((sizes > precise * sizes.amax()).sum()) if len(sizes) else 0
-        basis = right[: min(COMPONENTS, images // IMAGES_A_COMPONENT, count)].T / unit[:, None]
+        kept = right[: min(COMPONENTS, images // IMAGES_A_COMPONENT, count)]
+        basis = torch.where(varies, kept / unit, 0.0).T
         return cls((whole - mean) @ basis, mean, basis, tuple(r.shape[1] for r in rows))
 
     def op(self, config: ConvConfig, weight: Tensor, bias: Tensor, side: Tensor | None) -> FittedOp:

@@ -96,7 +96,7 @@ def normalised_error(got: Tensor, wanted: Tensor) -> Tensor:
     """The mean squared error over the variance of what is wanted, both in units of what is wanted: squares of large or
     small float32 numbers would overflow or vanish. Where it does not vary (to a millionth), over that of its size."""
     got, wanted = got.float(), wanted.float()
-    unit = wanted.detach().abs().amax()
+    unit = torch.maximum(wanted.detach().abs().amax(), 1e-6 * got.detach().abs().amax())
     unit = torch.where((unit > 0) & unit.isfinite(), unit, torch.ones_like(unit))
     got, wanted = got / unit, wanted / unit
     return (got - wanted).square().mean() / wanted.var().clamp_min(1e-12)

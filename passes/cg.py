@@ -125,9 +125,7 @@ class _ConjugateGradients:
         part = self._sum(lambda x, y: self._gradient(x, self._conv(x, weight)))
         return part - self._column(self.means(weight)) * self.total
 
-    def solve(
-        self, prior: Tensor | None, damping: float | None, iterations: int, tolerance: float
-    ) -> Fit:
+    def solve(self, prior: Tensor | None, damping: float | None, iterations: int, tolerance: float) -> Fit:
         """Jacobi-preconditioned conjugate gradients from the prior."""
         weight = torch.zeros(self.shape, dtype=torch.float64, device=self.xs[0].device)
         if prior is not None:

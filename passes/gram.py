@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .errors import InputError, OptionError
 from .ir import ConvConfig
-from .systems import Sums, System
+from .systems import ROUNDING, Sums, System
 
 __all__ = ["Gram", "Part", "sample_positions"]
 
@@ -278,7 +278,14 @@ class Gram:
         key = (part, taps, depthwise)
         if key not in self._systems:
             self._systems[key] = System.of(
-                self._part(part), self.in_channels, taps, depthwise, self.depthwise, self._rounding, self.sides
+                self._part(part),
+                self.in_channels,
+                taps,
+                depthwise,
+                self.depthwise,
+                self._rounding,
+                self.sides,
+                4 * FLOAT32_ROUNDING if self._dtype == torch.float32 else ROUNDING,
             )
         self._systems.move_to_end(key)
         while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:

@@ -14,7 +14,7 @@ A system is factorised in the units U of its parts (powers of two, so exact), in
     U^-1 (X'X - n m m' + lambda I) U^-1 = L L'
 
 so that more damping, where rounding has made it singular, always comes to an end. A feature that varies by no more than
-the rounding of its sums (`ROUNDING` of its mean square) has no variance that is known, and is damped as if it had that.
+the rounding of its sums (`ROUNDING` of its mean square) is constant, and gets no weight.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Fit", "Sums", "System", "power_of_two", "usual_damping"]
 
 BLOCK = 1024
 SAFE = 2.0**30  # sums of products of float32 numbers up to this are far from overflow, down to its inverse from 0
-ROUNDING = 1e-13  # of a mean square: what sums in float64 may be off by
+ROUNDING = 1e-12  # of a mean square: what sums in float64 may be off by
 MORE = (0.0, *(10.0**e for e in range(-12, 9, 2)))  # damping on top, until a factorisation is sound
 
 
@@ -137,6 +137,7 @@ class System:
     from_dense: bool
     matrix: Tensor  # (blocks, m, m)
     mean: Tensor  # (blocks, m)
+    varies: Tensor  # (blocks, m) bool: by more than rounding; what does not has no variance here, and no weight
     scale: Tensor  # (blocks, m, 1) mean of the diagonal, positive; of the vectors' rows apart
     least: Tensor  # (blocks, m, 1) the least lambda
     damped: Tensor  # (m, 1) the least damping
@@ -152,6 +153,7 @@ class System:
         stored_depthwise: bool,
         rounding: float = 0.0,
         sides: int = 0,
+        noise: float = ROUNDING,
     ) -> System:
         xx = sums.xx
         t = torch.tensor(taps, device=xx.device)
@@ -180,13 +182,17 @@ class System:
             return torch.cat([p.mean(1, keepdim=True).expand_as(p) for p in parts], 1)[:, :, None]
 
         squares = means()
+        single = matrix.diagonal(dim1=1, dim2=2).clone()
         matrix.baddbmm_(total[:, :, None], total[:, None, :], alpha=-1.0 / sums.n)
+        varies = matrix.diagonal(dim1=1, dim2=2) > noise * single
+        if not bool(varies.all()):
+            matrix = torch.where(varies[:, :, None] & varies[:, None, :], matrix, 0.0)
         least = max(rounding, ROUNDING) * squares
         scale = torch.maximum(means(), least)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zero: a dead channel
         damped = torch.zeros_like(scale[0])
         damped[own:] = usual_damping(sides, max(sums.images, 1))
-        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, scale, least, damped)
+        return cls(sums, rows, not stored_depthwise, matrix, total / sums.n, varies, scale, least, damped)
 
     def bytes(self) -> int:
         return 8 * self.matrix.numel() * (1 + len(self.factors))
@@ -200,12 +206,11 @@ class System:
             xy, mean = xy[0][self.rows, every][:, :, None], mean[0].T[:, :, None]
         else:
             xy = xy[:, self.rows.flatten()]
-        centred = xy - self.sums.n * self.mean[:, :, None] * mean
+        centred = torch.where(self.varies[:, :, None], xy - self.sums.n * self.mean[:, :, None] * mean, 0.0)
         return centred, self.sums.yy[name] - self.sums.n * mean.flatten().square(), mean
 
     def solve(self, damping: float, right: Tensor) -> tuple[Tensor, Tensor]:
-        """(matrix + lambda I)^-1 right, and lambda (blocks, m, 1); more damping than asked for if the matrix is singular
-        without."""
+        """(matrix + lambda I)^-1 right, and lambda; more damping than asked for if the matrix is singular without."""
         if damping not in self.factors:
             self.factors[damping] = self._factor(damping)
         factor, lam = self.factors[damping]

@@ -291,7 +291,7 @@ def _difference(expected: Any, actual: Any) -> str | None:
                 return "integer outputs differ"
             continue
         a64, b64 = a.double(), b.double()
-        error = float((a64 - b64).norm()) / (float(a64.norm()) or 1.0)
+        error = float((a64 - b64).norm()) / (float(a64.norm()) or float(b64.norm()) or 1.0)
         if not error <= _TOLERANCE.get(a.dtype, 1e-3) and not torch.equal(torch.isnan(a), torch.isnan(b)):
             return f"relative error {error:.2e}"
         if error > _TOLERANCE.get(a.dtype, 1e-3):

@@ -95,9 +95,11 @@ def test_a_small_network_learns(name: str) -> None:
     torch.manual_seed(0)
     model = characters.NETWORKS[name](8, 4)
     before = characters.accuracy(model.eval(), data.train_images, data.train_labels)
-    characters.train(model, data, epochs=6, progress=False)
+    characters.train(model, data, epochs=8, progress=False)
     assert not model.training
-    assert characters.accuracy(model, data.train_images, data.train_labels) > max(before, 0.5)
+    # Chance is 0.25 with a deviation of 0.02. Other seeds and other orders of sums end between 0.6 and 0.9.
+    assert before < 0.35
+    assert characters.accuracy(model, data.train_images, data.train_labels) > 0.4
 
 
 def test_the_small_networks_have_the_blocks_of_the_originals() -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_unchanged, double, run, snapshot
@@ -367,7 +368,13 @@ def test_an_executor_gives_the_same_scores(pool: Any) -> None:
     serial = estimator.score(spans, wanted, data)
     with pool(2, **options) as executor:
         parallel = estimator.score(spans, wanted, data, executor=executor)
-    assert dict(parallel) == pytest.approx(dict(serial), rel=1e-6, abs=1e-12)
+    assert list(parallel) == list(serial)
+    # Another thread or process may add up in another order: float32 sums in ill-conditioned systems differ in some
+    # digits. Rows of other candidates, which a mix-up would give, differ in the first one.
+    a, b = (np.array(list(table.values())) for table in (parallel, serial))
+    assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max()
+    assert np.allclose(a, b, rtol=1e-2, atol=1e-9)
+    assert not np.allclose(np.roll(b, 1), b, rtol=0.1, atol=1e-9)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

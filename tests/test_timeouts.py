@@ -1,4 +1,4 @@
-"""A test that hangs is ended and named, whatever it hangs in: with the project's own settings, the limits made short."""
+"""A test that hangs is ended and named, whatever it hangs in: the project's own settings, with short limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-
 
 ROOT = Path(__file__).resolve().parents[1]
 HANGS = """
