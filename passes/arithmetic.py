@@ -57,7 +57,10 @@ def arithmetic(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
     if found is None:
         return False
     value, scale, bias = found
-    place(gm, node, ops.ChannelAffine(scale, bias), name, value)
+    affine = ops.ChannelAffine(scale, bias)
+    tensors = [tensor_of(gm, v) for v in (left, right)]
+    affine.requires_grad_(any(t is not None and t.requires_grad for t in tensors))
+    place(gm, node, affine, name, value)
     return True
 
 

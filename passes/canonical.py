@@ -66,15 +66,32 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
         if ops.has_hooks(module) or len(node.all_input_nodes) != 1:
             return False
         return bypass(node)
-    conv = as_conv(module)
-    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target] if conv else []
-    if conv is not None and all(len(n.args) == 1 and not n.kwargs for n in calls):
-        set_submodule(gm, str(node.target), conv.train(False))
+    plain = as_conv(module) or _local_norm(module, node.meta.get("shape"))
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target] if plain else []
+    if plain is not None and all(len(n.args) == 1 and not n.kwargs and _rank(n) == _rank(node) for n in calls):
+        set_submodule(gm, str(node.target), plain.train(False))
         return True
     if node.kwargs and not node.args and len(node.kwargs) == 1:  # self.conv(input=x)
         node.args, node.kwargs = tuple(node.kwargs.values()), {}
         return True
     return False
+
+
+def _rank(node: fx.Node) -> int | None:
+    shape = node.meta.get("shape")
+    return None if shape is None else len(shape)
+
+
+def _local_norm(module: nn.Module, shape: tuple[int, ...] | None) -> nn.Module | None:
+    """The BatchNorm that a SyncBatchNorm is when no statistics are collected, with the same tensors; else None."""
+    if shape is None or not 2 <= len(shape) <= 5 or not isinstance(module, nn.SyncBatchNorm):
+        return None
+    if not ops.is_plain(module, nn.SyncBatchNorm) or module.running_mean is None:
+        return None
+    norm = ops.BATCH_NORMS[max(len(shape) - 3, 0)](0, eps=module.eps, momentum=module.momentum)
+    norm.affine, norm.num_features = module.affine, module.num_features  # type: ignore[assignment]
+    norm._parameters, norm._buffers = module._parameters, module._buffers
+    return norm
 
 
 def _function(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """A copy of a model to work on: in eval mode, with plain parameters, and nothing of the original shared or changed.
 
-Parametrizations (weight norm, spectral norm, old and new style) are evaluated: w = g v / |v| becomes a plain weight.
+Weights that modules compute (weight norm, prune masks, parametrizations) are evaluated (`computed`), and what only
+wraps a network is left out: the copy of a compiled or data-parallel network is a copy of the network.
 """
 
 from __future__ import annotations
@@ -11,40 +12,56 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["eval_copy"]
+from .computed import evaluate_weights
+
+__all__ = ["eval_copy", "unwrapped"]
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode with plain parameters (parametrizations such as weight norm are evaluated)."""
     # Old-style weight_norm keeps a computed tensor as an attribute, which deepcopy refuses.
+    model = unwrapped(model)
     computed: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    # A scripted function is no more than code, and refuses as well.
+    held = [value for module in model.modules() for value in vars(module).values()]
+    computed |= {id(value): value for value in held if isinstance(value, torch.jit.ScriptFunction)}
     clone = copy.deepcopy(model, computed).eval()
     for module in list(clone.modules()):
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            _evaluate_parametrizations(module)
-        hooks: list[Any] = list(module._forward_pre_hooks.values())
-        for hook in hooks:
-            if type(hook).__name__ == "WeightNorm":
-                torch.nn.utils.remove_weight_norm(module, hook.name)
-            elif type(hook).__name__ == "SpectralNorm":
-                torch.nn.utils.remove_spectral_norm(module, hook.name)
+        evaluate_weights(module)
+        module._compiled_call_impl = None  # module.compile() was called: the eager forward computes the same
+        for name, child in list(module._modules.items()):
+            if child is not None:
+                module._modules[name] = unwrapped(child)
     return clone
 
 
-def _evaluate_parametrizations(module: Any) -> None:
-    """Put plain parameters in place of parametrized ones.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of what only runs it: torch.compile, DataParallel, an average of weights."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
 
-    torch's `remove_parametrizations` deletes properties of the module's class, which a deep copy shares with its
-    original: it would break the caller's model.
-    """
-    names = list(module.parametrizations)
-    values = {name: getattr(module, name).detach().clone() for name in names}
-    del module._modules["parametrizations"]
-    module.__class__ = type(module).__bases__[0]
-    for name, value in values.items():
-        module.register_parameter(name, nn.Parameter(value))
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if model._forward_hooks or model._forward_pre_hooks:
+        return None
+    for kind in type(model).__mro__:
+        name = _WRAPPERS.get(f"{kind.__module__}.{kind.__qualname__}")
+        inner = model._modules.get(name) if name else None
+        if inner is not None:
+            return inner
+    return None
+
+
+# By their names, so that none of them has to be imported: class -> where it keeps the network.
+_WRAPPERS = {
+    "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+}

@@ -11,6 +11,7 @@ uninitialised. Only the last constant nodes (those that a value meets) get a ten
 module that computes it: as `weight` or `bias` of that module where it is one for a conv, a norm or a linear layer, so
 that the op becomes a plain module there, else as a buffer of its own. Equal tensors under one path are one tensor: a
 module that is called twice keeps its weight shared. Values are exactly those of the network, since the same ops run.
+What is computed from something trainable is trainable, and what is computed from frozen parameters is frozen.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def fold_constants(gm: fx.GraphModule) -> int:
     Every node must carry `meta["path"]`, and tensors `meta["dtype"]` and `meta["device"]`.
     """
     values = _constants(gm)
+    trainable = _trainable(values)
     fresh: list[tuple[fx.Node, Tensor]] = []
     for node, value in values.items():
         readers = [u for u in node.users if u not in values]
@@ -57,7 +59,7 @@ def fold_constants(gm: fx.GraphModule) -> int:
         equal = known.setdefault((path, value.shape, value.dtype, slot), [])
         name = next((n for t, n in equal if torch.equal(t, value)), None)
         if name is None:
-            name = _register(gm, path, slot, value)
+            name = _register(gm, path, slot, value, node in trainable)
             equal.append((value, name))
         hole.target = name
     for name in [n for n in gm._buffers if n.startswith(_TEMPORARY)]:
@@ -85,6 +87,16 @@ def _constants(gm: fx.GraphModule) -> dict[fx.Node, Any]:
             if value is not _UNKNOWN:
                 values[node] = value
     return values
+
+
+def _trainable(values: dict[fx.Node, Any]) -> set[fx.Node]:
+    """The constants that are, or are computed from, tensors that want a gradient."""
+    found: set[fx.Node] = set()
+    for node, value in values.items():
+        own = node.op == "get_attr" and isinstance(value, Tensor) and value.requires_grad
+        if own or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -168,21 +180,25 @@ def _slot(hole: fx.Node) -> str:
     return only if only in ("weight", "bias") else ""
 
 
-def _register(gm: fx.GraphModule, path: str, slot: str, value: Tensor) -> str:
+def _register(gm: fx.GraphModule, path: str, slot: str, value: Tensor, trainable: bool) -> str:
     """Put a tensor into the graph module, and return its name."""
     own = value.detach().clone(memory_format=torch.contiguous_format)
+    trainable = trainable and own.is_floating_point()
     owner = _module_at(gm, path)
     called = any(n.op == "call_module" and n.target == path for n in gm.graph.nodes)
     if path and slot and not called and _is_free(gm, owner, path, slot):
         if hasattr(owner, slot):
             delattr(owner, slot)
-        owner.register_parameter(slot, nn.Parameter(own))
+        owner.register_parameter(slot, nn.Parameter(own, requires_grad=trainable))
         return f"{path}.{slot}"
     name, i = "constant", 0
     while hasattr(owner, name):
         i += 1
         name = f"constant_{i}"
-    owner.register_buffer(name, own)
+    if trainable:
+        owner.register_parameter(name, nn.Parameter(own))
+    else:
+        owner.register_buffer(name, own)
     return f"{path}.{name}" if path else name
 
 

@@ -13,6 +13,7 @@ Everything else is opaque: it may be kept, or replaced whole by a fitted conv, b
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -150,11 +151,25 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether `module` computes exactly what `kind` computes: `kind` itself or a subclass with nothing overridden."""
     if not isinstance(module, kind) or has_hooks(module):
         return False
-    own = type(module)
-    methods = ("forward", "_conv_forward", "_check_input_dim")
-    if any(name in vars(module) for name in methods):
+    if not _METHODS.isdisjoint(vars(module)):
         return False  # replaced on this one module
-    return own is kind or all(getattr(own, name, None) is getattr(kind, name, None) for name in methods)
+    return type(module) is kind or not _overrides(type(module), kind)  # type: ignore[arg-type]
+
+
+_METHODS = frozenset({"forward", "_conv_forward", "_check_input_dim"})
+# What a subclass may have of its own and still compute the same; __init__ only says what is computed.
+_HARMLESS = frozenset({"extra_repr", "reset_parameters", "train", "eval"})
+_TENSORS = frozenset({"weight", "bias", "running_mean", "running_var", "__call__", "__getattr__", "__getattribute__"})
+
+
+@functools.cache
+def _overrides(own: type[nn.Module], kind: type[nn.Module]) -> bool:
+    """Whether a subclass has a forward, a helper of it, a call or a weight (as a property) of its own."""
+    used = (_METHODS | _TENSORS | {name for name in dir(kind) if not name.startswith("_")}) - _HARMLESS
+    between = own.__mro__[: own.__mro__.index(kind)]
+    return any(
+        name in used and getattr(own, name) is not getattr(kind, name, None) for c in between for name in vars(c)
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:

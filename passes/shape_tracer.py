@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 
+from .facts import unpatched
 from .interface import Example
 from .tracers import MutableProxy, SymbolicTracer, Traced, record, unpacked
 
@@ -113,7 +114,7 @@ class ShapeTracer(SymbolicTracer):
             elif kind == "call_method":
                 fake = getattr(a[0], target)(*a[1:], **k)
             elif kind == "call_module":
-                fake = _unpatched(lambda: self.root.get_submodule(target)(*a, **k))
+                fake = unpatched(lambda: self.root.get_submodule(target)(*a, **k))
             elif kind == "placeholder":
                 fake = self._fake(self.binding.given[target])
             else:
@@ -152,17 +153,6 @@ def _has_tensor(value: Any) -> bool:
 
 
 _CONSTANTS = (int, float, bool, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
-_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
-
-
-def _unpatched(action: Callable[[], Any]) -> Any:
-    """Do something with real modules while torch.fx has `__call__` and `__getattr__` of nn.Module patched."""
-    patched = nn.Module.__call__, nn.Module.__getattr__
-    nn.Module.__call__, nn.Module.__getattr__ = _CALL, _GETATTR  # type: ignore[method-assign]
-    try:
-        return action()
-    finally:
-        nn.Module.__call__, nn.Module.__getattr__ = patched  # type: ignore[method-assign]
 
 
 def trace_shapes(model: nn.Module, example: Example) -> Traced:

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .canonical import canonicalize
-from .copies import eval_copy
+from .copies import eval_copy, unwrapped
 from .errors import TraceError
 from .exported import trace_export
 from .fold import fold_constants
@@ -75,6 +75,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     forward does not take.
     """
     example = example_arguments(example_input)
+    model = unwrapped(model)
     bind(model, example)
     reference = _run(eval_copy(model), example)
     reasons: list[str] = []

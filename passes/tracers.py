@@ -11,18 +11,22 @@ is traced again, from a fresh copy, with that submodule as a leaf from the start
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from . import ops
 from .copies import eval_copy
 from .errors import TraceError
+from .facts import UNKNOWN, Facts
 from .interface import Example, ModelCodeGen, Structure, bind, strip
+from .scripted import following, inline_module
 
 __all__ = ["MutableProxy", "SymbolicTracer", "Traced", "first_line", "record", "trace_symbolic", "unpacked"]
 
@@ -56,6 +60,37 @@ class MutableProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        return _length(self)
+
+    def __index__(self) -> int:
+        return _number(self)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """An attribute of a proxy: a shape has a length."""
+
+    def __len__(self) -> int:
+        return _length(self)
+
+    def __index__(self) -> int:
+        return _number(self)
+
+
+def _length(proxy: fx.Proxy) -> int:
+    length = proxy.tracer.facts.length(proxy.node) if isinstance(proxy.tracer, SymbolicTracer) else None
+    return fx.Proxy.__len__(proxy) if length is None else length
+
+
+def _number(proxy: fx.Proxy) -> int:
+    value = proxy.tracer.facts.value(proxy.node) if isinstance(proxy.tracer, SymbolicTracer) else UNKNOWN
+    if value is UNKNOWN:
+        raise TypeError(f"{proxy.node.name} is a value of the graph, not a number")
+    return int(value)  # type: ignore[call-overload]
+
 
 class SymbolicTracer(fx.Tracer):
     """torch.fx with leaves chosen by what a module is, not by where its class was defined."""
@@ -72,6 +107,26 @@ class SymbolicTracer(fx.Tracer):
         named = [*model.named_parameters(), *model.named_buffers()]
         self.names = {id(tensor): (name, tensor) for name, tensor in named}
         self.paths: dict[int, str] = {}
+        self.facts = Facts(model, self.binding.given)
+        self.sources = Sources()
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        """Trace, also into scripted functions and autograd functions."""
+        with following(self), self.sources:
+            return super().trace(root, concrete_args)
+
+    # --- what is known for every size ---------------------------------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer to a question about dimensions, types or devices; any other raises."""
+        value = self.facts.value(obj.node)
+        return super().to_bool(obj) if value is UNKNOWN else bool(value)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The entries of a shape; any other value raises."""
+        length = self.facts.length(obj.node)
+        item: Any = obj
+        return super().iter(obj) if length is None else iter([item[i] for i in range(length)])
 
     # --- inputs and outputs -------------------------------------------------------------------------------------------
 
@@ -159,6 +214,8 @@ class SymbolicTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         last = next(iter(reversed(self.graph.nodes)))
         stack = list(self.module_stack.items())
+        if isinstance(m, torch.jit.ScriptModule):
+            forward = functools.partial(_forward_of_script, self, m)
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever the forward does with a proxy may raise anything
@@ -175,6 +232,31 @@ class SymbolicTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
+def _forward_of_script(tracer: fx.Tracer, module: Any, *args: Any, **kwargs: Any) -> Any:
+    return inline_module(tracer, module, args, kwargs)
+
+
+class Sources(TorchFunctionMode):
+    """Remembers which constants a forward computes from trainable parameters, though no gradient is recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if type(result) is Tensor and result.is_floating_point():
+            found: list[Tensor] = []
+            fx.node.map_aggregate((args, kwargs or {}), lambda v: found.append(v) if isinstance(v, Tensor) else None)
+            if any(self.trainable(v) for v in found):
+                self.computed[id(result)] = result
+        return result
+
+    def trainable(self, tensor: Tensor) -> bool:
+        """Whether a tensor wants a gradient, or is computed from one that does."""
+        return tensor.requires_grad or id(tensor) in self.computed
+
+
 _UNDERSTOOD = (
     *ops.CONVS,
     *ops.AFFINE,
@@ -184,6 +266,7 @@ _UNDERSTOOD = (
     nn.Linear,
     nn.GroupNorm,
     nn.LayerNorm,
+    nn.SyncBatchNorm,
 )
 
 
@@ -244,11 +327,21 @@ def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Tr
         if tracer.failed.keys() <= opaque.keys():
             raise TraceError(f"{', '.join(tracer.failed)} can not be traced, not even as opaque modules")
         opaque |= tracer.failed
+    for value in tracer.tensor_attrs:  # what a forward computes from trainable parameters is trainable
+        if isinstance(value, Tensor) and value.is_floating_point() and tracer.sources.trainable(value):
+            value.requires_grad_(True)
     graph._tracer_cls = None  # unpickling would trace with it again, without a model
     graph.set_codegen(ModelCodeGen(tracer.binding, tracer.fixed, tracer.structure))
     renamed = free_names(source, graph)
     opaque = {f"{renamed.get(path, path)}{dot}{rest}": why for (path, dot, rest), why in _split(opaque)}
-    return Traced(fx.GraphModule(source, graph, type(model).__name__), opaque)
+    gm = fx.GraphModule(source, graph, type(model).__name__)
+    for name, parameter in source.named_parameters():
+        if not isinstance(parameter, nn.Parameter) and name in dict(gm.named_buffers()):  # of a scripted module
+            owner, _, last = name.rpartition(".")
+            del gm.get_submodule(owner)._buffers[last]
+            made = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+            gm.get_submodule(owner).register_parameter(last, made)
+    return Traced(gm, opaque)
 
 
 def _split(opaque: dict[str, str]) -> list[tuple[tuple[str, str, str], str]]:
