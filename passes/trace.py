@@ -39,6 +39,7 @@ from .interface import Example, bind, plain_output
 from .limits import set_limits
 from .shape_tracer import trace_shapes
 from .sizes import Probes, Verdict
+from .stateful import run_unchanged
 from .tracers import Traced, first_line, trace_symbolic
 
 __all__ = ["TRACERS", "annotate", "example_arguments", "fingerprint", "trace"]
@@ -72,12 +73,12 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     reasons of opaque submodules, how many convolutions run inside them, and the example's shapes.
 
     Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
-    forward does not take.
+    forward does not take, and `ModelError` for a model that changes while it is run.
     """
     example = example_arguments(example_input)
     model = unwrapped(model)
     bind(model, example)
-    reference = _run(eval_copy(model), example)
+    reference = run_unchanged(eval_copy(model), example)
     reasons: list[str] = []
     best: tuple[tuple[int, int], fx.GraphModule] | None = None
     probes = Probes(model, example)
@@ -268,12 +269,6 @@ def _spec(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return {"tuple" if isinstance(value, tuple) else "list": [_spec(v) for v in value]}
     return value
-
-
-def _run(model: nn.Module, example: Example) -> Any:
-    args, kwargs = _clone(example)
-    with torch.no_grad():
-        return model(*args, **kwargs)
 
 
 def _difference(expected: Any, actual: Any) -> str | None:

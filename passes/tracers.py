@@ -89,7 +89,7 @@ def _number(proxy: fx.Proxy) -> int:
     value = proxy.tracer.facts.value(proxy.node) if isinstance(proxy.tracer, SymbolicTracer) else UNKNOWN
     if value is UNKNOWN:
         raise TypeError(f"{proxy.node.name} is a value of the graph, not a number")
-    return int(value)  # type: ignore[call-overload]
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 class SymbolicTracer(fx.Tracer):

@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
+from lmfx.importance.magnitude import Magnitude
 from lmfx.passes.copies import eval_copy
+from lmfx.passes.errors import ModelError
 from lmfx.passes.trace import trace
 from lmfx.passes.verify import relative_error
-from tests.helpers import assert_unchanged, check_trace, double, ops_of, run, snapshot
+from tests.helpers import assert_unchanged, check_trace, double, ops_of, run, snapshot, spans_of
 
 X = torch.randn(2, 3, 9, 7, dtype=torch.float64)
 OTHER = torch.randn(3, 3, 8, 11, dtype=torch.float64)
@@ -311,3 +313,77 @@ def test_what_only_runs_a_network_is_left_out(wrap: Callable[[nn.Module], nn.Mod
     gm = trace(model.eval(), X)
     assert {n for n, _ in gm.named_parameters()} == {n for n, _ in plain.named_parameters()}
     assert relative_error(run(plain, OTHER), run(gm, OTHER)) <= 1e-13
+
+
+# --- networks that change while they run ------------------------------------------------------------------------------
+
+
+class Watch(nn.Module):
+    """Writes the largest value that it saw into a buffer, or fills a table once."""
+
+    def __init__(self, once: bool) -> None:
+        super().__init__()
+        self.once = once
+        self.register_buffer("largest", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.once:
+            self.largest = torch.maximum(self.largest, x.max())
+        elif not bool(self.largest):
+            self.largest = torch.ones(1, dtype=x.dtype)
+        return x * self.largest
+
+
+class Stubborn(nn.BatchNorm2d):
+    """A norm that eval() does not reach."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        return self
+
+
+def test_a_network_that_writes_buffers_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="changes while it is run.*1.largest of Watch"):
+        trace(net(Watch(once=False)), X)
+
+
+def test_a_buffer_that_is_filled_once_is_no_state() -> None:
+    check_trace(net(Watch(once=True)), X)
+
+
+def test_a_norm_that_stays_in_training_is_refused() -> None:
+    with pytest.raises(ModelError, match="1.running_mean of Stubborn.*training mode"):
+        trace(net(Stubborn(4)), X)
+
+
+def test_observers_are_refused_and_what_to_do_is_said() -> None:
+    from torch.ao.quantization import MinMaxObserver
+
+    with pytest.raises(ModelError, match="observers.*compress the network before"):
+        trace(net(MinMaxObserver()), X)
+
+
+# --- what magnitude knows of them -------------------------------------------------------------------------------------
+
+
+class Hidden(nn.Module):
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+        nn.init.constant_(self.mix.weight, size)
+        self.register_forward_hook(lambda *a: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def test_magnitude_takes_no_opaque_part_for_free() -> None:
+    worst = []
+    for size in (0.1, 1.0, 10.0):
+        torch.manual_seed(0)
+        convs = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)]
+        spans = spans_of(net(convs[0], Hidden(size), convs[1]), X, realize=("fit", "drop"))
+        scores = Magnitude().score(spans, spans.candidates)
+        whole = [c for c in spans if c.realization == "fit" and c.span.start == 0 and len(c.all_convs) == 4]
+        assert whole
+        worst.append(max(scores[c.key] for c in whole))
+    assert worst[0] > worst[1] > worst[2] and worst[0] < -0.1

@@ -1,7 +1,9 @@
 """`magnitude`: weights only, no data. What a candidate loses is the L1 norm of the convs that it prunes or replaces.
 
 Each conv's norm is relative to the mean of all, and each activation that goes costs `activation`; a fit is taken to
-lose only its activations. It is the cheapest baseline, and a poor one: prefer `reconstruction` with any data at all.
+lose only its activations. An op that is not understood costs the norm of all weights in it and one activation, whatever
+replaces it, and so does every op of a mesh that is replaced whole: nothing says that a conv can do the same.
+It is the cheapest baseline, and a poor one: prefer `reconstruction` with any data at all.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ class Magnitude:
         for c in candidates:
             pruned = [p for p in c.all_convs if p not in c.kept] if c.realization != "fit" else []
             lost = sum(norms.get(p, 0.0) for p in pruned) / mean
+            if c.realization in ("fit", "drop"):
+                opaque = _opaque(network, c)
+                lost += sum(_weights(network, n) for n in opaque) / mean + self.activation * len(opaque)
             rows[c.key] = (
                 0.0 if c.realization == "keep" else -lost - self.activation * (_activations(network, c) + 0.01)
             )
@@ -64,3 +69,29 @@ def _activations(network: Network, candidate: Candidate) -> int:
     inside = [s for lay in layers if lay.parallel for b in lay.parallel.branches for s in b.walk()]
     every = [lay.activation for lay in layers] + [lay.activation for s in inside for lay in s.layers]
     return sum(a is not None for a in every) - (span.activation is not None)
+
+
+def _opaque(network: Network, candidate: Candidate) -> list[str]:
+    """The nodes that a candidate removes without anybody knowing what they compute, but for convs."""
+    span = candidate.span
+    layers = list(network.series[span.series].layers[span.start : span.stop])
+    found: list[str] = []
+    while layers:
+        layer = layers.pop(0)
+        known = set(network.convs((layer,))[1]) | {layer.activation}
+        if layer.opaque is not None:
+            found += [n for n in layer.nodes if n not in known]
+        if layer.parallel is not None:
+            if layer.parallel.join == "mesh":
+                found += [n for n in (*layer.parallel.inner, layer.parallel.node) if n not in known]
+            elif layer.parallel.join == "mul":
+                found.append(layer.parallel.node)
+            layers += [inner for branch in layer.parallel.branches for inner in branch.layers]
+    return [n for n in found if network.nodes[n].op != "get_attr"]
+
+
+def _weights(network: Network, name: str) -> float:
+    """The L1 norm of all weights of a node's module, and of the parameters that the node reads."""
+    node = network.nodes[name]
+    held = list(network.module(name).parameters()) if node.op == "call_module" else []
+    return sum(float(p.detach().abs().sum()) for p in held if p.dim() > 1)
