@@ -68,6 +68,13 @@ def predict_plan(frontier: Frontier, budget: Budget) -> Predicted:
     return Predicted(index, plan, frontier, float(frontier.latency[index]), frontier.original)
 
 
+def predict_loss_free(frontier: Frontier, budget: Budget) -> Predicted | None:
+    """The fastest plan of a frontier of plans that all lose nothing, if its predicted latency is within `budget`."""
+    if not frontier.plan(0).candidates or frontier.latency[0] > budget.resolve(frontier.original):
+        return None
+    return Predicted(0, frontier.plan(0), frontier, float(frontier.latency[0]), frontier.original)
+
+
 def runtime_of(table: LatencyTable) -> dict[str, Any]:
     """The identity of the backend that a table was measured on."""
     return {k: v for k, v in table.identity.items() if k not in _REMEDY}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from statistics import median
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import fx, nn
 
 from lmfx.budget import Budget
 from lmfx.calibration import Calibration, as_calibration
-from lmfx.carried import Predicted, check_table, predict_plan, runtime_of
+from lmfx.carried import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
@@ -26,7 +27,7 @@ from lmfx.passes.spans import Method, Norm, SpanSet, enumerate_spans
 from lmfx.passes.trace import example_arguments, fingerprint
 from lmfx.profiling import profile_spans
 from lmfx.result import Result
-from lmfx.search import Found, find_plan
+from lmfx.search import Found, find_loss_free, find_plan
 from lmfx.stages import default_backend, rewrite, trace, worth_scoring
 
 __all__ = ["compress"]
@@ -61,7 +62,8 @@ def compress(
     Args:
         model: any network that torch.fx or torch.export can trace, in eval mode.
         example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise.
-        budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms"; 1.0 changes nothing.
+        budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms". A plan that loses nothing is taken
+            wherever it is within the budget; 1.0 does that at most.
         calibration: unlabelled images, a tensor (images, ...) or a loader of batches; without it the example stands in.
         latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
             "roofline", or a backend object; or a `LatencyTable` of `lmfx.profile` that was measured elsewhere: then
@@ -73,7 +75,7 @@ def compress(
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
         method: what may be done to a span: "layermerge" (all), "depth" (activations are removed, all convs are merged:
-            Kim et al. 2023), "layeronly" (single convs are removed, nothing is merged).
+            Kim et al. 2023), "layeronly" (single convs are removed, nothing is merged), "exact" (what loses nothing).
         norm: what becomes of a norm inside a composed span whose statistics come from the map, like GroupNorm: "affine"
             (its average on the calibration images) or "post" (it moves behind the merged conv, as the paper has it).
         activation_after: an activation, like "relu6", behind merged convs whose span ended without one.
@@ -112,22 +114,43 @@ def compress(
     else:
         source = get_backend(latency if latency is not None else default_backend(graph))
     images = as_calibration(calibration, example_input)
-    if wanted.kind != "ms" and wanted.value == 1:
+    found = _loss_free(spans, source, wanted, example_input, cache_dir, progress)
+    if found is None and wanted.kind != "ms" and wanted.value == 1:
         return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, source, merge, None, images)
     if not any(c.realization != "keep" for c in spans):
         raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
-    with Store.open(cache_dir) as store:
-        table = source if isinstance(source, LatencyTable) else profile_spans(spans, source, store, progress)
-        scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
-    frontier = solve_spans(spans, table, scores, surrogate=surrogate)
-    found: Found | Predicted
-    if isinstance(source, LatencyTable):
-        found = predict_plan(frontier, wanted)
-    else:
-        found = find_plan(graph, frontier, wanted, source, example_input, progress)
+    if found is None:
+        with Store.open(cache_dir) as store:
+            table = source if isinstance(source, LatencyTable) else profile_spans(spans, source, store, progress)
+            scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
+        frontier = solve_spans(spans, table, scores, surrogate=surrogate)
+        if isinstance(source, LatencyTable):
+            found = predict_plan(frontier, wanted)
+        else:
+            found = find_plan(graph, frontier, wanted, source, example_input, progress)
     student = rewrite(graph, found.plan, calibration=images, progress=progress)
     net = merge_spans(student) if merge else student
     return _finish(graph, net, found.plan, spans, wanted, source, merge, found, images)
+
+
+def _loss_free(
+    spans: SpanSet,
+    source: Backend | LatencyTable,
+    budget: Budget,
+    example_input: Any,
+    cache_dir: str | os.PathLike[str] | None,
+    progress: bool,
+) -> Found | Predicted | None:
+    """The fastest plan that loses nothing, if it is within the budget: nothing has to be scored for it."""
+    if not any(c.exact for c in spans):
+        return None
+    free = replace(spans, candidates=tuple(c for c in spans if c.exact or c.realization == "keep"))
+    nothing = ImportanceTable({}, {})
+    if isinstance(source, LatencyTable):
+        return predict_loss_free(solve_spans(free, source, nothing), budget)
+    with Store.open(cache_dir) as store:
+        frontier = solve_spans(free, profile_spans(free, source, store, progress), nothing)
+    return find_loss_free(spans.network.gm, frontier, budget, source, example_input)
 
 
 def _nothing_to_merge(

@@ -156,7 +156,8 @@ def solve_spans(
 ) -> Frontier:
     """Every budget from one exact solve. Candidates without a row in both tables can not be chosen.
 
-    Latencies are those of whole networks by `line`, by default the table's calibration if it has one.
+    What is the same function as its span has importance 0, whatever a table says, and is taken where another choice has
+    the same latency and importance. Latencies are those of whole networks by `line`, by default the table's calibration if it has one.
     """
     line = line or latency.calibration or IDENTITY
     by_series: dict[str, list[Candidate]] = {}
@@ -167,14 +168,15 @@ def solve_spans(
     def chain(series: Series) -> Chain:
         nonlocal total
         entries = []
-        for c in by_series.get(series.name, []):
+        for c in sorted(by_series.get(series.name, []), key=lambda c: not (c.exact or c.realization == "keep")):
             if c.realization == "keep":
                 parallel = series.layers[c.span.start].parallel
                 branches = tuple(chain(b) for b in parallel.branches) if parallel else ()
                 total += latency.ms(c.key)
                 entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), 0.0, c, branches))
-            elif c.key in latency and c.key in importance:
-                entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), importance[c.key], c))
+            elif c.key in latency and (c.exact or c.key in importance):
+                value = 0.0 if c.exact else importance[c.key]
+                entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), value, c))
         return Chain(entries, len(series.layers))
 
     chains = [chain(region.series) for region in spans.network.regions]

@@ -173,6 +173,8 @@ class _Search:
         self.best = np.array(best)
         self.bound = np.zeros(len(candidates))  # of the value less `best`
         self.scores: dict[int, float] = {}  # the same; -inf without a row
+        self.free = {i for i, c in enumerate(candidates) if c.exact}  # lose nothing, which needs no scoring
+        self.scores.update({i: -float(self.best[i]) for i in self.free})
         self.identity: dict[str, Any] = {}
 
     def run(
@@ -240,12 +242,12 @@ class _Search:
         keeps = {c.key: 0.0 for c in self.spans if c.realization == "keep" and c.key in self.latency}
         table = replace(table, rows={**keeps, **table.rows})
         lower = solve_spans(self.spans, self.latency, table)
-        usable = {i: v for i, v in self.scores.items() if v > -inf}
+        usable = {i: v for i, v in self.scores.items() if v > -inf and i not in self.free}
         broken, pairs, excess = violations(self.bounded, usable)
         return OnDemand(
             table=table,
-            evaluations=len(self.scores),
-            candidates=len(self.candidates),
+            evaluations=len(self.scores) - len(self.free),
+            candidates=len(self.candidates) - len(self.free),
             rounds=rounds,
             budgets=tuple(self.budgets),
             importances=tuple(self.reached(lower, b) for b in self.budgets),

@@ -26,7 +26,7 @@ from lmfx.passes.trace import example_arguments
 from lmfx.progress import progress as progress_bar
 from lmfx.wholes import timing_form
 
-__all__ = ["Found", "find_plan"]
+__all__ = ["Found", "find_loss_free", "find_plan"]
 
 MARGIN = 0.98  # aim this far below the budget, and accept what is measured up to ACCEPT of it
 ACCEPT = 0.99
@@ -64,6 +64,15 @@ def find_plan(
         found = search.run(lambda: bar.update(1))
         bar.update(max(0, STEPS - search.steps))
     return found
+
+
+def find_loss_free(
+    graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, example_input: Any
+) -> Found | None:
+    """The fastest plan of a frontier of plans that all lose nothing, if its measured latency is within `budget`."""
+    if not frontier.plan(0).candidates:
+        return None  # nothing that loses nothing is faster
+    return _Search(graph, frontier, budget, backend, example_input).fastest()
 
 
 class _Search:
@@ -105,11 +114,26 @@ class _Search:
             return Calibration(self.wholes[0] - self.sums[0], 1.0, 0.0, float("nan"), float("nan"))
         return calibrate([s for s, _ in useful], [w for _, w in useful])
 
-    def run(self, tick: Callable[[], None]) -> Found:
+    def begin(self) -> float:
+        """Measures the original; the budget as a fraction of it."""
         times = self.backend.measure_interleaved([bare(self.graph, self.example)], REPEATS)
         self.original = median(times[0])
         self.sums, self.wholes = [self.frontier.original_sum], [self.original]
-        fraction = self.budget.resolve(self.original) / self.original
+        return self.budget.resolve(self.original) / self.original
+
+    def fastest(self) -> Found | None:
+        """The first plan, if it is within the budget."""
+        fraction = self.begin()
+        ratio = self.measure(0, FINAL_REPEATS)
+        if ratio > fraction:
+            return None
+        frontier = self.frontier.calibrated(self.line())
+        plan = frontier.plan(0)
+        predicted = float(frontier.latency[0])
+        return Found(0, plan, frontier, predicted, ratio * self.original, self.original, ratio)
+
+    def run(self, tick: Callable[[], None]) -> Found:
+        fraction = self.begin()
         if fraction >= 1:  # nothing to do: the original is within the budget
             frontier = self.frontier.calibrated(self.line())
             plan = MergePlan((), frontier.plan(0).fingerprint, self.original, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ def rewrite(
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
     check_graph(graph, "rewrite")
     images = as_calibration(calibration, graph.meta["lmfx"]["example"])
-    network = Network(graph)
+    network = Network(graph, fine=plan.fine)
     composed = any(c.realization == "compose" for c in plan.candidates)
     surrogates = affine_surrogates(network, images) if composed and plan.surrogate == "affine" else None
     student = fit_plan(network, rewrite_graph(graph, plan, surrogates), plan, images, progress)
@@ -149,11 +150,25 @@ def profile(
 
 
 def worth_scoring(spans: SpanSet, latency: LatencyTable) -> list[Candidate]:
-    """The candidates that a plan could choose: those with a latency, and of a composed and a fitted conv of one
-    configuration only the fit, which costs the same and reconstructs at least as well."""
+    """The candidates that a plan could choose: those with a latency, of a composed and a fitted conv of one
+    configuration only the fit, which costs the same and reconstructs at least as well, and none that is no faster than
+    one of the same span that loses nothing."""
     present = [c for c in spans if c.key in latency]
     fitted = {_twin(c) for c in present if c.realization == "fit"}
-    return [c for c in present if c.realization != "compose" or _twin(c) not in fitted]
+    free: dict[tuple[str, int, int], float] = {}  # the fastest of each span that loses nothing
+    for c in present:
+        if c.exact:
+            place = c.span.series, c.span.start, c.span.stop
+            free[place] = min(free.get(place, math.inf), latency.ms(c.key))
+
+    def worth(c: Candidate) -> bool:
+        if c.exact or c.realization == "keep":
+            return True
+        if latency.ms(c.key) >= free.get((c.span.series, c.span.start, c.span.stop), math.inf):
+            return False
+        return c.realization != "compose" or _twin(c) not in fitted
+
+    return [c for c in present if worth(c)]
 
 
 def _twin(c: Candidate) -> tuple[Any, ...]:

@@ -198,6 +198,7 @@ class Candidate:
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves behind the merged conv (`norms`).
+    `exact` says that the candidate is the same function as its span (`passes/exact.py`), so that it loses nothing.
     """
 
     span: Span
@@ -207,6 +208,7 @@ class Candidate:
     all_convs: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     post_norm: str | None = field(default=None, kw_only=True, metadata={"optional": True})
+    exact: bool = field(default=False, kw_only=True, compare=False, metadata={"optional": True})
 
     @property
     def key(self) -> str:
@@ -240,3 +242,10 @@ class MergePlan:
     notes: dict[str, float] = field(default_factory=dict, compare=False)
     # An activation behind each merged conv whose span ended without one (see `rewrite`).
     activation_after: str | None = field(default=None, metadata={"optional": True})
+    # Its spans count layers of one op each, as those of `lmfx.simplify` do (see `find_regions`).
+    fine: bool = field(default=False, metadata={"optional": True})
+
+    @property
+    def exact(self) -> bool:
+        """Whether every candidate is: the network under the plan computes what the original computes."""
+        return all(c.exact for c in self.candidates)

@@ -30,10 +30,10 @@ __all__ = ["Network"]
 class Network:
     """A canonical graph, its regions, and constant-time access to nodes, modules, series and configurations."""
 
-    def __init__(self, gm: fx.GraphModule, regions: tuple[Region, ...] | None = None) -> None:
+    def __init__(self, gm: fx.GraphModule, regions: tuple[Region, ...] | None = None, fine: bool = False) -> None:
         self.gm = gm
         self.nodes: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes}
-        self.regions = find_regions(gm) if regions is None else regions
+        self.regions = find_regions(gm, fine) if regions is None else regions
         self.series: dict[str, Series] = {s.name: s for r in self.regions for s in r.series.walk()}
         self._configs: dict[int, ConvConfig | Refusal] = {}
         self._geometries: dict[int, ConvConfig | None] = {}

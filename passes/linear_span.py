@@ -10,6 +10,7 @@ branches meet, each is given the crop of its input that its own padding would ha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from .ir import ConvConfig
 from .linear import LinearOp
 from .sides import Maps, SideAdd, SideConv, merge_maps, side_conv, through
 
-__all__ = ["Branches", "Chain", "Crop", "LinearSpan", "fill_pad", "pad_module"]
+__all__ = ["Branches", "Chain", "Crop", "LinearSpan", "affine_op", "fill_pad", "pad_module", "without_padding"]
 
 
 class Chain(nn.Sequential):
@@ -48,7 +49,7 @@ class Chain(nn.Sequential):
             else:
                 if isinstance(module, (Chain, Branches)):
                     own = module.side_maps(channels, ndim, device)
-                op = _linear_op(module, channels, ndim, device)
+                op = affine_op(module, channels, ndim, device)
                 maps, channels = through(maps, op), op.out_channels
             maps = merge_maps([maps, own], [channels, channels], "add", (1.0, 1.0))
         return maps
@@ -65,10 +66,10 @@ class Chain(nn.Sequential):
             elif isinstance(module, ops.ChannelSelect) and op is not None:
                 op = linear.select(op, module.index)
             elif op is None:
-                op = _linear_op(module, channels if chosen is None else len(chosen), ndim, device)
+                op = affine_op(module, channels if chosen is None else len(chosen), ndim, device)
                 op = op if chosen is None else linear.spread(op, chosen, channels)
             else:
-                op = linear.compose(op, _linear_op(module, op.out_channels, ndim, device))
+                op = linear.compose(op, affine_op(module, op.out_channels, ndim, device))
         if op is None:
             op = linear.identity(channels, ndim, device)
             return op if chosen is None else linear.select(op, chosen)
@@ -146,7 +147,8 @@ class Branches(nn.Module):
 _SIDED = (Chain, Branches, SideAdd, SideConv)
 
 
-def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:
+def affine_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:
+    """One affine module as an op in float64, without its padding where it is one of a span."""
     if isinstance(module, (Chain, Branches)):
         return module.linear_op(channels, ndim, device)
     if isinstance(module, ops.CONVS):
@@ -164,6 +166,25 @@ def _linear_op(module: nn.Module, channels: int, ndim: int, device: torch.device
     if isinstance(module, ops.SpaceToDepth):
         return linear.from_space_to_depth(module.factors, channels, device)
     raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
+
+
+def without_padding(module: nn.Module) -> nn.Module | None:
+    """A copy that shares nothing with the original, and neither pads nor crops; None if nothing else is left of it."""
+    if isinstance(module, (*ops.PADS, *ops.MIRRORS)):
+        return None
+    if isinstance(module, ops.PixelSlice):
+        none = ((0, 0),) * len(module.steps)
+        return ops.PixelSlice(none, module.steps) if any(s > 1 for s in module.steps) else None
+    if isinstance(module, nn.PixelUnshuffle):
+        return ops.SpaceToDepth((module.downscale_factor,) * 2)  # of what is no whole block it leaves out the rest
+    clone = copy.deepcopy(module)
+    if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        clone.padding = (0,) * len(clone.kernel_size)
+        clone.padding_mode = "zeros"
+        clone._reversed_padding_repeated_twice = [0, 0] * len(clone.kernel_size)
+    elif isinstance(clone, ops.AVG_POOLS):
+        clone.padding = 0  # type: ignore[assignment]
+    return clone
 
 
 def fill_pad(x: Tensor, config: ConvConfig) -> Tensor:

@@ -25,10 +25,13 @@ _ON_VECTORS = (*ops.ACTIVATIONS, nn.BatchNorm1d, ops.ChannelAffine)
 Kind = Literal["conv", "affine", "activation", "opaque"]
 
 
-def find_regions(gm: fx.GraphModule) -> tuple[Region, ...]:
-    """All regions of a canonical graph, in the order of their exits. `gm` must come from `trace`."""
+def find_regions(gm: fx.GraphModule, fine: bool = False) -> tuple[Region, ...]:
+    """All regions of a canonical graph, in the order of their exits. `gm` must come from `trace`.
+
+    With `fine` every op is a layer of its own: a norm may then be folded where a pool beside it stays.
+    """
     found = [e for e in Reduction(gm).edges if any(carries_conv(gm, item) for item in e.items)]
-    return tuple(Region(_series(gm, str(i), e.source, e.items)) for i, e in enumerate(found))
+    return tuple(Region(_series(gm, str(i), e.source, e.items, fine)) for i, e in enumerate(found))
 
 
 def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
@@ -86,7 +89,7 @@ def _mesh_refusal(item: Branching) -> Refusal:
     return Refusal(f"values meet in {names} in a way that is no series of layers", tuple(n.name for n in mixing))
 
 
-def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item]) -> Series:
+def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fine: bool) -> Series:
     layers: list[Layer] = []
     at = entry.name  # the value that enters the layer being collected
     nodes: list[fx.Node] = []
@@ -105,6 +108,8 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item]) ->
         nodes.clear()
 
     for item in items:
+        if fine:
+            close()
         if isinstance(item, Branching):
             close()
             prefix = f"{name}/{len(layers)}"
@@ -113,7 +118,7 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item]) ->
                 close(opaque=_mesh_refusal(item))
                 continue
             branches = tuple(
-                _series(gm, f"{prefix}.{b}", edge.source, edge.items) for b, edge in enumerate(item.branches)
+                _series(gm, f"{prefix}.{b}", edge.source, edge.items, fine) for b, edge in enumerate(item.branches)
             )
             inner = tuple(n.name for n in item.nodes if n is not item.node)
             refusal = _mesh_refusal(item) if item.join == "mesh" else None

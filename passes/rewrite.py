@@ -24,7 +24,7 @@ from .configs import identity_config
 from .errors import PlanError
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
 from .layers import Network
-from .linear_span import Branches, Chain, Crop, LinearSpan
+from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
 from .norms import moved_norm
 from .placing import is_attribute
 from .sides import SideAdd, SideConv, side_vector
@@ -56,7 +56,7 @@ def rewrite(
             f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
             "trace the same model with an example of the same rank, or solve again"
         )
-    network = Network(graph)
+    network = Network(graph, fine=plan.fine)
     gm = _copy(graph, share_tensors)
     nodes = {n.name: n for n in gm.graph.nodes}
     placed: dict[str, str] = {}
@@ -114,10 +114,17 @@ def _post_norm(network: Network, candidate: Candidate) -> nn.Module:
 
 
 def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
-    """The module name that each candidate's merged conv gets, `layer1.0.merged` beside the span's first conv."""
+    """The module name that each candidate's merged conv gets, `layer1.0.merged` beside the span's first conv.
+
+    In a plan of single ops a conv that only takes in what is beside it keeps its name.
+    """
     taken: set[str] = set()
     names = []
     for candidate in plan.candidates:
+        if plan.fine and len(candidate.all_convs) == 1:
+            names.append(candidate.all_convs[0])
+            taken.add(names[-1])
+            continue
         parent = candidate.convs[0].rpartition(".")[0] if candidate.convs else ""
         base = f"{parent}.merged" if parent else "merged"
         name, i = base, 0
@@ -347,22 +354,3 @@ class _Builder:
         crops = [Crop(c) for c in linear.branch_crops(configs)]
         whole = linear.cat_configs(configs) if parallel.join == "cat" else linear.add_configs(configs)
         return Branches(parallel.join, chains, crops, signs), whole
-
-
-def without_padding(module: nn.Module) -> nn.Module | None:
-    """A copy that shares nothing with the original, and neither pads nor crops; None if nothing else is left of it."""
-    if isinstance(module, (*ops.PADS, *ops.MIRRORS)):
-        return None
-    if isinstance(module, ops.PixelSlice):
-        none = ((0, 0),) * len(module.steps)
-        return ops.PixelSlice(none, module.steps) if any(s > 1 for s in module.steps) else None
-    if isinstance(module, nn.PixelUnshuffle):
-        return ops.SpaceToDepth((module.downscale_factor,) * 2)  # of what is no whole block it leaves out the rest
-    clone = copy.deepcopy(module)
-    if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        clone.padding = (0,) * len(clone.kernel_size)
-        clone.padding_mode = "zeros"
-        clone._reversed_padding_repeated_twice = [0, 0] * len(clone.kernel_size)
-    elif isinstance(clone, ops.AVG_POOLS):
-        clone.padding = 0  # type: ignore[assignment]
-    return clone

@@ -11,6 +11,7 @@ drop      the identity, for spans that keep the shape and do not fall apart into
 layermerge   all of the above                                              (Kim et al., ICML 2024)
 depth        activations are removed, every conv of a span is composed     (Kim et al., ICML 2023)
 layeronly    convs are removed one by one, nothing is merged: the drops of single layers, whose activation stays
+exact        nothing is removed: the composed convs that are the same function as their span (`exact`)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal
 from . import ops
 from .configs import is_identity_config
 from .errors import OptionError
+from .exact import inexact
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network
 from .norms import last_norm
@@ -34,13 +36,14 @@ from .states import State, States
 __all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
 
 MAX_FIT_KERNEL = 7
-Method = Literal["layermerge", "depth", "layeronly"]
+Method = Literal["layermerge", "depth", "layeronly", "exact"]
 Norm = Literal["affine", "post"]
 # What each method may realize, and which realizations of a caller's say that the method was misunderstood.
 _METHODS: dict[str, frozenset[str]] = {
     "layermerge": frozenset({"compose", "fit", "drop", "keep"}),
     "depth": frozenset({"compose"}),
     "layeronly": frozenset({"drop"}),
+    "exact": frozenset({"compose"}),
 }
 
 
@@ -80,10 +83,10 @@ class SpanOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r}: pass a tuple of globs, like ({name!r},)")
 
     def _check_method(self) -> None:
-        if self.method == "depth" and "compose" not in self.realize:
+        if self.method in ("depth", "exact") and "compose" not in self.realize:
             raise OptionError(
-                f"method='depth' composes all convs of a span, and realize={self.realize!r} has no 'compose': leave "
-                "realize out, or use method='layermerge'"
+                f"method={self.method!r} composes all convs of a span, and realize={self.realize!r} has no 'compose': "
+                "leave realize out, or use method='layermerge'"
             )
         if self.method == "layeronly" and not {"compose", "drop"} & set(self.realize):
             raise OptionError(
@@ -142,7 +145,7 @@ class _Finder:
         self.candidates: list[Candidate] = []
         self.refusals: list[Refusal] = []
         self.allowed = options.allowed
-        self.states = States(network, options.max_kernel_size, prune=options.method != "depth")
+        self.states = States(network, options.max_kernel_size, prune=options.method not in ("depth", "exact"))
 
     # --- the loop over spans -----------------------------------------------------------------------------------------
 
@@ -153,6 +156,8 @@ class _Finder:
             for stop in range(start + 1, len(series.layers) + 1):
                 layer = series.layers[stop - 1]
                 if stop > start + 1 and (self.options.method == "layeronly" or self.too_long(series, start, stop)):
+                    break
+                if stop > start + 1 and self.options.method == "exact" and series.layers[stop - 2].activation:
                     break
                 states = self.states.extend(states, layer)
                 if stop == start + 1:
@@ -265,8 +270,28 @@ class _Finder:
             if too_small is not None:
                 self.refusals.append(too_small)
                 continue
+            lossy = self.lossy(span, layers, state, every, post)
+            if lossy is not None and self.options.method == "exact":
+                self.refusals.append(lossy)
+                continue
             paths = self.paths(main, every, kept)
-            self.candidates.append(Candidate(span, "compose", state.config, *paths, post_norm=post))
+            self.candidates.append(
+                Candidate(span, "compose", state.config, *paths, post_norm=post, exact=lossy is None)
+            )
+
+    def lossy(
+        self, span: Span, layers: tuple[Layer, ...], state: State, every: tuple[str, ...], post: str | None
+    ) -> Refusal | None:
+        """Why a composed candidate is not the same function as its span; None if it is."""
+        if set(state.kept) != set(every) or post is not None:
+            gone = tuple(n for n in every if n not in state.kept) or (span.exit,)
+            return Refusal("convs are pruned, or a norm moves", gone)
+        kept = span.activation is not None and not ops.normalizes(
+            self.network.module(span.activation), self.network.shape(span.activation)
+        )
+        if self.options.activation_after is not None and len(every) > 1 and not kept:
+            return Refusal(f"activation_after={self.options.activation_after!r} follows the merged conv", (span.exit,))
+        return inexact(self.network, layers, state.config)
 
     def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
         """Why a map can not be padded from its own values, as torch does it."""

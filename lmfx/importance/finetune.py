@@ -186,7 +186,7 @@ class Finetune:
         if calibration is None:
             raise InputError("importance='finetune' needs calibration images to start from: pass calibration=")
         network = spans.network
-        wanted = {c.key: c for c in candidates if c.realization != "keep"}
+        wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
         layers = kept_layers(network, candidates) if self.keep == "retrained" else {}
         identity = {
             "estimator": self.name,

@@ -95,7 +95,8 @@ def importances(
     original: float,
     layers: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """w of each candidate of which the performance is a finite number, 0 for `keep`; see the module's text.
+    """w of each candidate of which the performance is a finite number, 0 for `keep` and what loses nothing; see the
+    module's text.
 
     `performances` by candidate key, `layers` those of kept convolutions by their names (None: they do not change). A
     layer whose own performance is no number counts as unchanged.
@@ -105,7 +106,7 @@ def importances(
     kept = {name: value if isfinite(value) else unchanged for name, value in kept.items()}
     rows = {}
     for c in candidates:
-        if c.realization == "keep":
+        if c.realization == "keep" or c.exact:
             rows[c.key] = 0.0
             continue
         value = objective.importance(performances[c.key], original)

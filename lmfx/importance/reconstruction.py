@@ -87,7 +87,7 @@ class Reconstruction:
         """See `Estimator.score`. Rows are stored as they are made, under the weights and the calibration data."""
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
-        wanted = {c.key: c for c in candidates if c.realization != "keep"}
+        wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
         if self.exact is None:
             resolved = self.resolved(spans.network, len(wanted), calibration)
             return resolved.score(spans, candidates, calibration, store, progress, executor)
@@ -102,7 +102,7 @@ class Reconstruction:
             "weights": weights_digest(spans.network.gm),
             "calibration": calibration.digest(),
         }
-        rows = {c.key: 0.0 for c in candidates if c.realization == "keep"}
+        rows = {c.key: 0.0 for c in candidates if c.realization == "keep" or c.exact}
         if store is not None:
             rows.update({k: float(v) for k, v in store.get_many("importance", identity, list(wanted)).items()})
         todo = {k: c for k, c in wanted.items() if k not in rows}
