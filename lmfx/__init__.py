@@ -36,6 +36,7 @@ from lmfx.passes.ir import Candidate, MergePlan, Refusal
 from lmfx.plan_json import load_plan, save_plan
 from lmfx.report import report
 from lmfx.result import Result, result_of
+from lmfx.simplify import simplify
 from lmfx.stages import merge, merge_siblings, profile, rewrite, score, solve, spans, trace
 from lmfx.store import load, save
 
@@ -83,6 +84,7 @@ __all__ = [
     "save_plan",
     "score",
     "score_on_demand",
+    "simplify",
     "solve",
     "spans",
     "trace",

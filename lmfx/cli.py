@@ -4,6 +4,7 @@
     lmfx profile MODEL      the latency of each candidate that may pay
     lmfx frontier MODEL     every Pareto-optimal latency and importance
     lmfx compress MODEL     a network within a budget, saved to a folder
+    lmfx simplify MODEL     all merges that lose nothing, saved to a folder
     lmfx export DIR         a saved network as ONNX
     lmfx cache WHAT         what was measured and is kept: list, export, import, prune
 
@@ -51,6 +52,7 @@ from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table
+from lmfx.simplify import simplify
 from lmfx.stages import default_backend, profile, score, solve, trace
 from lmfx.store import example_of, load, model_spec, save
 
@@ -126,6 +128,17 @@ def _parser() -> argparse.ArgumentParser:
     table_option(made)
     score_options(made)
     add(made, compress, COMPRESS_OPTIONS)
+
+    made = command(
+        "simplify", _simplify, "make all merges that lose nothing, without a measurement, and save the result"
+    )
+    model_options(made)
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
+    made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
+    made.add_argument(
+        "--growth", type=float, default=1.0, metavar="G", help="cost of a merged conv over that of its parts, at most"
+    )
+    add(made, simplify, ("include", "exclude"))
 
     made = command("export", _export, "write a saved network as ONNX, checked against ONNX Runtime")
     made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")
@@ -292,6 +305,23 @@ def _compress(args: argparse.Namespace) -> None:
     print(f"\ncalibrated on {what}")
     if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")
+    save(net, output, model=args.model)
+    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    if args.onnx:
+        _write_onnx(net, x, output / "net.onnx")
+
+
+def _simplify(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    if args.onnx:
+        from lmfx.export.builder import require_onnx
+
+        require_onnx()
+    model, x = model_and_example(args)
+    net = simplify(model, x, growth=args.growth, **taken(args, ("include", "exclude")))
+    print(report(net))
     save(net, output, model=args.model)
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
     if args.onnx:

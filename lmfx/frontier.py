@@ -157,7 +157,8 @@ def solve_spans(
     """Every budget from one exact solve. Candidates without a row in both tables can not be chosen.
 
     What is the same function as its span has importance 0, whatever a table says, and is taken where another choice has
-    the same latency and importance. Latencies are those of whole networks by `line`, by default the table's calibration if it has one.
+    the same latency and importance. Latencies are those of whole networks by `line`, by default the table's calibration
+    if it has one.
     """
     line = line or latency.calibration or IDENTITY
     by_series: dict[str, list[Candidate]] = {}

@@ -24,7 +24,7 @@ class Result:
     none)."""
 
     plan: MergePlan
-    budget: Budget
+    budget: Budget | None  # None: only what loses nothing was merged (`simplify`)
     merged: bool  # the deploy form, or the trainable one
     backend: dict[str, Any]
     names: tuple[str, ...] = ()

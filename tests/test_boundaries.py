@@ -63,6 +63,7 @@ PUBLIC = {
     "rewrite": {"graph", "plan"},
     "save": set(),
     "score": {"graph", "estimator", "calibration"},
+    "simplify": {"model", "example_input", "include", "exclude"},
     "solve": {"graph"},
     "spans": set(),
     "trace": {"model", "example_input"},

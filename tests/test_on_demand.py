@@ -269,12 +269,12 @@ def test_finetune_evaluates_the_original_once_and_keeps_rows_under_a_key(made: M
         return finetune_toys.accuracy(model)
 
     options: dict[str, Any] = {"train": finetune_toys.train, "evaluate": evaluate, "calibration": DATA}
-    found = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, **options)
+    found = small.on_demand("finetune", [0.9, 0.7, 0.6, 0.5], cache_dir=tmp_path, **options)
     assert found.rounds > 1 and evaluated == found.evaluations + 2  # the original, as it is and trained
     with Store.open(tmp_path) as store:
         assert store.count() == 0
-    kept = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, key="a", **options)
-    again = small.on_demand("finetune", [0.9, 0.8, 0.7], cache_dir=tmp_path, key="a", **options)
+    kept = small.on_demand("finetune", [0.9, 0.7, 0.6, 0.5], cache_dir=tmp_path, key="a", **options)
+    again = small.on_demand("finetune", [0.9, 0.7, 0.6, 0.5], cache_dir=tmp_path, key="a", **options)
     assert dict(again.table) == dict(kept.table) == dict(found.table)
     assert evaluated == 2 * (found.evaluations + 2)
 

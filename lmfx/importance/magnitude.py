@@ -51,7 +51,9 @@ class Magnitude:
                 opaque = _opaque(network, c)
                 lost += sum(_weights(network, n) for n in opaque) / mean + self.activation * len(opaque)
             rows[c.key] = (
-                0.0 if c.realization == "keep" or c.exact else -lost - self.activation * (_activations(network, c) + 0.01)
+                0.0
+                if c.realization == "keep" or c.exact
+                else -lost - self.activation * (_activations(network, c) + 0.01)
             )
         return ImportanceTable(
             rows, {"estimator": self.name, "activation": self.activation, "graph": digest(network.gm)}

@@ -86,8 +86,10 @@ def _head(result: Result) -> str:
     title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
     if not plan.candidates:
         title = f"nothing was changed: all {before} convolutions are as they were"
-    lines = [title, f"  budget     {result.budget}{_budget_ms(result)}", f"  latency    {_latency(result)}"]
-    lines.append(f"  backend    {_backend(result)}")
+    lines = [title, "  budget     none: only what loses nothing was merged"]
+    if result.budget is not None:
+        lines[1:] = [f"  budget     {result.budget}{_budget_ms(result)}", f"  latency    {_latency(result)}"]
+        lines.append(f"  backend    {_backend(result)}")
     line = result.line
     if line is not None:
         lines.append(f"  table      {_line(line)}")
@@ -135,7 +137,7 @@ def _line(line: Calibration) -> str:
 
 
 def _budget_ms(result: Result) -> str:
-    if result.original is None or result.budget.kind == "ms":
+    if result.original is None or result.budget is None or result.budget.kind == "ms":
         return ""
     return f" (at most {result.budget.resolve(result.original):.4g} ms)"
 
