@@ -71,8 +71,7 @@ def merged_ops(network: Network, candidate: Candidate) -> int:
 
 def pads_apart(config: ConvConfig) -> bool:
     """Whether a merged conv has its padding in an op of its own."""
-    uneven = any(before != after for before, after in config.padding)
-    return config.pads and (uneven or config.padding_mode != "zeros" or config.padding_value != 0)
+    return not config.even
 
 
 def _sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
