@@ -117,6 +117,7 @@ class Masked(nn.Conv2d):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
             self.register_buffer("mask", torch.ones(4, 1, 1, 1).index_fill(0, torch.tensor([1]), 0.0))
+            param = nn.Parameter(torch.randn(4, 4, 3, 3))  # torch would initialise the product, not the kernel
         super().register_parameter("kernel" if name == "weight" else name, param)
 
 
