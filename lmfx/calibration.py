@@ -10,7 +10,6 @@ has as many rows as the images is *batched* and comes from the calibration data;
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lmfx.passes.content import Describer, digest_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.trace import example_arguments
 
@@ -81,12 +81,19 @@ class Calibration:
         return Calibration(rest, self.names), Calibration(tuple(t[:held] for t in judged), self.names)
 
     def digest(self) -> str:
-        """A short digest of all values, which names stored importances."""
-        state = hashlib.sha256()
-        for tensor in self.tensors:
-            state.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return state.hexdigest()[:16]
+        """A short digest of all values, and of the constants beside them, which names stored importances."""
+        return digest_of(self._described()[0])
+
+    def certain(self) -> bool:
+        """Whether the digest tells these inputs from all others: a constant of the example may be any object."""
+        return not self._described()[1]
+
+    def _described(self) -> tuple[list[str], list[str]]:
+        describer = Describer("values", code=True)
+        held = [v for v in self.names.leaves if v is not BATCHED] if isinstance(self.names, Frame) else list(self.names)
+        form = str(self.names.spec) if isinstance(self.names, Frame) else ""
+        lines = [describer.array(t) for t in self.tensors] + [form] + [describer.value(v, "the example") for v in held]
+        return lines, describer.unsure
 
 
 def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES) -> Calibration:

@@ -26,6 +26,7 @@ _REMEDY = {
     "batch": "profile again with an example of this batch size, or compress with one of that",
     "dtype": "profile again with a network of this dtype, or compress one of that",
     "graph": "profile this one",
+    "activation_after": "profile with the spans of this one, lmfx.profile(graph, spans=lmfx.spans(graph, ...))",
 }
 
 
@@ -45,7 +46,12 @@ class Predicted:
 def check_table(spans: SpanSet, table: LatencyTable) -> None:
     """Raises `TableError` for a table of another graph, batch or dtype, or one that lacks rows of kept layers."""
     facts = network_facts(spans)
-    for name in ("batch", "dtype", "graph"):  # the graph's digest would tell all three, but not which
+    for name in (
+        "batch",
+        "dtype",
+        "graph",
+        "activation_after",
+    ):  # the graph's digest would tell all three, but not which
         theirs = table.identity.get(name, facts[name])
         if theirs != facts[name]:
             what = "for another graph" if name == "graph" else f"with another {name}"

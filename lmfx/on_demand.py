@@ -38,6 +38,7 @@ from lmfx.calibration import Calibration, as_calibration
 from lmfx.checks import check_graph, check_run_options
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, Finetune, ImportanceTable, Reconstruction, get_estimator
+from lmfx.importance.base import weights_identity
 from lmfx.importance.dominance import bounded_by, violations
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import LatencyTable, Store
@@ -132,7 +133,7 @@ def score_on_demand(
     anything = solve_spans(found, latency, ImportanceTable({c.key: 0.0 for c in chosen}, {}))
     for budget in wanted:
         anything.index_at(budget)  # said before anything is trained
-    with _rows(made, cache_dir) as (named, store):
+    with _rows(made, cache_dir, graph) as (named, store):
         no_change = getattr(named, "no_change", None)
         best = [0.0] * len(chosen) if no_change is None else no_change(found, chosen, data, store, executor)
         search = _Search(found, chosen, latency, wanted, best, tolerance, width)
@@ -140,11 +141,14 @@ def score_on_demand(
 
 
 @contextlib.contextmanager
-def _rows(estimator: Estimator, cache_dir: str | os.PathLike[str] | None) -> Iterator[tuple[Estimator, Store]]:
+def _rows(
+    estimator: Estimator, cache_dir: str | os.PathLike[str] | None, graph: fx.GraphModule
+) -> Iterator[tuple[Estimator, Store]]:
     """The store, and the estimator that uses it. One that may not keep its rows keeps them until the end, so that the
     original is not evaluated anew in each round."""
-    if isinstance(estimator, Finetune) and estimator.key is None:
+    if isinstance(estimator, Finetune) and (estimator.key is None or not weights_identity(graph).certain):
         with tempfile.TemporaryDirectory(prefix="lmfx-") as folder, Store.open(folder) as store:
+            store.private = True
             yield replace(estimator, key="this run"), store
     else:
         with Store.open(cache_dir) as store:

@@ -8,7 +8,6 @@ A candidate that is not faster than keeping its span can never be chosen, so it 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,9 +16,9 @@ from torch import fx
 
 from lmfx.latency import LatencyTable, Measurement, Store, Workload
 from lmfx.latency.base import Backend
+from lmfx.passes.identity import identify
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans import SpanSet
-from lmfx.passes.trace import fingerprint
 from lmfx.workloads import Workloads
 
 __all__ = ["digest", "network_facts", "profile_spans", "table_identity"]
@@ -41,7 +40,7 @@ def profile_spans(
 
     Rows that the store has are not measured again; each new one is committed as it is made.
     """
-    make = Workloads(spans.network)
+    make = Workloads(spans.network, spans.options.activation_after)
     keeps = [_Row(c, make(c)) for c in spans if c.realization == "keep"]
     measured = backend.measure([r.workload for r in keeps if r.workload], store, progress, rounds)
     nothing = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
@@ -78,17 +77,18 @@ def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
 
 
 def network_facts(spans: SpanSet) -> dict[str, Any]:
-    """What a table is good for besides the backend: dtype, batch and the graph's digest."""
+    """What a table is good for besides the backend: dtype, batch, the graph's digest, and the activation that a plan
+    puts behind merged convs, which their rows have."""
     entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
     shape = entry.meta["shape"] if entry is not None else ()
     dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""
-    return {"dtype": dtype, "batch": shape[0] if shape else 0, "graph": digest(spans.network.gm)}
+    facts = {"dtype": dtype, "batch": shape[0] if shape else 0, "graph": digest(spans.network.gm)}
+    return {**facts, "activation_after": spans.options.activation_after}
 
 
 def digest(graph: fx.GraphModule) -> str:
     """A short digest of a traced graph and of its inputs' shapes: keys of another graph mean something else."""
-    shapes = [(n.meta.get("shape"), str(n.meta.get("dtype"))) for n in graph.graph.nodes if n.op == "placeholder"]
-    return hashlib.sha256(f"{fingerprint(graph)} {shapes}".encode()).hexdigest()[:16]
+    return identify(graph).digest
 
 
 def _device(backend: Backend) -> str:

@@ -16,6 +16,7 @@ from lmfx.checks import check_batched, check_graph, check_model, check_run_optio
 from lmfx.fitting import fit_plan
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
+from lmfx.importance.base import check_made_for
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.errors import InputError, PlanError, TableError
@@ -26,7 +27,7 @@ from lmfx.passes.rewrite import rewrite as rewrite_graph
 from lmfx.passes.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.spans import SpanSet, enumerate_spans
 from lmfx.passes.trace import trace as trace_graph
-from lmfx.profiling import digest, profile_spans
+from lmfx.profiling import profile_spans
 from lmfx.result import Result
 from lmfx.surrogates import affine_surrogates
 from lmfx.wholes import calibrate_table
@@ -214,9 +215,5 @@ def solve(
             raise TableError(f"solve needs a table of lmfx.{stage}, not a {type(table).__name__}")
     candidates = spans if spans is not None else globals()["spans"](graph)
     check_table(candidates, latency)
-    made_for = score.identity.get("graph", digest(graph))
-    if made_for != digest(graph):
-        raise TableError(
-            f"the ImportanceTable was made for another graph ({made_for}, this one is {digest(graph)}): score this one"
-        )
+    check_made_for(score.identity, candidates)
     return solve_spans(candidates, latency, score)

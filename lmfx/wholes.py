@@ -30,7 +30,8 @@ from lmfx.latency.base import REFERENCE, SENTINEL
 from lmfx.latency.share import alone
 from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.bare import bare
-from lmfx.passes.ir import MergePlan
+from lmfx.passes.identity import identify
+from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite import merge, rewrite
 from lmfx.passes.spans import SpanSet
 from lmfx.passes.trace import example_arguments
@@ -109,8 +110,10 @@ def measure_wholes(
 ) -> list[float]:
     """The latency of each plan's whole network in ms (an empty plan: the original), in the milliseconds of the rows.
 
-    Networks that the store has are not measured again.
+    Networks that the store has are not measured again. Those of a graph that can not be told from all others are not
+    stored.
     """
+    store = store if identify(spans.network.gm).certain else None
     with alone(store, KIND, table.identity):  # a process that begins at the same time waits, and finds them measured
         return _measure(spans, table, plans, backend, store, progress)
 
@@ -154,9 +157,16 @@ def _measure(
 
 
 def _key(plan: MergePlan) -> str:
+    """Names a plan's network among those of one graph: by all that changes what is built, but not by names."""
     if not plan.candidates:
         return ORIGINAL
-    return hashlib.sha256("\n".join(c.key for c in plan.candidates).encode()).hexdigest()[:24]
+    lines = [f"{plan.activation_after}", *(_choice(c) for c in plan.candidates)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:24]
+
+
+def _choice(c: Candidate) -> str:
+    places = [i for i, name in enumerate(c.all_convs) if name in c.kept]
+    return f"{c.key} {c.conv} {places} of {len(c.all_convs)}"
 
 
 def _bytes(spans: SpanSet, plan: MergePlan) -> int:

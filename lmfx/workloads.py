@@ -5,6 +5,7 @@
                                                                                y ──────────┘
     kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
     kept mesh       its ops outside of the branches; every value that a branch reads is an output
+    activation_after  a merged span with the activation that its plan puts behind it (`lmfx.passes.after`), at its end
 
 Runtimes fuse a residual sum and the activation behind it into the conv that ends the branch, so that branch's last
 candidates carry both, and the join's own row is zero.
@@ -20,9 +21,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.latency.workload import Workload
+from lmfx.latency.workload import Original, Workload
 from lmfx.passes import ops
-from lmfx.passes.ir import Candidate, ConvConfig, Layer, Series
+from lmfx.passes.after import activated
+from lmfx.passes.content import Describer, is_foreign
+from lmfx.passes.identity import node_text
+from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
 from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import pad_module
 from lmfx.passes.norms import moved_norm
@@ -35,9 +39,12 @@ __all__ = ["Workloads"]
 class Workloads:
     """The workloads of one network's candidates; equal ones are the same object."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, activation_after: str | None = None) -> None:
         self.network = network
+        self.activation_after = activation_after
+        self._volatile = tuple(network.gm.meta.get("lmfx", {}).get("volatile", ()))
         self._cache: dict[tuple[object, ...], Workload] = {}
+        self._known: dict[str, object] = {}
         self._carrier: dict[str, tuple[Layer, int]] = {}  # series name -> the layer of the join that it ends with
         for series in network.series.values():
             for layer in series.layers:
@@ -65,8 +72,9 @@ class Workloads:
             return self._build(candidate, conv, body, join)
         joined = None if join is None else (join[1], *self._texts(self._fused(join[0])))
         sides = tuple(self.network.shape(n) for n in span_sides(self.network, candidate))
-        post = None if candidate.post_norm is None else str(self.network.module(candidate.post_norm))
-        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides, post)
+        post = None if candidate.post_norm is None else self._texts((candidate.post_norm,))
+        after = self._puts_activation(candidate)
+        key = (conv, self.network.shape(candidate.span.entry), self._texts(body), joined, sides, post, after)
         if key not in self._cache:
             self._cache[key] = self._build(candidate, conv, body, join)
         return self._cache[key]
@@ -105,13 +113,29 @@ class Workloads:
         if act is None or entry.op != "call_module":
             return False
         here, before = self.network.module(act), self.network.module(candidate.span.entry)
-        return type(here) is type(before) and isinstance(here, ops.IDEMPOTENT)
+        same = type(here) is type(before) and here.extra_repr() == before.extra_repr()
+        return same and isinstance(here, ops.IDEMPOTENT)
 
     # --- building ----------------------------------------------------------------------------------------------------
 
-    def _texts(self, nodes: Iterable[str]) -> tuple[str, ...]:
-        found = (self.network.nodes[n] for n in nodes)
-        return tuple(str(self.network.module(n.name)) if n.op == "call_module" else str(n.target) for n in found)
+    def _puts_activation(self, candidate: Candidate) -> bool:
+        """Whether a plan of this candidate has an activation behind it that the network does not have."""
+        if self.activation_after is None:
+            return False
+        return bool(activated(self.network, MergePlan((candidate,), activation_after=self.activation_after)))
+
+    def _texts(self, nodes: Iterable[str]) -> tuple[object, ...]:
+        """What nodes are, for the cache; one that can not be told from others is only equal to itself."""
+        return tuple(self._text(n) for n in nodes)
+
+    def _text(self, name: str) -> object:
+        if name not in self._known:
+            describer = Describer("types", code=True, timing=True, volatile=self._volatile)
+            node = self.network.nodes[name]
+            foreign = node.op == "call_module" and is_foreign(self.network.module(name))
+            text = node_text(self.network.gm, node, describer, lambda n: "")
+            self._known[name] = (text, name) if foreign or describer.unsure else text
+        return self._known[name]
 
     def _build(
         self, candidate: Candidate, conv: ConvConfig | None, body: tuple[str, ...], join: tuple[Layer, int] | None
@@ -120,6 +144,7 @@ class Workloads:
         net, root, graph = self.network, nn.Module(), fx.Graph()
         specs: list[tuple[tuple[int, ...], torch.dtype]] = []
         values: dict[str, fx.Node] = {}
+        originals: dict[str, Original] = {}
 
         def outside(name: str) -> fx.Node:
             specs.append((net.shape(name), net.nodes[name].meta["dtype"]))
@@ -127,13 +152,15 @@ class Workloads:
 
         def read(node: fx.Node) -> fx.Node:
             if node.name not in values:
-                values[node.name] = self._copy(graph, root, node, read) if node.op == "get_attr" else outside(node.name)
+                values[node.name] = (
+                    self._copy(graph, root, originals, node, read) if node.op == "get_attr" else outside(node.name)
+                )
             return values[node.name]
 
         span, last = candidate.span, None
         if candidate.realization == "keep":
             for name in body:
-                last = values[name] = self._copy(graph, root, net.nodes[name], read)
+                last = values[name] = self._copy(graph, root, originals, net.nodes[name], read)
         else:
             last, dtype = outside(span.entry), net.nodes[span.entry].meta["dtype"]
             if conv is not None:
@@ -148,26 +175,32 @@ class Workloads:
             if candidate.post_norm is not None and conv is not None:
                 norm = moved_norm(net.module(candidate.post_norm), conv.out_channels)
                 assert norm is not None
+                originals["norm"] = (candidate.post_norm, copy.deepcopy(norm))
                 root.add_module("norm", norm.to("meta"))
                 last = graph.call_module("norm", (last,))
             for name in body:
-                last = self._copy(graph, root, net.nodes[name], _always(last), values=conv is None)
+                last = self._copy(graph, root, originals, net.nodes[name], _always(last), values=conv is None)
         if join is not None and join[0].parallel is not None:
             node, *after = (net.nodes[n] for n in self._fused(join[0]))
             branches = join[0].parallel.branches
             operands = [last if i == join[1] else outside(b.exit) for i, b in enumerate(branches)]
             last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
             for act in after:
-                last = self._copy(graph, root, act, _always(last), values=conv is None)
+                last = self._copy(graph, root, originals, act, _always(last), values=conv is None)
+        if self._puts_activation(candidate):
+            root.add_module("after", ops.activation_of(str(self.activation_after)))
+            last = graph.call_module("after", (last,))
         read_outside = [values[n] for n in body if n in values and any(u.name not in body for u in net.nodes[n].users)]
         results = list(dict.fromkeys([*read_outside, last])) if candidate.realization == "keep" and not join else [last]
         graph.output(tuple(results) if len(results) > 1 else last)
-        return Workload.of(fx.GraphModule(root, graph), *specs)
+        made = fx.GraphModule(root, graph)
+        return Workload.of(made, *specs, originals=originals, volatile=self._volatile)
 
     def _copy(
         self,
         graph: fx.Graph,
         root: nn.Module,
+        originals: dict[str, Original],
         node: fx.Node,
         read: Callable[[fx.Node], fx.Node],
         values: bool = True,
@@ -177,6 +210,7 @@ class Workloads:
             item: nn.Module | torch.Tensor = operator.attrgetter(str(node.target))(self.network.gm)
             name = str(node.target).replace(".", "_")
             if isinstance(item, nn.Module):
+                originals[name] = (str(node.target), item)
                 root.add_module(name, item if values else copy.deepcopy(item).to("meta"))
             else:
                 root.register_buffer(name, item.detach())

@@ -22,6 +22,7 @@ from .after import activated
 from .canonical import set_submodule
 from .configs import identity_config
 from .errors import PlanError
+from .identity import fingerprint, is_of
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
 from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
@@ -29,7 +30,6 @@ from .norms import moved_norm
 from .placing import is_attribute
 from .sides import SideAdd, SideConv, side_vector
 from .states import is_dropped, side_inputs
-from .trace import fingerprint
 from .verify import check_graph, drop_unread
 
 __all__ = ["build_span", "merge", "rewrite", "span_names", "span_sides"]
@@ -51,7 +51,7 @@ def rewrite(
     With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
     that only is to be timed. Raises `PlanError` if the plan was made for another graph.
     """
-    if plan.fingerprint and plan.fingerprint != fingerprint(graph):
+    if plan.fingerprint and not is_of(plan.fingerprint, graph):
         raise PlanError(
             f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
             "trace the same model with an example of the same rank, or solve again"

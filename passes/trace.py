@@ -17,7 +17,6 @@ The first tracer that works and hides no convolution in an opaque submodule is t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from .copies import eval_copy, unwrapped
 from .errors import TraceError
 from .exported import trace_export
 from .fold import fold_constants
+from .identity import changes_while_it_runs, fingerprint, states_of
 from .inplace import make_pure
 from .interface import Example, bind, plain_output
 from .limits import set_limits
@@ -143,6 +143,7 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
     gm = traced.gm
     gm.train(False)
     make_pure(gm)
+    before = states_of(gm)
     annotate(gm, example)
     fold_constants(gm)
     canonicalize(gm)
@@ -155,6 +156,7 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
         "tracer": name,
         "opaque": traced.opaque,
         "hidden_convs": runner.hidden.count,
+        "volatile": changes_while_it_runs(before, gm),
         "positional": [_spec(a) for a in args],
         "keyword": {k: _spec(v) for k, v in kwargs.items()},
     }
@@ -182,19 +184,6 @@ class _ConvCounter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += getattr(func, "__name__", "").startswith(("conv1d", "conv2d", "conv3d", "conv_transpose"))
         return func(*args, **(kwargs or {}))
-
-
-def fingerprint(gm: fx.GraphModule) -> str:
-    """A short digest of the graph's structure: ops, names, module types and weight shapes, but no weight values."""
-    lines = []
-    for node in gm.graph.nodes:
-        what = str(node.target) if node.op != "call_function" else getattr(node.target, "__name__", "?")
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            what += f" {type(module).__name__}({module.extra_repr()})"
-        operands = ",".join(n.name for n in node.all_input_nodes)
-        lines.append(f"{node.op} {node.name} {what} {operands}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def annotate(gm: fx.GraphModule, example: Example) -> Any:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import fx
 
 from lmfx.calibration import Calibration
 from lmfx.importance.pool import ExecutorLike
+from lmfx.latency.row_values import check_value, score_of
 from lmfx.latency.store import Store
-from lmfx.passes.errors import TableError
+from lmfx.passes.errors import StoreError, TableError
+from lmfx.passes.identity import Identity, identify
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans import SpanSet
-from lmfx.passes.trace import fingerprint
 from lmfx.profiling import digest
 
-__all__ = ["Estimator", "ImportanceTable", "Scored", "weights_digest"]
+__all__ = [
+    "Estimator",
+    "ImportanceTable",
+    "Scored",
+    "check_made_for",
+    "stored_scores",
+    "weights_digest",
+    "weights_identity",
+]
 
 
 @dataclass(frozen=True)
@@ -89,19 +96,37 @@ class Scored:
         executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """The table. Raises `TableError` if it was made for another graph."""
-        here = digest(spans.network.gm)
-        made_for = self.table.identity.get("graph", here)
-        if made_for != here:
-            raise TableError(
-                f"the ImportanceTable was made for another graph ({made_for}, this one is {here}): score this one"
-            )
+        check_made_for(self.table.identity, spans)
         return self.table
+
+
+def weights_identity(gm: fx.GraphModule) -> Identity:
+    """What a graph is with all its values. Rows of a graph that is not certain are not stored."""
+    return identify(gm, "values")
 
 
 def weights_digest(gm: fx.GraphModule) -> str:
     """A short digest of a graph's structure and of all its values."""
-    state = hashlib.sha256(fingerprint(gm).encode())
-    for name, tensor in gm.state_dict().items():
-        state.update(name.encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()[:16]
+    return weights_identity(gm).digest
+
+
+def stored_scores(store: Store | None, identity: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
+    """The scores that a store has, of any estimator. Raises `StoreError` for a row that is none."""
+    if store is None:
+        return {}
+    try:
+        found = store.get_many("importance", identity, keys).items()
+        return {key: score_of(check_value("importance", key, value)) for key, value in found}
+    except ValueError as error:
+        raise StoreError(f"an importance in {store.path} is not one ({error}); delete the file") from error
+
+
+def check_made_for(identity: Mapping[str, Any], spans: SpanSet) -> None:
+    """Raises `TableError` if a table with this identity was made for another graph, or for plans of another kind."""
+    facts = {"graph": digest(spans.network.gm), "activation_after": spans.options.activation_after}
+    for name, what in (("graph", "for another graph"), ("activation_after", "with another activation_after")):
+        theirs = identity.get(name, facts[name])
+        if theirs != facts[name]:
+            raise TableError(
+                f"the ImportanceTable was made {what} ({theirs}, this one is {facts[name]}): score this one"
+            )

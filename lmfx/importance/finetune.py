@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration import Calibration
 from lmfx.fitting import fit_plan
-from lmfx.importance.base import ImportanceTable, weights_digest
+from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.jobs import Evaluate, Job, Outcome, PackedNetwork, Train, isolated, run_job
 from lmfx.importance.objective import Metric, Objective, ObjectiveName, importances
 from lmfx.importance.pool import ExecutorLike, run_jobs
@@ -42,7 +42,7 @@ from lmfx.surrogates import affine_surrogates
 
 __all__ = ["Finetune"]
 
-VERSION = 1
+VERSION = 2
 ORIGINAL, TRAINED = "original", "original, trained"
 
 
@@ -188,6 +188,7 @@ class Finetune:
         network = spans.network
         wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
         layers = kept_layers(network, candidates) if self.keep == "retrained" else {}
+        whole = weights_identity(network.gm)
         identity = {
             "estimator": self.name,
             "version": VERSION,
@@ -196,16 +197,19 @@ class Finetune:
             "threads": self.threads,
             "surrogate": self.surrogate,
             "activation_after": spans.options.activation_after,
-            "weights": weights_digest(network.gm),
+            "prunes": spans.options.method != "depth",  # else all convs of a span are composed
+            "weights": whole.digest,
             "calibration": calibration.digest(),
         }
-        kept = store if self.key is not None else None
+        certain = whole.certain and calibration.certain()
+        kept = store if store is not None and (store.private or (self.key is not None and certain)) else None
         originals = [ORIGINAL, TRAINED] if self.baseline == "trained" else [ORIGINAL]
         keys = [*originals, *(row for row, _ in layers.values()), *wanted]
-        found = {} if kept is None else _stored(kept, identity, keys)
+        found = stored_scores(kept, identity, keys)
         todo = [k for k in keys if k not in found]
         jobs = self.jobs(spans, todo, wanted, {row: layer for row, layer in layers.values()}, calibration)
-        label = f"scoring ({self.name})" if kept is not None or store is None else f"scoring ({self.name}, no key=)"
+        told = "no key=" if self.key is None else "nothing kept: the network can not be told from all others"
+        label = f"scoring ({self.name})" if kept is not None or store is None else f"scoring ({self.name}, {told})"
         with progress_bar(len(todo), label, progress and bool(todo)) as bar:
             for outcome in run_jobs(run_job, jobs, executor, name=_name, ahead=self.ahead, retries=self.retries):
                 found[outcome.key] = outcome.performance
@@ -279,7 +283,3 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     # JSON has no NaN and no infinity.
     performance = outcome.performance if math.isfinite(outcome.performance) else str(outcome.performance)
     return {"performance": performance, "seconds": outcome.seconds}
-
-
-def _stored(store: Store, identity: dict[str, Any], keys: list[str]) -> dict[str, float]:
-    return {k: float(v["performance"]) for k, v in store.get_many("importance", identity, keys).items()}

@@ -27,7 +27,7 @@ from math import prod
 from typing import Any, Literal
 
 from lmfx.calibration import Calibration
-from lmfx.importance.base import ImportanceTable, weights_digest
+from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.change import Scorer
 from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.share import Share
@@ -41,7 +41,7 @@ from lmfx.progress import progress as progress_bar
 
 __all__ = ["Reconstruction"]
 
-VERSION = 4
+VERSION = 5
 EXACT_MACS = 1e12  # some ten seconds on two cores
 
 
@@ -84,13 +84,15 @@ class Reconstruction:
         progress: bool = False,
         executor: ExecutorLike = None,
     ) -> ImportanceTable:
-        """See `Estimator.score`. Rows are stored as they are made, under the weights and the calibration data."""
+        """See `Estimator.score`. Rows are stored as they are made, under all that the network and the calibration data
+        are; of those that can not be told from all others, none is."""
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
         wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
         if self.exact is None:
             resolved = self.resolved(spans.network, len(wanted), calibration)
             return resolved.score(spans, candidates, calibration, store, progress, executor)
+        network = weights_identity(spans.network.gm)
         identity = {
             "estimator": self.name,
             "version": VERSION,
@@ -99,12 +101,16 @@ class Reconstruction:
             "probes": self.probes,
             "surrogate": self.surrogate,
             "norms": self.norms,
-            "weights": weights_digest(spans.network.gm),
+            "activation_after": spans.options.activation_after,
+            "prunes": spans.options.method != "depth",  # else all convs of a span are composed
+            "weights": network.digest,
             "calibration": calibration.digest(),
         }
+        if not (network.certain and calibration.certain()):
+            store = None  # rows of another network might be taken for these
         rows = {c.key: 0.0 for c in candidates if c.realization == "keep" or c.exact}
         if store is not None:
-            rows.update({k: float(v) for k, v in store.get_many("importance", identity, list(wanted)).items()})
+            rows.update(stored_scores(store, identity, list(wanted)))
         todo = {k: c for k, c in wanted.items() if k not in rows}
         if todo:
             with (
@@ -115,9 +121,8 @@ class Reconstruction:
 
                 def collect(keys: Iterable[str]) -> None:
                     """Takes what other processes have finished."""
-                    found = {} if store is None else store.get_many("importance", identity, list(keys))
-                    for key, value in found.items():
-                        rows[key] = float(value)
+                    for key, value in stored_scores(store, identity, list(keys)).items():
+                        rows[key] = value
                         del todo[key]
                         bar.update(1)
 

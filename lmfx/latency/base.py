@@ -2,7 +2,7 @@
 
 A backend only says how to prepare one workload as a `Runner`; `TimedBackend.measure` does the rest:
 
-    in the store already          not measured
+    in the store already          not measured (only what is lasting is looked for there, and kept)
     lower bound                   from FLOPs; `prune(signature, ms)` may say that the row can not be useful at that
                                   latency, and then the workload is not even made ready
     quick pass                    two runs, and `prune` is asked again
@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import nn
 
 from lmfx.latency.rounds import Runner, Sampling, Session, Taken, summary
+from lmfx.latency.row_values import check_value
 from lmfx.latency.share import Share
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
@@ -78,7 +79,8 @@ class Backend(Protocol):
         rounds: int | None = None,
         prune: Prune | None = None,
     ) -> dict[str, Measurement]:
-        """A measurement for every signature. Rows that the store has are not measured again."""
+        """A measurement for every signature. Rows that the store has are not measured again; those of workloads that
+        are not lasting are neither looked for nor put there."""
 
     def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
         """ms of whole networks: one list a network, with `repeats` entries; entry i of all was taken in round i."""
@@ -122,7 +124,8 @@ class TimedBackend:
         """See `Backend.measure`. Memory is bounded by the `batch_bytes` of the sampling."""
         identity = self.identity()
         unique = {w.signature: w for w in workloads}
-        done = {k: m for k, m in stored_rows(store, identity, list(unique)).items() if is_finished(k, m, prune)}
+        lasting = [k for k, w in unique.items() if w.lasting]
+        done = {k: m for k, m in stored_rows(store, identity, lasting).items() if is_finished(k, m, prune)}
         waiting = {k: w for k, w in unique.items() if k not in done}
         if not waiting:
             return {k: done[k] for k in unique}
@@ -136,7 +139,7 @@ class TimedBackend:
 
         def commit(signature: str, measurement: Measurement) -> None:
             done[signature] = measurement
-            if store is not None:
+            if store is not None and unique[signature].lasting:
                 store.put(KIND, identity, signature, asdict(measurement))
             bar.update(1)
 
@@ -260,8 +263,9 @@ def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Seque
     if store is None:
         return {}
     try:
-        return {k: Measurement(**v) for k, v in store.get_many(KIND, identity, signatures).items()}
-    except TypeError as error:
+        found = store.get_many(KIND, identity, signatures).items()
+        return {k: Measurement(**check_value(KIND, k, v)) for k, v in found}
+    except (TypeError, ValueError) as error:
         raise StoreError(f"a latency in {store.path} is not one ({error}); delete the file") from error
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from lmfx._version import __version__
 from lmfx.export.atomic import atomic_write
+from lmfx.latency.row_values import check_value
 from lmfx.latency.store import Store, value_of
 from lmfx.latency.store_schema import Damaged, checksum, dumps, identity_hash, named
 from lmfx.passes.errors import OptionError, StoreError, TableError
@@ -226,24 +227,22 @@ def _parse(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[tuple[str
         identities = {str(h): dict(v) for h, v in body["identities"].items()}
         if wrong := [h for h, v in identities.items() if identity_hash(v) != h]:
             raise ValueError(f"the identity {wrong[0]} does not have its hash")
-        rows = [(str(r["kind"]), str(r["identity"]), str(r["key"]), _value(r), float(r["time"])) for r in body["rows"]]
+        rows = [_row(r) for r in body["rows"]]
+        if lost := [r[2] for r in rows if r[1] not in identities and r[0] != SENTINEL]:
+            raise ValueError(f"{lost[0]!r} has no identity")
     except (KeyError, TypeError, ValueError, AttributeError, TableError) as error:
         raise StoreError(f"{path} is damaged ({error}); export it again") from error
     return identities, rows
 
 
-def _value(row: dict[str, Any]) -> str:
-    """The text of a row's value, checked as far as its kind is known."""
-    from lmfx.latency.base import Measurement  # which imports the store
-
-    value = row["value"]
-    if row["kind"] in ("latency", "whole", SENTINEL):
-        ms = Measurement(**value).ms if row["kind"] == "latency" else value
-        if isinstance(ms, bool) or not isinstance(ms, (int, float)) or not (math.isfinite(ms) and ms >= 0):
-            raise ValueError(f"{row['key']!r} is {ms!r} ms")
-    if not math.isfinite(row["time"]):
-        raise ValueError(f"{row['key']!r} was made at {row['time']!r}")
-    return dumps(value)
+def _row(row: dict[str, Any]) -> tuple[str, str, str, str, float]:
+    """One row, each of its words a text, its value what rows of its kind hold."""
+    kind, hashed, key, made = (row[name] for name in ("kind", "identity", "key", "time"))
+    if not all(isinstance(word, str) for word in (kind, hashed, key)):
+        raise ValueError(f"a row is named {kind!r}, {hashed!r}, {key!r}")
+    if isinstance(made, bool) or not isinstance(made, (int, float)) or not math.isfinite(made):
+        raise ValueError(f"{key!r} was made at {made!r}")
+    return kind, hashed, key, dumps(check_value(kind, key, row["value"])), float(made)
 
 
 def _digest(body: dict[str, Any]) -> str:

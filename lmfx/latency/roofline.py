@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.specs import eval_shapes
-from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds
+from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds, stored_rows
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError
@@ -70,15 +70,16 @@ class RooflineBackend:
         """Computes every row; nothing is run. `rounds` and `prune` change nothing, because a row costs nothing."""
         identity = self.identity()
         unique = {w.signature: w for w in workloads}
-        known = {} if store is None else store.get_many(KIND, identity, list(unique))
+        lasting = [k for k, w in unique.items() if w.lasting]
+        known = stored_rows(store, identity, lasting)
         result = {}
         for signature, workload in unique.items():
             if signature in known:
-                result[signature] = Measurement(**known[signature])
+                result[signature] = known[signature]
                 continue
             ms = self.ms(workload.build(), workload.inputs)
             result[signature] = Measurement(ms, 0.0, 1, identity["device"], self.name, "analytic")
-            if store is not None:
+            if store is not None and workload.lasting:
                 store.put(KIND, identity, signature, asdict(result[signature]))
         return result
 

@@ -58,6 +58,7 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.private = False  # for one run alone, which knows of what its rows are
         self._lock = threading.RLock()
         self._known: set[str] = set()
         self._owner = Owner()

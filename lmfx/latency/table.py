@@ -15,6 +15,7 @@ import numpy as np
 
 from lmfx.export.atomic import atomic_write
 from lmfx.latency.base import Measurement
+from lmfx.latency.row_values import check_value
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate, MergePlan
 
@@ -215,10 +216,7 @@ class LatencyTable(Mapping[str, Measurement]):
         if body.get("version") != VERSION:
             raise TableError(f"{path} has version {body.get('version')!r}, this lmfx reads {VERSION}; profile again")
         try:
-            rows = {str(k): Measurement(**v) for k, v in body["rows"].items()}
-            bad = [k for k, m in rows.items() if not (isinstance(m.ms, (int, float)) and math.isfinite(m.ms))]
-            if bad:
-                raise ValueError(f"row {bad[0]!r} is not a latency")
+            rows = {k: Measurement(**_latency(k, v)) for k, v in body["rows"].items()}
             line = body.get("calibration")
             calibration = None if line is None else Calibration(**{k: _number(v) for k, v in line.items()})
             return cls(rows, dict(body["identity"]), calibration)
@@ -236,6 +234,13 @@ def _is_keep(key: str) -> bool:
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """NaN, which JSON does not have, as None."""
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _latency(key: str, value: Any) -> dict[str, Any]:
+    try:
+        return dict(check_value("latency", key, value))
+    except ValueError as error:
+        raise ValueError(f"row {key!r} is not a latency: {error}") from error
 
 
 def _number(value: Any) -> Any:

@@ -4,13 +4,19 @@
     relu
     add(%0,%2)                                         operands by position, so names do not matter
 
-Values and names do not matter for the time, so they are not in it; nor are eps, momentum and in-place flags.
+Names and the values of weights do not matter for the time, so they are not in it; nor are a norm's eps, momentum and
+in-place flags. All else is: constants of functions, attributes, and of modules that neither torch nor lmfx knows the
+code, and where what they do depends on values, these too (`lmfx.passes.content`). A workload that can not be told from
+all others that way has a signature that no other one has: it shares no measurement, and is not stored.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import copy
+import operator
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +24,17 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.specs import InputSpec, input_specs
+from lmfx.passes.content import Describer, is_foreign
+from lmfx.passes.identity import node_text
 
 __all__ = ["Workload", "sentinel_workload", "signature"]
 
+VERSION = "2"  # of the text of a signature: rows that an older one named are not found any more
+Original = tuple[str, nn.Module]
+"""The path and the module of which a workload has a copy without values."""
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ZERO_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_IRRELEVANT = re.compile(r"(?:inplace|eps|momentum|negative_slope|alpha|track_running_stats)=[^,]+(?:, )?")
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
 
 
@@ -32,24 +42,33 @@ _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", t
 class Workload:
     """One thing to time. `build` makes the graph when it is needed (its parameters may be on the meta device).
 
-    `inputs` are `(shape, dtype)` pairs. Two workloads with one `signature` are measured once.
+    `inputs` are `(shape, dtype)` pairs. Two workloads with one `signature` are measured once. One that is not `lasting`
+    can not be told from others for sure: its signature is its own, and its measurement is not stored.
     """
 
     signature: str
     build: Callable[[], nn.Module]
     inputs: tuple[InputSpec, ...]
+    lasting: bool = True
 
     @classmethod
-    def of(cls, module: nn.Module, *inputs: Any) -> Workload:
+    def of(
+        cls,
+        module: nn.Module,
+        *inputs: Any,
+        originals: Mapping[str, Original] | None = None,
+        volatile: Sequence[str] = (),
+    ) -> Workload:
         """The workload of a module that is there, with example tensors or `(shape, dtype)` pairs.
 
-        A module that is not a GraphModule has no signature that says what it computes; it gets one of its own, so it
-        is never taken from a store.
+        A module that is not a GraphModule has no signature that says what it computes, so it is not lasting.
+        `originals` have the values that modules of the graph lack, `volatile` are paths of what changes while they run.
         """
         specs = input_specs(inputs)
         if isinstance(module, fx.GraphModule):
-            return cls(signature(module, specs), lambda: module, specs)
-        return cls(f"{type(module).__name__}@{id(module)}", lambda: module, specs)
+            text, certain = _described(module, specs, originals or {}, volatile)
+            return cls(text, lambda: module, specs, certain)
+        return cls(f"only {uuid.uuid4().hex};{type(module).__name__}", lambda: module, specs, False)
 
 
 def sentinel_workload() -> Workload:
@@ -60,34 +79,81 @@ def sentinel_workload() -> Workload:
 
 def signature(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
     """The normalised text of a canonical graph: what must be equal for the same time. Inputs as for `Workload.of`."""
-    lines = [f"{_DTYPES.get(dtype, str(dtype))}[{','.join(map(str, shape))}]" for shape, dtype in input_specs(inputs)]
+    return _described(gm, input_specs(inputs), {}, ())[0]
+
+
+def _described(
+    gm: fx.GraphModule, specs: Sequence[InputSpec], originals: Mapping[str, Original], volatile: Sequence[str]
+) -> tuple[str, bool]:
+    """(the signature, whether it tells the graph from all others)."""
+    lines = [f"{_DTYPES.get(dtype, str(dtype))}[{','.join(map(str, shape))}]" for shape, dtype in specs]
+    known = {
+        str(n.target): originals.get(str(n.target)) or (str(n.target), gm.get_submodule(str(n.target)))
+        for n in gm.graph.nodes
+        if n.op == "call_module"
+    }
+    foreign = {target for target, (_, module) in known.items() if is_foreign(module)}
+    looks = bool(foreign) and not _runs_without_values(gm, specs)
+    plain, strict = (
+        Describer(weights, code=True, timing=True, volatile=volatile)
+        for weights in ("types", "values" if looks else "types")
+    )  # fmt: skip
     index: dict[fx.Node, int] = {}
     pads: dict[fx.Node, tuple[int, ...]] = {}
+
+    def ref(node: fx.Node) -> str:
+        return f"%{index[node]}"
+
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             index[node] = len(index)
             continue
-        if node.op == "output":
-            lines.append(f"out({_arguments(node.args, index)})")
-            continue
         source = node.args[0] if node.args else None
-        if node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
+        target = str(node.target)
+        if node.op == "call_module" and target not in foreign:
+            module = known[target][1]
             if isinstance(source, fx.Node) and type(module) in _NOTHING:
                 index[node], pads = index[source], {**pads, **({node: pads[source]} if source in pads else {})}
                 continue
             if isinstance(source, fx.Node) and _absorbed(gm, node, module):
                 index[node], pads[node] = index[source], tuple(module.padding)  # type: ignore[arg-type]
                 continue
-            text = _module_text(module, pads.get(source, ()) if isinstance(source, fx.Node) else ())
-        elif node.op == "get_attr":
-            text = "const" + str(list(_attribute(gm, str(node.target)).shape))
+
+        def text(
+            target: str, pad: tuple[int, ...] = pads.get(source, ()) if isinstance(source, fx.Node) else ()
+        ) -> str:
+            path, module = known[target]
+            if target in foreign:
+                return strict.module(module, path)
+            return _conv_text(module, pad) if type(module) in _CONVS else plain.module(module, path)
+
+        if node.op == "get_attr":
+            lines.append(f"const{_constant(operator.attrgetter(target)(gm), strict, looks)}")
         else:
-            text = getattr(node.target, "__name__", str(node.target))
-        keywords = "".join(f",{k}={_arguments(v, index)}" for k, v in sorted(node.kwargs.items()))
-        lines.append(f"{text}({_arguments(node.args, index)}{keywords})")
+            lines.append(node_text(gm, node, plain, ref, module=text))
         index[node] = max(index.values(), default=-1) + 1
-    return ";".join(lines)
+    certain = not (plain.unsure or strict.unsure)
+    return ";".join([VERSION, *lines] if certain else [f"only {uuid.uuid4().hex}", *lines]), certain
+
+
+def _runs_without_values(gm: fx.GraphModule, specs: Sequence[InputSpec]) -> bool:
+    """Whether a graph runs where no tensor has values: what it does then depends on no weight."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            empty = copy.deepcopy(gm).to("meta")
+            empty(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in specs))
+    except Exception:  # modules of others, which may raise anything; then all of their values are looked at
+        return False
+    return True
+
+
+def _constant(value: Any, describer: Describer, looks: bool) -> str:
+    """A constant by its values where these may matter for the time: whole numbers and masks choose what is computed."""
+    if not isinstance(value, torch.Tensor):
+        return describer.value(value, "a constant")
+    exact = looks or not (value.is_floating_point() or value.is_complex())
+    return describer.array(value, "a constant", "values" if exact else "types")
 
 
 def _absorbed(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> bool:
@@ -101,42 +167,19 @@ def _absorbed(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> bool:
     return type(conv) in _CONVS and 2 * len(conv.kernel_size) == len(module.padding)  # type: ignore[arg-type]
 
 
-def _module_text(module: nn.Module, pad: tuple[int, ...]) -> str:
-    name = type(module).__name__
-    if isinstance(module, _CONVS) and type(module) in _CONVS:
-        own = list(module._reversed_padding_repeated_twice)
-        total = [a + b for a, b in zip(own, pad or [0] * len(own), strict=True)]
-        n = len(module.kernel_size)
-        before_after = [(total[2 * i], total[2 * i + 1]) for i in range(n)][::-1]
-        mode = "" if module.padding_mode == "zeros" else f",{module.padding_mode}"
-        return (
-            f"{name}<{module.in_channels},{module.out_channels},k{_x(module.kernel_size)},s{_x(module.stride)},"
-            f"p{'x'.join(f'{lo}.{hi}' for lo, hi in before_after)},d{_x(module.dilation)},g{module.groups}"
-            f"{',bias' if module.bias is not None else ''}{mode}>"
-        )
-    extra = _IRRELEVANT.sub("", module.extra_repr()).rstrip(", ")
-    if not extra and any(True for _ in module.parameters()):
-        extra = ",".join(str(list(p.shape)) for p in module.parameters())
-    inner = [] if type(module).__module__.startswith("torch.nn.") else [str(list(p.shape)) for p in module.parameters()]
-    return f"{name}<{extra}{';'.join(inner)}>"
+def _conv_text(module: nn.Module, pad: tuple[int, ...]) -> str:
+    conv: Any = module
+    own = list(conv._reversed_padding_repeated_twice)
+    total = [a + b for a, b in zip(own, pad or [0] * len(own), strict=True)]
+    n = len(conv.kernel_size)
+    before_after = [(total[2 * i], total[2 * i + 1]) for i in range(n)][::-1]
+    mode = "" if conv.padding_mode == "zeros" else f",{conv.padding_mode}"
+    return (
+        f"{type(conv).__name__}<{conv.in_channels},{conv.out_channels},k{_x(conv.kernel_size)},s{_x(conv.stride)},"
+        f"p{'x'.join(f'{lo}.{hi}' for lo, hi in before_after)},d{_x(conv.dilation)},g{conv.groups}"
+        f"{',bias' if conv.bias is not None else ''}{mode}>"
+    )
 
 
 def _x(values: Sequence[int]) -> str:
     return "x".join(map(str, values))
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    owner: Any = gm
-    for part in target.split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
-def _arguments(argument: Any, index: dict[fx.Node, int]) -> str:
-    if isinstance(argument, fx.Node):
-        return f"%{index[argument]}"
-    if isinstance(argument, (tuple, list)):
-        return ",".join(_arguments(a, index) for a in argument)
-    if isinstance(argument, dict):
-        return ",".join(f"{k}:{_arguments(v, index)}" for k, v in argument.items())
-    return str(argument)
