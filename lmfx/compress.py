@@ -208,5 +208,6 @@ def _finish(
     if net is graph:
         net = rewrite(graph, plan)
     net.train(False)
-    net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"], "sizes": meta["sizes"]}
+    kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
+    net.meta["lmfx"] = {"result": result, **kept, "origin": net.meta["lmfx"]["origin"]}
     return net

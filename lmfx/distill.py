@@ -31,6 +31,7 @@ from lmfx.export.specs import eval_mode
 from lmfx.objectives import Distance, Objective, recorded, shared_layers
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
 from lmfx.progress import progress as progress_bar
+from lmfx.training_run import described_run, sizes_at_start
 from lmfx.training_state import load_training, save_training
 
 __all__ = ["distill"]
@@ -122,6 +123,12 @@ def distill(
     run |= {"labels": loss is not None, "optimizer": type(made).__name__, "precision": precision}
     run |= {"batches": len(data)}  # type: ignore[arg-type]
     run |= {} if ema is None else {"ema": ema}
+    run |= {"features": None if features is None else list(features)}
+    start: dict[str, float] = {}
+    if checkpoint is not None:
+        run |= described_run(student, teacher if distillation else None, data, loss, made)
+        run |= {"processes": 1 if runner is None else runner.num_processes}
+        start = sizes_at_start(student, Path(checkpoint))
 
     with _teacher(teacher if distillation else None, runner) as original, _own_random_numbers():
         layers: Sequence[str] = ()
@@ -131,7 +138,9 @@ def distill(
         objective = Objective(student, loss, distillation, weight, temperature, layers)
         folder = None if checkpoint is None else Path(checkpoint)
         average = None if ema is None else moving_average(student, ema)
-        done, extra = load_training(folder, student, made, run=run, average=average) if folder else (0, None)
+        done, extra = (0, None)
+        if folder:
+            done, extra = load_training(folder, student, made, run=run, start=start, average=average)
         rates = [group.get("initial_lr", group["lr"]) for group in made.param_groups]
         for group, rate in zip(made.param_groups, rates, strict=True):
             group["initial_lr"] = rate  # travels in the checkpoint, where "lr" is that of the last step
@@ -156,7 +165,8 @@ def distill(
                 if folder and (runner is None or runner.is_main_process):
                     scaler = getattr(runner, "scaler", None)
                     state = scaler.state_dict() if scaler is not None else None
-                    save_training(folder, student, made, epoch=epoch + 1, run=run, extra=state, average=average)
+                    told: dict[str, Any] = {"run": run, "start": start, "extra": state}
+                    save_training(folder, student, made, epoch=epoch + 1, average=average, **told)
                 if runner is not None:
                     runner.wait_for_everyone()
                 if after_epoch is not None:

@@ -20,6 +20,7 @@ from lmfx.importance.base import check_made_for
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.passes.errors import InputError, PlanError, TableError
+from lmfx.passes.identity import Origin
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.rewrite import merge as merge_spans
@@ -62,7 +63,7 @@ def rewrite(
     composed = any(c.realization == "compose" for c in plan.candidates)
     surrogates = affine_surrogates(network, images) if composed and plan.surrogate == "affine" else None
     student = fit_plan(network, rewrite_graph(graph, plan, surrogates), plan, images, progress)
-    student.meta["lmfx"] = {**student.meta.get("lmfx", {}), "plan": plan}
+    student.meta["lmfx"] = {**student.meta.get("lmfx", {}), "plan": plan, "origin": Origin.of(graph)}
     return student
 
 

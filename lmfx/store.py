@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.passes.errors import InputError, LmfxError, PlanError
+from lmfx.passes.identity import Origin, fingerprint, is_of
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.layers import Network
 from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import merge, rewrite
-from lmfx.passes.trace import fingerprint, trace
+from lmfx.passes.trace import trace
 from lmfx.plan_json import damaged, decode, dumps, encode, make_document, parse_document, read_json
 from lmfx.result import Result
 
@@ -48,6 +49,7 @@ class _Save:
     shared: dict[str, str]  # weights that are another one's memory, and which
     result: Result | None
     model: str | None  # the command line's MODEL, if it made this
+    origin: Origin | None = dataclasses.field(default=None, metadata={"optional": True})  # of what model it was made
 
 
 # --- save -------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,8 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     if result is not None:
         result = dataclasses.replace(result, merged=merged)
     tensors, shared = _tensors(net)
-    document = make_document(plan, encode(_Save(merged, inputs, _digest(tensors), shared, result, model)))
+    origin = net.meta["lmfx"].get("origin")
+    document = make_document(plan, encode(_Save(merged, inputs, _digest(tensors), shared, result, model, origin)))
     text = dumps(document)
     target = Path(directory)
     try:
@@ -162,12 +165,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     plan, saved, tensors = _read(folder)
     with torch.random.fork_rng(devices=[]):  # new convs draw random weights, which are replaced at once
         graph = _trace(model, saved.inputs, folder)
-        seen = fingerprint(graph)
-        if plan.fingerprint and seen != plan.fingerprint:
-            raise PlanError(
-                f"{folder} was saved for another model: its graph is {plan.fingerprint}, that of this "
-                f"{type(model).__name__} is {seen}. Pass the model that was compressed, in any state of its weights"
-            )
+        _check_origin(graph, plan, saved.origin, folder, type(model).__name__)
         weights = tensors | {name: tensors[source] for name, source in saved.shared.items()}
         net = _build(graph, plan, saved.merged, weights, folder)
     for name, target in net.state_dict(keep_vars=True).items():
@@ -176,11 +174,22 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         target.data = weights[name].to(target.device, copy=True)
     meta = dict(net.meta["lmfx"])
     if saved.result is None:
-        net.meta["lmfx"] = {**meta, "plan": plan}
+        net.meta["lmfx"] = {**meta, "plan": plan, "origin": saved.origin}
     else:
         kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
-        net.meta["lmfx"] = {"result": saved.result, **kept}
+        net.meta["lmfx"] = {"result": saved.result, **kept, "origin": saved.origin}
     return net.eval()
+
+
+def _check_origin(graph: fx.GraphModule, plan: MergePlan, origin: Origin | None, folder: Path, name: str) -> None:
+    """Raises `PlanError` if the graph is not the one that was compressed: in its ops, constants, attributes or code."""
+    advice = "Pass the model that was compressed, in any state of its weights"
+    differs = "" if origin is None else origin.differs(graph)
+    if plan.fingerprint and not is_of(plan.fingerprint, graph):
+        seen = f"its graph is {plan.fingerprint}, that of this {name} is {fingerprint(graph)}"
+        raise PlanError(f"{folder} was saved for another model: {seen}{f' ({differs})' if differs else ''}. {advice}")
+    if differs:
+        raise PlanError(f"{folder} was saved for another model than this {name}: {differs}. {advice}")
 
 
 def model_spec(directory: str | os.PathLike[str]) -> tuple[str | None, Any]:

@@ -2,7 +2,7 @@
 
     training.safetensors    student.NAME      the state dict
                             optimizer.I.NAME  tensors of the optimizer's state
-                            metadata          JSON: epoch, the run it belongs to, all that is no tensor
+                            metadata          JSON: epoch, the run it belongs to (`training_run`), all that is no tensor
 
 No random numbers are in it: each epoch starts from a seed of its own, so a resumed run draws what the other would have.
 """
@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmfx.passes.errors import StoreError
+from lmfx.training_run import is_close
 
 __all__ = ["CHECKPOINT", "load_training", "save_training"]
 
 CHECKPOINT = "training.safetensors"
-VERSION = 1
+VERSION = 2
 
 
 def save_training(
@@ -34,6 +35,7 @@ def save_training(
     *,
     epoch: int,
     run: dict[str, Any],
+    start: dict[str, float],
     extra: Any = None,
     average: nn.Module | None = None,
 ) -> None:
@@ -53,6 +55,7 @@ def save_training(
         "version": VERSION,
         "epoch": epoch,
         "run": run,
+        "start": start,
         "scalars": scalars,
         "groups": state["param_groups"],
         "extra": extra,
@@ -71,6 +74,7 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     *,
     run: dict[str, Any],
+    start: dict[str, float],
     average: nn.Module | None = None,
 ) -> tuple[int, Any]:
     """Loads the checkpoint in `folder` into all, and gives (epochs that are done, extra); (0, None) if there is none.
@@ -93,6 +97,11 @@ def load_training(
         other = sorted(k for k in {*theirs, *run} if theirs.get(k) != run.get(k))
         told = "; ".join(f"{k} was {theirs.get(k)!r} and is {run.get(k)!r}" for k in other) or "it has another version"
         raise StoreError(f"{file} belongs to another training ({told}): use another folder, or delete it")
+    if not is_close(about.get("start"), start):
+        raise StoreError(
+            f"{file} belongs to another training (the student began with other weights): use another folder, or delete "
+            "it"
+        )
     weights, averages = (
         {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
         for part in ("student.", "average.")

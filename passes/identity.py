@@ -31,8 +31,8 @@ from .nodes import op_name
 
 __all__ = [
     "Identity",
+    "Origin",
     "changes_while_it_runs",
-    "code_of",
     "difference",
     "fingerprint",
     "graph_lines",
@@ -76,10 +76,30 @@ def graph_lines(gm: fx.GraphModule) -> list[str]:
     return [shortened(line) for line in (*_inputs(gm, describer, False), *_lines(gm, describer, True))]
 
 
-def code_of(gm: fx.GraphModule) -> tuple[str, str]:
-    """(version of Python, a digest of the code of foreign parts), which is comparable where the version is equal."""
-    describer = Describer("shapes", code=True, versions=False, volatile=_volatile(gm))
-    return f"{sys.version_info[0]}.{sys.version_info[1]}", digest_of(_lines(gm, describer, True))
+@dataclass(frozen=True)
+class Origin:
+    """What a saved network was made of: the lines of its graph, and a digest of the code of foreign parts, which is
+    comparable where the version of Python is equal."""
+
+    lines: tuple[str, ...]
+    python: str
+    code: str
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Origin:
+        """That of a traced graph."""
+        describer = Describer("shapes", code=True, versions=False, volatile=_volatile(gm))
+        python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return cls(tuple(graph_lines(gm)), python, digest_of(_lines(gm, describer, True)))
+
+    def differs(self, gm: fx.GraphModule) -> str:
+        """How a graph differs from it, for a person; empty if it does not."""
+        here = Origin.of(gm)
+        if here.lines != self.lines:
+            return difference(self.lines, here.lines)
+        if here.python == self.python and here.code != self.code:
+            return "the code of its own modules or functions is another one"
+        return ""
 
 
 def is_of(wanted: str, gm: fx.GraphModule) -> bool:
