@@ -126,7 +126,7 @@ def distill(
     run |= {"features": None if features is None else list(features)}
     start: dict[str, float] = {}
     if checkpoint is not None:
-        run |= described_run(student, teacher if distillation else None, data, loss, made)
+        run |= described_run(student, teacher if distillation else None, data, loss, made, lr)
         run |= {"processes": 1 if runner is None else runner.num_processes}
         start = sizes_at_start(student, Path(checkpoint))
 

@@ -28,10 +28,20 @@ _STARTS = "lmfx_starts"
 
 
 def described_run(
-    student: fx.GraphModule, teacher: nn.Module | None, data: Any, loss: Any, optimizer: torch.optim.Optimizer
+    student: fx.GraphModule,
+    teacher: nn.Module | None,
+    data: Any,
+    loss: Any,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
 ) -> dict[str, str]:
     """What a training depends on besides its numbers."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    # The rate that `distill` was given is an option of its own.
+    known = {("lr", lr), ("initial_lr", lr)}
+    settings = [
+        {k: v for k, v in group.items() if k != "params" and not (k in ("lr", "initial_lr") and (k, v) in known)}
+        for group in optimizer.param_groups
+    ]
     counts = [len(group["params"]) for group in optimizer.param_groups]
     return {
         "teacher": "none" if teacher is None else _digest(teacher),

@@ -178,7 +178,7 @@ class Code:
                 found.append(name)
                 continue
             for key, value in sorted(vars(base).items(), key=lambda item: item[0]):
-                if key in ("__init__", "__doc__", "__module__", "__dict__", "__weakref__", "_abc_impl"):
+                if key in ("__init__", "__doc__", "__module__", "__dict__", "__weakref__", "__repr__", "_abc_impl"):
                     continue  # what __init__ did is in the attributes
                 if key.startswith("__") and not isinstance(value, types.FunctionType):
                     continue

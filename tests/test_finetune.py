@@ -150,7 +150,8 @@ def test_a_retrained_layer_is_initialised_anew_trained_and_subtracted(made: Made
 
 
 _STORED = (
-    "estimator", "version", "key", "seed", "threads", "surrogate", "activation_after", "weights", "calibration",
+    "estimator", "version", "key", "seed", "threads", "surrogate", "activation_after", "prunes", "weights",
+    "calibration",
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, FittedOp, fit_groups
+from lmfx.importance.after import After
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.linear import LinearOp
@@ -69,6 +70,7 @@ class Scorer:
         self.spans = spans
         self.network = spans.network
         self.gm = spans.network.gm
+        self.after = After(spans)
         self.calibration, self.judged = calibration.split(options.images)
         self.executor = executor
 
@@ -78,6 +80,7 @@ class Scorer:
         """Key and importance of those candidates that `take` gives when their turn comes."""
         names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
         names |= {side for c in candidates for side in span_sides(self.network, c)}
+        names |= {name for c in candidates for name in self.after.names(c)}
         parts, scale = self.parts(names)
         surrogates = None
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
@@ -181,11 +184,11 @@ class Scorer:
         self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], parts: list[Part], scale: float
     ) -> float:
         total, images = 0.0, 0
-        norm = None
+        norm, way = None, self.after.way(c)
         if c.post_norm is not None and c.conv is not None:
             norm = moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
         for part in parts:
-            x, y = part.values[c.span.entry], part.values[c.span.output]
+            x, y = part.values[c.span.entry], part.values[way.place if way else c.span.output]
             with torch.no_grad():
                 # Contiguous as a conv's output is: what follows may be a view.
                 new = x if op is None else _apply(op, x, c).contiguous()
@@ -195,7 +198,10 @@ class Scorer:
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
-                    changes = [((new - y).double() * g).flatten(1).sum(1) for g in part.gradients[c.span.output]]
+                    if way is not None:
+                        new = self.after.value(way, c.span.output, new, part.values)
+                    gradients = part.gradients[way.place if way else c.span.output]
+                    changes = [((new - y).double() * g).flatten(1).sum(1) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
             images += len(x)
         return -0.5 * total / images / scale
@@ -208,12 +214,15 @@ class Scorer:
             nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"
         }
         known[nodes[c.span.output]] = new
-        wanted = part.output
+        wanted, way = part.output, self.after.way(c)
         with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
+            begun = dict(known)
+            if way is not None:
+                known[nodes[way.place]] = self.after.value(way, c.span.output, new, part.values)
             output = flat_output(resume(self.gm, known), len(new))
             if self.options.norms == "batch":  # the original from here on, with its new statistics
                 if c.span.output not in part.renewed:
-                    same = known | {nodes[c.span.output]: part.values[c.span.output]}
+                    same = begun | {nodes[c.span.output]: part.values[c.span.output]}
                     part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new))
                 wanted = part.renewed[c.span.output]
         return float((output.double() - wanted).square().sum())

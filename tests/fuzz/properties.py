@@ -24,6 +24,7 @@ from lmfx.passes.rewrite import merge, rewrite
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.trace import trace
 from tests.fuzz.compare import Wrong, call, check_same, check_untouched, clones, leaves, noise_of, state_of, structure
+from tests.fuzz.keys import check_keys
 from tests.fuzz.oracle import check_span
 from tests.fuzz.program import Program
 
@@ -40,6 +41,7 @@ class Shares:
     again: int = 15
     save: int = 40
     onnx: int = 8  # of those that are compressed
+    keys: int = 10
 
 
 @dataclass
@@ -122,6 +124,9 @@ def _check(program: Program, rng: random.Random, shares: Shares, outcome: Outcom
             check_same("trace of the trace", reference, call(trace(gm, x), x), 1e-12, floor)
     if rng.randrange(100) < shares.compress:
         _check_compress(program, model, x, reference, rng, shares, outcome)
+    if rng.randrange(100) < shares.keys:
+        for event in check_keys(program, model, x, rng):
+            outcome.note(event)
     check_untouched(before, model)
 
 

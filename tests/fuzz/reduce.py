@@ -20,7 +20,8 @@ def same_failure(error: Wrong, seed: int) -> Callable[[Program], bool]:
     """Whether another program fails in the way in which one did."""
     everything = any(w in error.kind for w in ("compress", "save", "export", "without a fix"))
     again = 100 if "trace of the trace" in error.kind or "twice" in error.kind else 0
-    slow = Shares(100, 100, 100, 100 if "export" in error.kind else 0) if everything else Shares(0, again, 0, 0)
+    keys = 100 if error.kind.startswith("keys") else 0
+    slow = Shares(100, 100, 100, 100 if "export" in error.kind else 0) if everything else Shares(0, again, 0, 0, keys)
     cause = type(error.__cause__)
 
     def fails(program: Program) -> bool:
