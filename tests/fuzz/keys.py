@@ -195,7 +195,9 @@ def respelled(program: Program, rng: random.Random) -> Program:
         text = _spell(text, forms, rng)
     for forms in _JOINS:
         pattern = re.compile(rf"^( +\w+ = ){_form(forms[0])}$", re.M)
-        text = pattern.sub(lambda m, f=forms: m[1] + rng.choice(f).format(v=m[2], w=m[3]), text)
+        for found in reversed(list(pattern.finditer(text))):
+            other = found[1] + rng.choice(forms).format(v=found[2], w=found[3])
+            text = text[: found.start()] + other + text[found.end() :]
     return replace(program, bodies=(), text=text)
 
 
