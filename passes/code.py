@@ -139,7 +139,7 @@ class Code:
             text = f"{function.__module__}.{function.__qualname__}"
             if "<lambda>" in text or "<locals>" in text:
                 text = text.rpartition(".")[2]
-            return f"{text}{self._python(function, where)}" if self._looks() else text
+            return f"{text}{self._python(function, where) if self._looks() else ''}{self._cells(function, where)}"
         if type(function).__name__ == "ScriptFunction":  # its graph has all that it does
             return f"script {function.inlined_graph.str(False)}"
         return self.describer.unknown(function, where)
@@ -191,7 +191,7 @@ class Code:
         if isinstance(value, (staticmethod, classmethod)):
             return f"{type(value).__name__} {self._member(value.__func__, where)}"
         if isinstance(value, types.FunctionType) and library_name(value) is None:
-            return self._python(value, where)
+            return f"{self._python(value, where)}{self._cells(value, where)}"
         if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)):
             return "slot"
         return self.describer.value(value, where)
@@ -201,12 +201,20 @@ class Code:
 
     def _body(self, function: types.FunctionType, where: str) -> str:
         place = f"{where}: {function.__qualname__}".removeprefix(": ")
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            if name != "__class__":
-                kind = type(cell.cell_contents).__name__ if _filled(cell) else "nothing"
-                self.describer.unknown(function, place, f"it is a closure, which reads {name} (a {kind})")
         given = self.describer.value((function.__defaults__, function.__kwdefaults__), place)
         return f"[{self._code(function.__code__, function.__globals__, place)} {given}]"
+
+    def _cells(self, function: types.FunctionType, where: str) -> str:
+        """What a closure reads of the function around it: to be seen, not to be sure of."""
+        found = []
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            if name == "__class__" or not _filled(cell):
+                continue
+            kind = type(cell.cell_contents).__name__
+            place = f"{where}: {function.__qualname__}".removeprefix(": ")
+            self.describer.unsure.append(f"{place}: it is a closure, which reads {name} (a {kind})")
+            found.append(f"{name}={self.describer.value(cell.cell_contents, place)}")
+        return f" of ({', '.join(found)})" if found else ""
 
     def _code(self, code: types.CodeType, space: dict[str, Any], where: str) -> str:
         """Bytecode, constants, and what is read of the module in which the function stands."""

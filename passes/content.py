@@ -6,8 +6,8 @@
     a module of anybody else             class, code, every attribute, hook, buffer and submodule (see `code`)
 
 Keys of all that is stored are made of these texts. What has no content that can be read (a closure, an open file, an
-object whose only name is its address, what changes while it runs) is noted in `unsure`: its text is that of its type,
-good enough to compare what a person names, and never good enough to serve a stored row.
+object whose only name is its address, what changes while it runs) is noted in `unsure`: its text has its type and what
+can be seen of it, good enough to compare what a person names, and never good enough to serve a stored row.
 
 What does nothing in eval mode (`inplace`, `momentum`, `training`) is left out, and a subclass that overrides nothing is
 what it is derived from, so that the same network in another spelling has the same text.
@@ -36,6 +36,7 @@ __all__ = ["Describer", "Weights", "digest_of", "is_foreign", "shortened"]
 Weights = Literal["shapes", "types", "values"]
 """What is said of parameters and persistent buffers: shape; shape and dtype; shape, dtype and values."""
 
+MOST_SEEN = 1000  # attributes of objects that nobody knows: one may lead to all there is
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, range)
 _NAMED = (*_PLAIN, torch.layout, type(Ellipsis), torch.SymInt, torch.SymFloat, torch.SymBool)
 _KINDS = (
@@ -113,6 +114,7 @@ class Describer:
         self.volatile = frozenset(volatile)
         self.unsure: list[str] = []
         self._tensors: dict[int, tuple[int, Tensor]] = {}  # which parameter is which, so that shared ones are seen
+        self._left = MOST_SEEN
         self._open: list[int] = []  # what is being described: a cycle is told by its depth
         self._code = Code(self)
 
@@ -173,12 +175,23 @@ class Describer:
         return ", ".join(self.value(v, where) for v in values)
 
     def unknown(self, value: Any, where: str, why: str = "") -> str:
-        """The name of a value's type, which is all that is known of it."""
+        """The name of a value's type, and what can be seen of its attributes: it may tell two apart, and is not sure."""
         kind = value if isinstance(value, type) else type(value)
         self.unsure.append(
             f"{where or 'a value'}: {why or f'a {kind.__qualname__} has no content that can be compared'}"
         )
-        return f"<{kind.__module__}.{kind.__qualname__}>"
+        return f"<{kind.__module__}.{kind.__qualname__}>{self._seen(value, where)}"
+
+    def _seen(self, value: Any, where: str) -> str:
+        if isinstance(value, (type, types.ModuleType, types.FunctionType, Tensor)):
+            return ""
+        slots = [n for k in type(value).__mro__ for n in _texts(vars(k).get("__slots__", ()))]
+        held = {n: getattr(value, n) for n in slots if n not in ("__dict__", "__weakref__") and hasattr(value, n)}
+        held |= vars_of(value)
+        self._left -= len(held)
+        if not held or self._left < 0:
+            return ""
+        return "{" + ", ".join(f"{k}: {self.value(v, f'{where}.{k}')}" for k, v in held.items()) + "}"
 
     def array(self, value: Any, where: str = "", weights: Weights = "values") -> str:
         """Shape, dtype and bytes of a tensor or array, as far as `weights` asks for them."""
@@ -258,6 +271,10 @@ class Describer:
             self.unsure.append(f"{where}: it changes while the network runs")
             return "..."
         return self.value(value, where)
+
+
+def _texts(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def vars_of(value: Any) -> dict[str, Any]:

@@ -191,6 +191,18 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "identity": (sealed(lambda b: next(iter(b["identities"].values())).update(threads=2)), "does not have its hash"),
     "no latency": (sealed(lambda b: b["rows"][-4].update(kind="latency", value={"x": 1})), "damaged"),
     "less than nothing": (sealed(lambda b: b["rows"][4].update(kind="latency", value={"ms": -1.0})), "-1.0 ms"),
+    "boom": (sealed(lambda b: b["rows"][0].update(kind="importance", value="boom")), "'boom', no score"),
+    "yes": (sealed(lambda b: b["rows"][0].update(kind="importance", value=True)), "True, no score"),
+    "a training": (
+        sealed(lambda b: b["rows"][0].update(kind="importance", value={"performance": "x"})),
+        "no performance",
+    ),
+    "a text": (sealed(lambda b: b["rows"][0].update(kind="latency", value={"ms": 1.0, "device": 3})), "device=3"),
+    "a quality": (sealed(lambda b: b["rows"][0].update(kind="latency", value={"ms": 1.0, "quality": "x"})), "'x'"),
+    "a field": (sealed(lambda b: b["rows"][0].update(kind="latency", value={"ms": 1.0, "z": 3})), "unknown z"),
+    "a kind": (sealed(lambda b: b["rows"][0].update(kind="other")), "unknown kind 'other'"),
+    "a number": (sealed(lambda b: b["rows"][0].update(key=7)), "a row is named"),
+    "nobody's": (sealed(lambda b: b["rows"][0].update(kind="whole", value=1.0, identity="x")), "has no identity"),
     "no time": (sealed(lambda b: b["rows"][0].update(time=None)), "damaged"),
 }
 
@@ -207,6 +219,18 @@ def test_a_file_that_can_not_be_believed_is_refused_as_a_whole(tmp_path: Path, n
             import_rows(there, path)
         assert message in str(error.value) and str(path) in str(error.value)
         assert there.count() == 0
+
+
+def test_a_row_of_the_store_that_is_no_score_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    from lmfx.importance.base import stored_scores
+
+    with Store.open(tmp_path) as store:
+        store.put("importance", {"a": 1}, "good", -0.5)
+        store.put("importance", {"a": 1}, "trained", {"performance": "-inf", "seconds": 1.0})
+        assert stored_scores(store, {"a": 1}, ["good", "trained"]) == {"good": -0.5, "trained": float("-inf")}
+        store.put("importance", {"a": 1}, "bad", "boom")
+        with pytest.raises(StoreError, match="'boom', no score.*delete the file"):
+            stored_scores(store, {"a": 1}, ["good", "bad"])
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
