@@ -175,7 +175,7 @@ class Describer:
         return ", ".join(self.value(v, where) for v in values)
 
     def unknown(self, value: Any, where: str, why: str = "") -> str:
-        """The name of a value's type, and what can be seen of its attributes: it may tell two apart, and is not sure."""
+        """A value's type, and what can be seen of its attributes: it may tell two apart, but is not sure."""
         kind = value if isinstance(value, type) else type(value)
         self.unsure.append(
             f"{where or 'a value'}: {why or f'a {kind.__qualname__} has no content that can be compared'}"

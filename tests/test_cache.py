@@ -192,7 +192,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "no latency": (sealed(lambda b: b["rows"][-4].update(kind="latency", value={"x": 1})), "damaged"),
     "less than nothing": (sealed(lambda b: b["rows"][4].update(kind="latency", value={"ms": -1.0})), "-1.0 ms"),
     "boom": (sealed(lambda b: b["rows"][0].update(kind="importance", value="boom")), "'boom', no score"),
-    "yes": (sealed(lambda b: b["rows"][0].update(kind="importance", value=True)), "True, no score"),
+    "yes": (sealed(lambda b: b["rows"][0].update(kind="importance", value=True)), "'True', no score"),
     "a training": (
         sealed(lambda b: b["rows"][0].update(kind="importance", value={"performance": "x"})),
         "no performance",
@@ -231,6 +231,13 @@ def test_a_row_of_the_store_that_is_no_score_is_an_error_and_no_traceback(tmp_pa
         store.put("importance", {"a": 1}, "bad", "boom")
         with pytest.raises(StoreError, match="'boom', no score.*delete the file"):
             stored_scores(store, {"a": 1}, ["good", "bad"])
+
+
+@pytest.mark.parametrize("value", [{"ms": 1.0}, {"ms": 0, "n": 0, "quality": "bound", "conditions": {"clock": 1}}])
+def test_a_measurement_may_leave_out_all_but_its_ms(value: dict[str, Any]) -> None:
+    from lmfx.latency.row_values import check_value
+
+    assert check_value("latency", "a", value) is value
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ def _check_measurement(key: str, value: Any) -> None:
         raise ValueError(f"{key!r} is {str(value)[:60]!r}, no measurement")
     if unknown := sorted(map(str, value.keys() - set(_FIELDS))):
         raise ValueError(f"{key!r} has the unknown {', '.join(unknown)[:60]}")
-    for name, least in (("ms", 0.0), ("spread", 0.0), ("n", 0.0)):
-        number = value.get(name, least)
-        if not _is_finite(number) or number < least or (name == "n" and not isinstance(number, int)):
+    for name in ("ms", "spread", "n"):
+        number = value.get(name, 0)
+        if not _is_finite(number) or number < 0 or (name == "n" and not isinstance(number, int)):
             raise ValueError(f"{key!r} is {number!r} ms" if name == "ms" else f"{key!r} has {name}={number!r}")
     for name in _TEXTS:
         if not isinstance(value.get(name, ""), str):
