@@ -197,7 +197,7 @@ class Finetune:
             "threads": self.threads,
             "surrogate": self.surrogate,
             "activation_after": spans.options.activation_after,
-            "prunes": spans.options.method != "depth",  # else all convs of a span are composed
+            "prunes": spans.options.method not in ("depth", "exact"),  # else all convs of a span are composed
             "weights": whole.digest,
             "calibration": calibration.digest(),
         }

@@ -102,7 +102,7 @@ class Reconstruction:
             "surrogate": self.surrogate,
             "norms": self.norms,
             "activation_after": spans.options.activation_after,
-            "prunes": spans.options.method != "depth",  # else all convs of a span are composed
+            "prunes": spans.options.method not in ("depth", "exact"),  # else all convs of a span are composed
             "weights": network.digest,
             "calibration": calibration.digest(),
         }
