@@ -10,7 +10,7 @@ has as many rows as the images is *batched* and comes from the calibration data;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from lmfx.passes.content import Describer, digest_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.trace import example_arguments
 
-__all__ = ["Calibration", "Frame", "as_calibration"]
+__all__ = ["Calibration", "Frame", "as_calibration", "fits"]
 
 MAX_IMAGES = 512
 
@@ -166,7 +166,7 @@ class _Reader:
         if isinstance(source, Tensor):
             yield [source]
             return
-        if isinstance(source, dict):
+        if isinstance(source, Mapping):
             yield self.named(source)
             return
         if isinstance(source, (list, tuple)) and source and self.is_batch(source):
@@ -179,7 +179,7 @@ class _Reader:
         for batch in source:
             if isinstance(batch, Tensor):
                 yield [batch]
-            elif isinstance(batch, dict) and self.names:
+            elif isinstance(batch, Mapping):
                 yield self.named(batch)
             elif isinstance(batch, (list, tuple)) and batch and (isinstance(batch[0], Tensor) or self.is_whole(batch)):
                 yield self.row(batch)
@@ -207,12 +207,9 @@ class _Reader:
             return self.picked(pytree.tree_leaves(tuple(batch[: self.width])))
         return list(batch[: self.inputs])
 
-    def named(self, batch: dict[str, Any]) -> list[Tensor]:
+    def named(self, batch: Mapping[str, Any]) -> list[Tensor]:
         if not self.names:
-            raise InputError(
-                "the calibration is a dict, and the example is not: pass a tensor, or a tuple of tensors in the order "
-                "of the model's inputs"
-            )
+            return self.keyed(batch)
 
         def needed(value: Any) -> bool:
             return any(v is BATCHED for v in pytree.tree_leaves(value))
@@ -229,6 +226,25 @@ class _Reader:
             )
         return self.picked(pytree.tree_leaves(((), whole)))
 
+    def keyed(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """A dict for a model that takes no names: the one dict that it takes, or the one entry that is its input."""
+        held = self.args[0] if self.width == 1 else None
+        if isinstance(held, Mapping):
+            if missing := [k for k in held if k not in batch]:
+                raise InputError(f"the calibration dict has no {missing}; it has {sorted(map(str, batch))}")
+            return self.row(({k: batch[k] for k in held},))
+        like = held if isinstance(held, Tensor) else None
+        found = [] if like is None else [k for k, v in batch.items() if fits(v, tuple(like.shape), like.dtype)]
+        if len(found) == 1:
+            return [batch[found[0]]]
+        seen = ", ".join(f"{k!r} {_brief(v)}" for k, v in batch.items())
+        what = f"a tensor like {_brief(like)}" if like is not None else f"{self.width} positional inputs"
+        which = "none of them" if not found else f"more than one ({', '.join(map(repr, found))})"
+        raise InputError(
+            f"a calibration batch is a dict of {seen}, the model takes {what}, and {which} fits: pass the input alone, "
+            f"like (batch[{(found or ['image'])[0]!r}] for batch in loader)"
+        )
+
     def picked(self, leaves: list[Any]) -> list[Tensor]:
         """The batched ones of a whole batch's leaves; the others must be those of the example."""
         for value, held in zip(leaves, self.frame.leaves, strict=True):
@@ -238,6 +254,15 @@ class _Reader:
                     "the example. Leave them out, or give the example a tensor with one entry an image"
                 )
         return [v for v, held in zip(leaves, self.frame.leaves, strict=True) if held is BATCHED]
+
+
+def fits(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a value is a batch of what has this shape, whatever the number of images, and this dtype."""
+    return isinstance(value, Tensor) and value.dtype == dtype and value.dim() > 0 and value.shape[1:] == shape[1:]
+
+
+def _brief(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"({type(value).__name__})"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -129,12 +129,25 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _check_weights(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise ModelError(
+                f"{name} is quantized ({kind.__name__}): compress the floating-point model and quantize the result"
+            )
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if nn.parameter.is_lazy(tensor):
+            owner: nn.Module = model.get_submodule(name.rpartition(".")[0])
+            raise ModelError(
+                f"{name} of a {type(owner).__name__} has no values yet: run the model once first, like model(example)"
+            )
     if not tensors:
         raise ModelError(
             f"{type(model).__name__} has no parameters, so there is nothing to merge: pass one with nn.Conv layers"
         )
-    for name, tensor in tensors:
+    for name, held in tensors:
+        tensor = held.detach()
         if tensor.is_meta:
             raise ModelError(f"{name} is on the meta device and has no values: load the weights first")
         if tensor.is_quantized:

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from lmfx._version import __version__
+from lmfx.caller_state import entry
 from lmfx.carried import check_table
 from lmfx.cli_cache import cache_commands
 from lmfx.cli_inputs import example, images, model_and_example, model_options
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. `argv` is without the program's name, `sys.argv[1:]` by default."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        _run(args)
         sys.stdout.flush()
     except LmfxError as error:
         print(f"lmfx {args.command}: {error}", file=sys.stderr)
@@ -80,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `lmfx spans ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+@entry
+def _run(args: argparse.Namespace) -> None:
+    """The command itself; whatever fails in it is told as an `LmfxError`."""
+    args.run(args)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------

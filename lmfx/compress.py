@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from lmfx.budget import Budget
 from lmfx.calibration import Calibration, as_calibration
+from lmfx.caller_state import entry
 from lmfx.carried import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.checks import check_run_options, span_options
 from lmfx.frontier import solve_spans
@@ -35,6 +36,7 @@ __all__ = ["compress"]
 Surrogate = Literal["affine", "identity"]
 
 
+@entry
 def compress(
     model: nn.Module,
     example_input: Any,

@@ -17,7 +17,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +27,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.averaging import moving_average
+from lmfx.calibration import fits
+from lmfx.caller_state import entry
 from lmfx.export.specs import eval_mode
 from lmfx.objectives import Distance, Objective, recorded, shared_layers
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
@@ -41,6 +43,7 @@ Schedule = Literal["cosine", "constant"]
 Norms = Literal["train", "frozen"]
 
 
+@entry
 def distill(
     student: fx.GraphModule,
     teacher: nn.Module | None,
@@ -306,17 +309,41 @@ def _turn(loader: Any, runner: Any) -> Iterator[Any]:
 def _split(student: fx.GraphModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], tuple[Any, ...]]:
     """(positional inputs, inputs by name, labels) of a batch."""
     names = [str(n.target).lstrip("*") for n in student.graph.nodes if n.op == "placeholder"]
-    if isinstance(batch, dict):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    if isinstance(batch, Mapping):
         known = {k: v for k, v in batch.items() if k in names}
-        args, kwargs = ((), known) if known else ((), dict(batch))
-        labels = tuple(v for k, v in batch.items() if k not in kwargs)
+        args, kwargs, used = _keyed(student, batch) if not known else ((), known, set(known))
+        labels = tuple(v for k, v in batch.items() if k not in used)
     else:
         whole = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
         args, kwargs, labels = whole[: len(names)], {}, whole[len(names) :]
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    if not tensors or len(tensors) < len(args):
-        raise InputError(f"a batch holds a {type((*args, None)[0]).__name__}: pass a list of image tensors or a loader")
+    leaves = pytree.tree_leaves((args, kwargs))
+    strange = [v for v in leaves if not isinstance(v, (Tensor, int, float))]
+    if strange or not any(isinstance(v, Tensor) for v in leaves):
+        raise InputError(
+            f"a batch holds a {type((*strange, None)[0]).__name__}: pass a list of image tensors or a loader"
+        )
     return args, kwargs, labels
+
+
+def _keyed(student: fx.GraphModule, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], set[str]]:
+    """A dict whose keys are no names of inputs: the one dict that the student takes, or the entry that is its input."""
+    meta = student.meta.get("lmfx", {})
+    inputs = meta["result"].inputs if "result" in meta else meta
+    specs = inputs.get("positional", ())
+    spec = specs[0] if len(specs) == 1 and isinstance(specs[0], dict) else {}
+    if set(spec) == {"dict"} and all(k in batch for k in spec["dict"]):
+        return ({k: batch[k] for k in spec["dict"]},), {}, set(spec["dict"])
+    if set(spec) == {"shape", "dtype"}:
+        found = [k for k, v in batch.items() if fits(v, tuple(spec["shape"]), getattr(torch, spec["dtype"]))]
+        if len(found) == 1:
+            return (batch[found[0]],), {}, set(found)
+        raise InputError(
+            f"a batch is a dict of {', '.join(map(repr, batch))}, and {len(found)} of them fit the student's input of "
+            f"shape {tuple(spec['shape'])}: pass tuples of the input and labels, like (batch['image'], batch['label'])"
+        )
+    return (), dict(batch), set(batch)
 
 
 def _find_layers(student: fx.GraphModule, teacher: nn.Module, data: Any, runner: Any) -> list[str]:
@@ -345,7 +372,7 @@ def _step(
             with torch.no_grad(), autocast, recorded(teacher, layers) as theirs:
                 wanted = teacher(*args, **kwargs)
         value = module(args, kwargs, labels, wanted, dict(theirs))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, KeyError) as error:
         shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         raise InputError(
             f"student, teacher and loss do not run on a batch of shape {shapes} with {len(labels)} labels "

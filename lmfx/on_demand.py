@@ -35,6 +35,7 @@ from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.calibration import Calibration, as_calibration
+from lmfx.caller_state import entry
 from lmfx.checks import check_graph, check_run_options
 from lmfx.frontier import Frontier, solve_spans
 from lmfx.importance import Estimator, Finetune, ImportanceTable, Reconstruction, get_estimator
@@ -89,6 +90,7 @@ class OnDemand:
         return "\n".join(lines)
 
 
+@entry
 def score_on_demand(
     graph: fx.GraphModule,
     estimator: str | Estimator,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lmfx._version import __version__
+from lmfx.caller_state import entry
 from lmfx.export.atomic import atomic_write
 from lmfx.passes.errors import LmfxError, PlanError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
@@ -194,6 +195,7 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@entry
 def save_plan(plan: MergePlan, path: str | os.PathLike[str]) -> Path:
     """Write a plan as JSON; the file is complete or as it was before. Raises `PlanError` if it can not be written."""
     try:
@@ -202,6 +204,7 @@ def save_plan(plan: MergePlan, path: str | os.PathLike[str]) -> Path:
         raise PlanError(f"can not write the plan {path}: {error}") from error
 
 
+@entry
 def load_plan(path: str | os.PathLike[str]) -> MergePlan:
     """The plan that `save_plan` (or `lmfx.save`, in its plan.json) wrote. Raises `PlanError` for any other file."""
     return plan_from_dict(read_json(Path(path)), str(path))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from lmfx.budget import Budget
+from lmfx.caller_state import entry
 from lmfx.frontier import Frontier
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.errors import InputError
@@ -48,6 +49,7 @@ class Result:
         return type(self), (*values[:-2], None, None)
 
 
+@entry
 def result_of(net: fx.GraphModule) -> Result:
     """The result that travels with a network from `compress` or `load`; `InputError` for any other module."""
     found = getattr(net, "meta", {}).get("lmfx", {}).get("result")

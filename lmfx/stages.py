@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from lmfx.calibration import as_calibration
+from lmfx.caller_state import entry, ordinary
 from lmfx.carried import check_table
 from lmfx.checks import check_batched, check_graph, check_model, check_run_options, span_options
 from lmfx.fitting import fit_plan
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@entry
 def rewrite(
     graph: fx.GraphModule, plan: MergePlan, *, calibration: Any = None, progress: bool = False
 ) -> fx.GraphModule:
@@ -67,6 +69,7 @@ def rewrite(
     return student
 
 
+@entry
 def merge(student: fx.GraphModule) -> fx.GraphModule:
     """The deploy form of a trainable network: every `LinearSpan` becomes its single conv. `student` is not changed.
 
@@ -85,6 +88,7 @@ def merge(student: fx.GraphModule) -> fx.GraphModule:
     return net
 
 
+@entry
 def merge_siblings(net: fx.GraphModule) -> fx.GraphModule:
     """A copy of a traced or compressed network in which convolutions that read one value are one, its output split.
 
@@ -99,12 +103,14 @@ def merge_siblings(net: fx.GraphModule) -> fx.GraphModule:
     return merged
 
 
+@entry
 def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     """`model` as a GraphModule in canonical form, checked against it on the example; `model` is not changed.
 
     `example_input` is a tensor, a tuple of positional or a dict of keyword arguments. Raises `ModelError`,
     `InputError` or `DeviceError` for what can not be compressed, `TraceError` if no tracer gives an equal graph.
     """
+    example_input = ordinary(example_input)
     check_model(model, example_input)
     graph = trace_graph(model, example_input)
     check_batched(graph)
@@ -112,6 +118,7 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     return graph
 
 
+@entry
 def spans(graph: fx.GraphModule, **options: Any) -> SpanSet:
     """Every candidate and every refusal of a traced graph. `options` are the fields of `SpanOptions`."""
     check_graph(graph, "spans")
@@ -124,6 +131,7 @@ def default_backend(graph: nn.Module) -> str:
     return "torch" if first is not None and first.device.type == "cuda" else "onnxruntime"
 
 
+@entry
 def profile(
     graph: fx.GraphModule,
     backend: str | Backend | None = None,
@@ -178,6 +186,7 @@ def _twin(c: Candidate) -> tuple[Any, ...]:
     return c.span.series, c.span.start, c.span.stop, c.conv.kernel_size, c.conv.dilation, c.conv.groups
 
 
+@entry
 def score(
     graph: fx.GraphModule,
     estimator: str | Estimator = "reconstruction",
@@ -206,6 +215,7 @@ def score(
         return made.score(candidates, chosen, data, store, progress, executor)
 
 
+@entry
 def solve(
     graph: fx.GraphModule, latency: LatencyTable, score: ImportanceTable, *, spans: SpanSet | None = None
 ) -> Frontier:

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from lmfx.caller_state import entry
 from lmfx.passes.errors import InputError, LmfxError, PlanError
 from lmfx.passes.identity import Origin, fingerprint, is_of
 from lmfx.passes.ir import MergePlan
@@ -55,6 +56,7 @@ class _Save:
 # --- save -------------------------------------------------------------------------------------------------------------
 
 
+@entry
 def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str | None = None) -> Path:
     """Write a network that `compress`, `rewrite` or `merge` made to `directory`, and return its path.
 
@@ -123,7 +125,10 @@ def _tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     memory: set[int] = set()
     for name, value in net.state_dict().items():
         if not isinstance(value, Tensor):
-            raise PlanError(f"{name} is a {type(value).__name__}, not a tensor, and can not be saved without a pickle")
+            raise PlanError(
+                f"{name} is a {type(value).__name__}, not a tensor, and can not be saved without a pickle: save the "
+                "network before it is quantized, or keep what the module needs in buffers"
+            )
         if value.is_meta:
             raise PlanError(f"{name} is on the meta device and has no values: load the weights first")
         same = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
@@ -152,6 +157,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
+@entry
 def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
     """The network that `save` wrote, on the device of `model`, in eval mode; its outputs are those it had, bit for bit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,9 +14,19 @@ from lmfx.calibration import Calibration, Frame
 from lmfx.passes.errors import ModelError
 from lmfx.passes.interface import plain_output
 
-__all__ = ["batches_for", "flat_output", "placeholder_values", "record", "record_batches", "resume"]
+__all__ = [
+    "Rows",
+    "batches_for",
+    "flat_output",
+    "output_rows",
+    "placeholder_values",
+    "record",
+    "record_batches",
+    "resume",
+]
 
 BATCH = 32
+Rows = tuple[int | None, ...]
 
 
 def batches_for(
@@ -113,18 +124,45 @@ def resume(gm: fx.GraphModule, known: dict[fx.Node, Any]) -> Any:
     return fx.Interpreter(gm, garbage_collect_values=False).run(initial_env=dict(known), enable_io_processing=False)
 
 
-def flat_output(output: Any, images: int | None = None) -> Tensor:
-    """All floating tensors of an output as one (images, features) tensor; without `images` as one row.
-
-    Raises `ModelError` if a tensor's first dimension is not that of the images.
-    """
-    leaves = [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
+def flat_output(output: Any, images: int | None = None, rows: Rows = ()) -> Tensor:
+    """All floating tensors of an output as one row; with `images` as (images, features), of those that have `rows`."""
+    leaves = _floating(output)
     if images is None:
         return torch.cat([v.reshape(1, -1) for v in leaves], 1)
-    for v in leaves:
-        if v.dim() == 0 or len(v) != images:
-            raise ModelError(
-                f"the model's output of shape {tuple(v.shape)} has no batch dimension (of {images} images), so its "
-                "error can not be told by image: return one row an image, or use importance='magnitude'"
-            )
-    return torch.cat([v.reshape(images, -1) for v in leaves], 1)
+    kept = [(v, dim) for v, dim in zip(leaves, rows, strict=True) if dim is not None]
+    return torch.cat([v.movedim(dim, 0).reshape(images, -1) for v, dim in kept], 1)
+
+
+def _floating(output: Any) -> list[Tensor]:
+    return [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+@torch.no_grad()
+def output_rows(gm: fx.GraphModule, calibration: Calibration) -> Rows:
+    """The dimension along which the images lie in each floating tensor of the output, None for one without.
+
+    It is the first that grows with the batch, by as much for each image: 0 of (images, classes) and of boxes that are
+    flattened over the batch, 1 of (time, images, classes). What grows with nothing (a scale, anchors) is constant. A
+    graph that runs at one size only is judged by that: the first dimension if it fits, else the first that does.
+
+    Raises `ModelError` if no tensor has such a dimension.
+    """
+    shapes = {}
+    for size in (2, 3) if gm.meta.get("lmfx", {}).get("tracer", "symbolic") == "symbolic" else ():
+        with contextlib.suppress(Exception):  # a batch size that is written in the graph
+            batch = next(calibration.whole_batches(size).batches(size))
+            shapes[size] = [tuple(v.shape) for v in _floating(record(gm, batch, (), calibration.names)[1])]
+    if len(shapes) == 2 and [len(s) for s in shapes[2]] == [len(s) for s in shapes[3]]:
+        pairs = zip(shapes[2], shapes[3], strict=True)
+        rows = [next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a * 3 == b * 2 > 0), None) for p in pairs]
+        seen = shapes[3]
+    else:
+        batch = next(batches_for(gm, calibration, 1))
+        seen = [tuple(v.shape) for v in _floating(record(gm, batch, (), calibration.names)[1])]
+        rows = [next((i for i, n in enumerate(s) if n == len(batch[0])), None) for s in seen]
+    if all(dim is None for dim in rows):
+        raise ModelError(
+            f"none of the model's outputs, of shapes {', '.join(map(str, seen))}, grows with the batch, so their error "
+            "can not be told by image: return one row an image, or use importance='magnitude'"
+        )
+    return tuple(rows)

@@ -10,8 +10,6 @@ gets the model's own face: one placeholder for each argument, and the output in 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +21,7 @@ from torch.utils import _pytree as pytree
 from .copies import eval_copy
 from .errors import TraceError
 from .interface import Example, ModelCodeGen, Structure, bind, strip
+from .quiet import quiet
 from .tracers import Traced
 
 __all__ = ["trace_export"]
@@ -35,8 +34,7 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     example = example[0], {name: example[1][name] for name in binding.given if name in example[1]}
     source = _Flat(eval_copy(model), example)
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
-    unseen = io.StringIO()  # torch.export prints a whole graph when it fails
-    with contextlib.redirect_stdout(unseen), contextlib.redirect_stderr(unseen), torch.no_grad():
+    with quiet(), torch.no_grad():  # torch.export prints a whole graph when it fails
         # Without gradients, because autograd forbids some in-place ops that inference allows.
         program = torch.export.export(source, tensors, strict=False).run_decompositions({})
         exported: Any = program.module()

@@ -11,9 +11,7 @@ size (a reshape with constant sizes), that size is all there is, and one pixel t
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import ops
 from .configs import module_config
 from .ir import ConvConfig
+from .quiet import quiet
 from .reduction import is_map, join_of, operands_of
 
 __all__ = ["GROWTH", "fake_shapes", "follows", "holds_tensors", "observed_geometry", "spatial_maps", "values_at"]
@@ -131,7 +130,7 @@ def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False
     """
     runner = _ShapeRunner(gm, partial)
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _no_logging():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet():
         runner.run(*(_fake(value, device) for value in inputs), enable_io_processing=False)
     return runner.shapes
 
@@ -139,17 +138,6 @@ def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False
 def _fake(value: Any, device: torch.device) -> Any:
     pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
     return torch.empty(value[0], dtype=value[1], device=device) if pair else value
-
-
-@contextmanager
-def _no_logging() -> Iterator[None]:
-    """torch logs each op that a fake tensor refuses, which here is a question and no failure."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(level)
 
 
 class _Unknown:

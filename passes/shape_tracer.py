@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 
+from .autocast import no_autocast
 from .facts import unpatched
 from .interface import Example
 from .tracers import MutableProxy, SymbolicTracer, Traced, record, unpacked
@@ -108,7 +109,7 @@ class ShapeTracer(SymbolicTracer):
         a, k = fx.node.map_aggregate(args, _unwrap), fx.node.map_aggregate(kwargs, _unwrap)
         if kind == "call_method" and (made := _made(str(target), args, a, k)) is not None:
             return made
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), no_autocast():
             if kind == "call_function":
                 fake = target(*a, **k)
             elif kind == "call_method":

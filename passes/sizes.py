@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +28,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .autocast import FullPrecision
 from .copies import eval_copy
 from .errors import SizeError, TraceError
 from .interface import Example, bind, plain_output
 from .limits import Limit
+from .quiet import quiet
 
 __all__ = ["Probes", "Verdict", "differs"]
 
@@ -178,8 +179,7 @@ class Probes:
         given: dict[str, Any] = pytree.tree_unflatten(values, self.spec)
         model = eval_copy(self.model)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with torch.no_grad(), quiet(), FullPrecision():
                 expected = plain_output(bind(model, self.example).call(model, _cloned(given)))
         except SizeError:  # a graph of lmfx in it
             if kind in KINDS:
@@ -304,8 +304,7 @@ def _agrees(gm: fx.GraphModule, probe: _Probe, tolerance: float | None = None) -
     given = _cloned(probe.given)
     values = [given.get(str(n.target)) for n in own.graph.nodes if n.op == "placeholder"]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             actual = fx.Interpreter(own).run(*values, enable_io_processing=False)
     except Exception:  # a graph with a number where a size should be raises whatever the op raises
         return False

@@ -17,9 +17,7 @@ The first tracer that works and hides no convolution in an opaque submodule is t
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,15 +26,18 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .autocast import FullPrecision, autocast_on
 from .canonical import canonicalize
 from .copies import eval_copy, unwrapped
-from .errors import TraceError
+from .errors import ModelError, TraceError
 from .exported import trace_export
 from .fold import fold_constants
 from .identity import changes_while_it_runs, fingerprint, states_of
 from .inplace import make_pure
 from .interface import Example, bind, plain_output
 from .limits import set_limits
+from .quiet import quiet, tracing
+from .random_ops import random_error
 from .shape_tracer import trace_shapes
 from .sizes import Probes, Verdict
 from .stateful import run_unchanged
@@ -78,7 +79,8 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     example = example_arguments(example_input)
     model = unwrapped(model)
     bind(model, example)
-    reference = run_unchanged(eval_copy(model), example)
+    with FullPrecision():
+        reference = run_unchanged(eval_copy(model), example)
     reasons: list[str] = []
     best: tuple[tuple[int, int], fx.GraphModule] | None = None
     probes = Probes(model, example)
@@ -99,6 +101,12 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
                     continue
             gm = _graph_of(name, traced, example, reference)
             fixed = _sized(gm, name, probes)
+        except _Differs as error:
+            _check_repeats(model, example, reference)  # another tracer would not agree with it either
+            reasons.append(f"{name}: {type(error).__name__.lstrip('_')}: {first_line(error)}")
+            continue
+        except ModelError:
+            raise
         except Exception as error:  # any tracer may fail in any way; the next one is tried
             reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
             continue
@@ -118,7 +126,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
 
 def _sized(gm: fx.GraphModule, name: str, probes: Probes) -> int:
     """How many of batch and image size are the example's only; the graph refuses others from now on."""
-    with _quiet():
+    with quiet():
         verdict: Verdict = probes.verdict(gm, thorough=name != "symbolic")
     gm.meta["lmfx"]["sizes"] = verdict.states
     if verdict.limits:
@@ -126,8 +134,20 @@ def _sized(gm: fx.GraphModule, name: str, probes: Probes) -> int:
     return verdict.fixed
 
 
+class _Differs(TraceError):
+    """A graph whose output is not the model's."""
+
+
+def _check_repeats(model: nn.Module, example: Example, reference: Any) -> None:
+    """Raises `ModelError`, which names the op, if the model itself gives another output for the same input."""
+    with FullPrecision():
+        again = run_unchanged(eval_copy(model), example)
+    if _difference(reference, again) is not None:
+        raise random_error(eval_copy(model), _clone(example))
+
+
 def _traced(name: str, model: nn.Module, example: Example) -> Traced:
-    with _quiet():
+    with quiet(), tracing():
         return TRACERS[name](model, example)
 
 
@@ -150,7 +170,12 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
     runner = _Annotator(gm, frozenset(traced.opaque))
     difference = _difference(reference, runner.run(*_placeholder_values(gm, example)))
     if difference is not None:
-        raise TraceError(f"the graph does not compute what the model computes ({difference})")
+        raise _Differs(f"the graph does not compute what the model computes ({difference})")
+    if runner.hidden.autocast:
+        raise ModelError(
+            f"one of {', '.join(traced.opaque)} has an autocast region, and can not be traced: take the region out, "
+            "and run the result under torch.autocast instead"
+        )
     args, kwargs = example
     gm.meta["lmfx"] = {
         "tracer": name,
@@ -163,25 +188,14 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
     return gm
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No logging and no warnings: a tracer that fails shows whole graphs, and a model has warned before."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 class _ConvCounter(TorchFunctionMode):
-    """Counts the convolutions that run, whether modules or functions call them."""
+    """Counts the convolutions that run, whether modules or functions call them, and notes autocast regions."""
 
     count = 0
+    autocast = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.autocast |= bool(autocast_on())
         self.count += getattr(func, "__name__", "").startswith(("conv1d", "conv2d", "conv3d", "conv_transpose"))
         return func(*args, **(kwargs or {}))
 

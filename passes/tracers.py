@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,7 @@ class SymbolicTracer(fx.Tracer):
         super().__init__()
         self.binding = bind(model, example)
         self.leaves = leaves
+        self.thread = threading.get_ident()
         self.failed: dict[str, str] = {}
         self.fixed: dict[str, Any] = {}
         self.structure: Structure | None = None
@@ -206,6 +208,8 @@ class SymbolicTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace into a module, or record a call of it if that can not be done."""
+        if threading.get_ident() != self.thread:  # torch.fx patches nn.Module for all threads: another one runs its own
+            return forward(*args, **kwargs)
         try:
             qualified = self.path_of_module(m)
         except NameError:  # made by the forward, as a slice of an nn.Sequential is: what it calls has a name

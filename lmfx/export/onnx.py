@@ -6,12 +6,9 @@ input and on one random input, compared with torch, and only then renamed: a fai
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
+import re
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +17,19 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from lmfx.caller_state import entry, one_line
 from lmfx.export.builder import PROTO_LIMIT, require_onnx
 from lmfx.export.specs import eval_mode
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.interface import plain_face, plain_output
 from lmfx.passes.limits import limits_of
+from lmfx.passes.quiet import quiet, tracing
 
 __all__ = ["export_onnx", "quiet_export"]
 
 
+@entry
 def export_onnx(
     net: nn.Module,
     example_input: torch.Tensor | tuple[Any, ...] | Mapping[str, Any],
@@ -104,18 +104,13 @@ def quiet_export(
         batch = torch.export.Dim("batch", min=1)
         given = (*args, *(kwargs or {}).values())
         dynamic = tuple({0: batch} if isinstance(a, torch.Tensor) and a.dim() else None for a in given)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
     try:
-        logger.setLevel(logging.ERROR)
         with (
             eval_mode(net),
             torch.no_grad(),
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            quiet(),
+            tracing(),  # torch.onnx.export traces with torch.export
         ):
-            warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 plain_face(net),
                 args,
@@ -126,16 +121,31 @@ def quiet_export(
                 dynamic_shapes=dynamic,
             )
     except Exception as error:  # torch.onnx raises many kinds, all of them about this model
-        lines = str(error).strip().splitlines()
-        raise ExportError(
-            f"torch.onnx.export could not export {type(net).__name__}: {type(error).__name__}: "
-            f"{lines[0] if lines else ''}; try a newer torch, or another opset"
-        ) from error
-    finally:
-        logger.setLevel(level)
+        raise ExportError(_export_failure(type(net).__name__, error)) from error
     if program is None:
         raise ExportError(f"torch.onnx.export gave nothing for {type(net).__name__}")
     return program
+
+
+def _export_failure(name: str, error: Exception) -> str:
+    """What torch.onnx.export stopped at; it names the op at the end of a long text, or in the error's cause."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    found = next((m for e in reversed(chain) for m in _OP.finditer(str(e))), None)
+    if found is None:
+        return (
+            f"torch.onnx.export could not export {name}: {type(chain[-1]).__name__}: {one_line(chain[-1])}; try a "
+            "newer torch, another opset, or a runtime that needs no ONNX (latency='torch')"
+        )
+    op = found[1] or found[2]
+    return (
+        f"torch.onnx.export could not export {name}: ONNX has no {op} ({one_line(chain[-1])}). Compress it with "
+        f"latency='torch', which needs no ONNX, or take what computes {op} out of the model"
+    )
+
+
+_OP = re.compile(r"OpOverload\(op='([\w.:]+)'|target=torch\.ops\.([\w.]+)\]")
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -184,7 +194,9 @@ def _check(
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(f"ONNX Runtime can not load the exported network: {error}") from error
+        raise ExportError(
+            f"ONNX Runtime can not load the exported network: {one_line(error)}; pass check=False for another runtime"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     runs = [("the example input", None), ("a random input", generator)]
     for what, draw in [*runs, ("a random input of another batch", generator)] if other_batch else runs:
@@ -211,8 +223,11 @@ def _check(
         feed |= dict(zip(rest, positional, strict=True))
         try:
             got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
-        except Exception as error:  # onnxruntime's own kinds, none of them public
-            raise ExportError(f"ONNX Runtime does not run the exported network on {what}: {_first(error)}") from error
+        except Exception as error:  # ONNX Runtime has errors of its own, all of them about this file
+            raise ExportError(
+                f"ONNX Runtime can not run the exported network on {what}: {one_line(error)}; no file was written. "
+                "Pass check=False for another runtime"
+            ) from error
         if len(got) != len(expected):
             raise ExportError(f"the exported network has {len(got)} outputs, torch {len(expected)}")
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):

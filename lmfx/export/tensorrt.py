@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmfx.caller_state import entry
 from lmfx.export.atomic import atomic_write
 from lmfx.export.precision import convert_bytes
 from lmfx.passes.errors import ExportError, MissingExtra, OptionError
@@ -61,6 +62,7 @@ def import_tensorrt(package: str | None = None, ahead_of_time: bool = False) -> 
     raise MissingExtra(f"TensorRT can not be used: {'; '.join(told)}; {fix}")
 
 
+@entry
 def build_engine(
     onnx_path: str | os.PathLike[str],
     engine_path: str | os.PathLike[str],

@@ -28,7 +28,7 @@ from lmfx.passes.norms import moved_norm
 from lmfx.passes.rewrite import build_span, span_sides
 from lmfx.passes.spans import SpanSet
 from lmfx.surrogates import affine_surrogates
-from lmfx.values import batches_for, flat_output, record, record_batches, resume
+from lmfx.values import batches_for, flat_output, output_rows, record, record_batches, resume
 
 __all__ = ["Judging", "Scorer"]
 
@@ -73,6 +73,7 @@ class Scorer:
         self.after = After(spans)
         self.calibration, self.judged = calibration.split(options.images)
         self.executor = executor
+        self.rows = output_rows(self.gm, self.judged)
 
     def run(
         self, candidates: list[Candidate], take: Callable[[Sequence[Candidate]], list[Candidate]]
@@ -162,13 +163,13 @@ class Scorer:
         with torch.no_grad():
             every = {n.name for n in self.gm.graph.nodes}
             values, output = record(self.gm, batch, every, self.calibration.names)
-            return Part(values, {}, flat_output(output, len(batch[0])))
+            return Part(values, {}, flat_output(output, len(batch[0]), self.rows))
 
     def part(self, batch: tuple[Tensor, ...], names: set[str], generator: torch.Generator) -> Part:
         inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch)
         with torch.enable_grad():
             values, output = record(self.gm, inputs, names, self.calibration.names, differentiable=True)
-            z = flat_output(output, len(batch[0]))
+            z = flat_output(output, len(batch[0]), self.rows)
             ordered = list(values)
             gradients: dict[str, list[Tensor]] = {n: [] for n in ordered}
             for probe in range(self.options.probes):
@@ -219,11 +220,11 @@ class Scorer:
             begun = dict(known)
             if way is not None:
                 known[nodes[way.place]] = self.after.value(way, c.span.output, new, part.values)
-            output = flat_output(resume(self.gm, known), len(new))
+            output = flat_output(resume(self.gm, known), len(new), self.rows)
             if self.options.norms == "batch":  # the original from here on, with its new statistics
                 if c.span.output not in part.renewed:
                     same = begun | {nodes[c.span.output]: part.values[c.span.output]}
-                    part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new))
+                    part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new), self.rows)
                 wanted = part.renewed[c.span.output]
         return float((output.double() - wanted).square().sum())
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lmfx.caller_state import one_line
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.latency.base import TimedBackend
 from lmfx.latency.gpu import monitor_of
@@ -28,7 +29,7 @@ from lmfx.latency.layout import in_network
 from lmfx.latency.roofline import RooflineBackend
 from lmfx.latency.rounds import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
 from lmfx.latency.workload import Workload, sentinel_workload
-from lmfx.passes.errors import DeviceError, MissingExtra, OptionError
+from lmfx.passes.errors import DeviceError, ExportError, MissingExtra, OptionError
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -40,9 +41,9 @@ DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
-    "tensor(int64)": "int64",  # a time step, say: random numbers below one become 0
-    "tensor(int32)": "int32",
     "tensor(bool)": "bool",
+    # a time step or an image in bytes, say: random numbers below one become 0
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
 
 
@@ -170,7 +171,7 @@ class OnnxRuntimeBackend(TimedBackend):
             path = Path(folder) / "optimized.onnx"
             options = self._options()
             options.optimized_model_filepath = str(path)
-            self.ort.InferenceSession(data, options, providers=[PROVIDERS[self.provider]])
+            self._session(data, options)
             return onnx.load(path)
 
     def _lend_weights(self, model: Any, options: Any) -> list[Any]:
@@ -197,10 +198,19 @@ class OnnxRuntimeBackend(TimedBackend):
 
         random = np.random.default_rng(0)
         session = self._session(data, options)
-        binding, run = session.io_binding(), session.run_with_iobinding
+        binding = session.io_binding()
+
+        def run(bound: Any) -> None:
+            try:
+                session.run_with_iobinding(bound)
+            except Exception as error:  # ONNX Runtime has errors of its own, all of them about this network
+                raise _refused(error) from error
+
         inputs = []
         for value in session.get_inputs():
             drawn = np.asarray(random.random(value.shape, dtype=np.float32))
+            if value.type not in DTYPES:
+                raise OptionError(f"{value.name} is a {value.type}, which numpy can not make: use latency='torch'")
             inputs.append(drawn.astype(DTYPES[value.type]))
             if self.gpu:
                 held = self.ort.OrtValue.ortvalue_from_numpy(inputs[-1], "cuda", 0)
@@ -221,7 +231,10 @@ class OnnxRuntimeBackend(TimedBackend):
     def _session(self, data: bytes, options: Any) -> Any:
         name = PROVIDERS[self.provider]
         if not self.gpu:
-            return self.ort.InferenceSession(data, options or self._options(), providers=[name])
+            try:
+                return self.ort.InferenceSession(data, options or self._options(), providers=[name])
+            except Exception as error:  # ONNX Runtime has errors of its own, all of them about this network
+                raise _refused(error) from error
         providers = [(name, self.provider_options), "CPUExecutionProvider"]
         session = self.ort.InferenceSession(data, options or self._options(), providers=providers)
         if session.get_providers()[0] != name:  # it falls back to the CPU without an error
@@ -242,6 +255,10 @@ class OnnxRuntimeBackend(TimedBackend):
         for _ in range(3):  # the first runs choose algorithms, or build TensorRT's engines
             call()
         return CallRunner(call, wall_clock, nbytes)
+
+
+def _refused(error: Exception) -> ExportError:
+    return ExportError(f"ONNX Runtime can not run a part of the network: {one_line(error)}. Use latency='torch'")
 
 
 def _import() -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from lmfx.caller_state import entry
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, Refusal
 from lmfx.passes.limits import limits_of
@@ -32,6 +33,7 @@ class Report(str):
         return str(self)
 
 
+@entry
 def report(net: fx.GraphModule, *, full: bool = False) -> Report:
     """What lmfx did to `net`: budget and latencies, merged spans, dropped and kept convs, refusals with their reasons.
 
