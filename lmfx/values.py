@@ -162,7 +162,7 @@ def output_rows(gm: fx.GraphModule, calibration: Calibration) -> Rows:
         rows = [next((i for i, n in enumerate(s) if n == len(batch[0])), None) for s in seen]
     if all(dim is None for dim in rows):
         raise ModelError(
-            f"none of the model's outputs, of shapes {', '.join(map(str, seen))}, grows with the batch, so their error "
-            "can not be told by image: return one row an image, or use importance='magnitude'"
+            f"the model's output of shape {', '.join(map(str, seen))} has no batch dimension (none that grows with the "
+            "batch), so its error can not be told by image: return one row an image, or use importance='magnitude'"
         )
     return tuple(rows)

@@ -360,7 +360,7 @@ def test_a_constant_output_changes_no_importance() -> None:
 
 def test_outputs_that_all_ignore_the_batch_are_refused() -> None:
     graph = lmfx.trace(Head(lambda m, y: y.mean()).eval(), X)
-    with pytest.raises(lmfx.ModelError, match="grows with the batch"):
+    with pytest.raises(lmfx.ModelError, match="has no batch dimension"):
         lmfx.score(graph, calibration=IMAGES, progress=False)
 
 
