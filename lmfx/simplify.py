@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lmfx.caller_state import entry
 from lmfx.checks import span_options
 from lmfx.passes.copies import eval_copy
 from lmfx.passes.costs import kept_cost, layer_cost, merged_cost, merged_ops, span_ops
@@ -40,6 +41,7 @@ INSIDE = 1e-12  # of the largest value anywhere in the network
 SINGLE = 1e-3  # of the largest output, where the network can not be run in float64
 
 
+@entry
 def simplify(
     model: nn.Module,
     example_input: Any,

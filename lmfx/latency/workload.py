@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import operator
 import uuid
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from torch import fx, nn
 from lmfx.export.specs import InputSpec, input_specs
 from lmfx.passes.content import Describer, is_foreign
 from lmfx.passes.identity import node_text
+from lmfx.passes.quiet import quiet
 
 __all__ = ["Workload", "sentinel_workload", "signature"]
 
@@ -139,8 +139,7 @@ def _described(
 def _runs_without_values(gm: fx.GraphModule, specs: Sequence[InputSpec]) -> bool:
     """Whether a graph runs where no tensor has values: what it does then depends on no weight."""
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             empty = copy.deepcopy(gm).to("meta")
             empty(*(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in specs))
     except Exception:  # modules of others, which may raise anything; then all of their values are looked at
