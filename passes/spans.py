@@ -16,7 +16,6 @@ exact        nothing is removed: the composed convs that are the same function a
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +24,7 @@ from . import ops
 from .configs import is_identity_config
 from .errors import OptionError
 from .exact import inexact
+from .globs import Globs
 from .ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
 from .layers import Network
 from .norms import last_norm
@@ -56,7 +56,7 @@ class SpanOptions:
     max_span_convs: int | None = None  # a span may hold at most this many convs of the main path
     max_fit_convs: int | None = 12  # the same for spans that are fitted
     max_fit_unknowns: int | None = 5000  # input channels times taps of a fit; more ask for more data than is usual
-    include: tuple[str, ...] = ()  # module name globs; empty means everything
+    include: tuple[str, ...] = ()  # module name globs (`globs`); empty means everything
     exclude: tuple[str, ...] = ()
     method: Method = "layermerge"
     norm: Norm = "affine"  # what becomes of a norm inside a composed span whose statistics come from the map
@@ -146,6 +146,7 @@ class _Finder:
         self.refusals: list[Refusal] = []
         self.allowed = options.allowed
         self.states = States(network, options.max_kernel_size, prune=options.method not in ("depth", "exact"))
+        self.globs = Globs(network.gm, options.include, options.exclude)
 
     # --- the loop over spans -----------------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class _Finder:
         layers = series.layers[start:stop]
         span = self.make_span(series, start, stop)
         main, every = self.network.convs(layers)
-        refusal = self.refused(span, layers, every)
+        refusal = self.refused(span, layers)
         if refusal is not None:
             self.refusals.append(refusal)
             return
@@ -196,26 +197,22 @@ class _Finder:
         output = before[-1] if before else last.entry
         return Span(series.name, start, stop, series.layers[start].entry, last.exit, output, last.activation)
 
-    def refused(self, span: Span, layers: tuple[Layer, ...], convs: tuple[str, ...]) -> Refusal | None:
+    def refused(self, span: Span, layers: tuple[Layer, ...]) -> Refusal | None:
         if span.output == span.entry:
             return Refusal("nothing to merge: only an activation", tuple(n for lay in layers for n in lay.nodes))
-        nodes = (n for lay in layers for n in lay.all_nodes()) if self.options.exclude else ()
-        for path in map(self.network.path, nodes):
-            if any(fnmatch.fnmatchcase(path, g) for g in self.options.exclude):
+        if not (self.options.exclude or self.options.include):
+            return None
+        for node in (n for lay in layers for n in _inside(lay)):
+            if (path := self.globs.excluded(node)) is not None:
                 return Refusal(f"excluded: {path} matches exclude={self.options.exclude!r}", (span.entry, span.exit))
-        for conv in convs:
-            path = self.network.path(conv)
-            if self.options.include and not any(fnmatch.fnmatchcase(path, g) for g in self.options.include):
-                return Refusal(f"not included: {path} matches nothing of include={self.options.include!r}", (conv,))
+            if (path := self.globs.omitted(node)) is not None:
+                return Refusal(f"not included: {path} matches nothing of include={self.options.include!r}", (node,))
         return None
 
     def check_globs(self) -> None:
-        names = [name for name, _ in self.network.gm.named_modules()]
-        for option in ("include", "exclude"):
-            for glob in getattr(self.options, option):
-                if not any(fnmatch.fnmatchcase(name, glob) for name in names):
-                    known = ", ".join(n for n in names if n)[:200]
-                    raise OptionError(f"{option}={glob!r} matches no module; the modules are {known} ...")
+        regions = self.network.regions if self.options.include else ()
+        nodes = [n for r in regions for layer in r.series.layers for n in _inside(layer)]
+        self.globs.check([n for n in nodes if self.globs.weighted(n)])
 
     def refuse_boundaries(self) -> None:
         """Say why regions end where they end."""
@@ -369,6 +366,16 @@ class _Finder:
                 chosen = ConvConfig(*_fields(config), groups)
                 if chosen != as_it_is:
                     self.candidates.append(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
+
+
+def _inside(layer: Layer) -> Iterator[str]:
+    """All nodes that go when a layer is replaced: its own, those of its branches, and those between branches."""
+    if layer.parallel is not None:
+        yield from layer.parallel.inner
+        for branch in layer.parallel.branches:
+            for inner in branch.layers:
+                yield from _inside(inner)
+    yield from layer.nodes
 
 
 def _fields(
