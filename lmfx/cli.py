@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ from lmfx.passes.errors import LmfxError, OptionError, PlanError
 from lmfx.passes.ir import Refusal
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
+from lmfx.reading import printable
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table
@@ -61,6 +63,7 @@ __all__ = ["main"]
 
 FRONTIER_ROWS = 12
 INTERRUPTED = 130
+ZOO = re.compile(r"(torchvision|timm):\w[\w.]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(args)
         sys.stdout.flush()
     except LmfxError as error:
-        print(f"lmfx {args.command}: {error}", file=sys.stderr)
+        print(f"lmfx {args.command}: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
@@ -149,7 +152,12 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("export", _export, "write a saved network as ONNX, checked against ONNX Runtime")
     made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")
-    made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as DIR has it)")
+    made.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="what was compressed (default: the name in torchvision or timm that DIR has)",
+    )
     made.add_argument("-o", "--output", metavar="FILE.onnx", help="default DIR/net.onnx")
 
     text = "list, export, import and prune what was measured"
@@ -222,7 +230,7 @@ def _profile(args: argparse.Namespace) -> None:
                 (c.key, " ".join(c.convs[:3]) + (" ..." if len(c.convs) > 3 else ""), f"{m.ms:.4f}", f"{m.spread:.4f}")
             )
     where = {name: latency.identity.get(name) for name in ("backend", "version", "device", "threads")}
-    print("{backend} {version} on {device}, {threads} thread(s)\n".format(**where))
+    print(printable("{backend} {version} on {device}, {threads} thread(s)\n".format(**where)))
     print(table(("candidate", "convolutions", "ms", "spread"), rows, right=(2, 3)))
     print(f"\n{calibration_text(latency)}")
     if args.output:
@@ -308,7 +316,7 @@ def _compress(args: argparse.Namespace) -> None:
             progress=not args.quiet,
             **taken(args, COMPRESS_OPTIONS),
         )
-    print(report(net))
+    print(printable(report(net)))
     print(f"\ncalibrated on {what}")
     if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")
@@ -338,7 +346,7 @@ def _simplify(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     folder = Path(args.directory)
     spec, inputs = model_spec(folder)
-    spec = args.model or spec
+    spec = args.model or _zoo_name(spec, folder)
     if spec is None:
         raise PlanError(
             f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
@@ -347,6 +355,16 @@ def _export(args: argparse.Namespace) -> None:
     net = load(folder, load_model(spec))
     positional, keyword = example_of(inputs)
     _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
+
+
+def _zoo_name(spec: str | None, folder: Path) -> str | None:
+    """What a folder may say of its model: a name of torchvision or timm. Code of its own is run on no file's word."""
+    if spec is None or ZOO.fullmatch(spec):
+        return spec
+    raise PlanError(
+        f"{folder / 'plan.json'} was made for {spec!r}, and a file does not decide what is imported: if you trust that "
+        f"code, write lmfx export {folder} MODEL"
+    )
 
 
 def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:

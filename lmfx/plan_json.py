@@ -26,6 +26,7 @@ from lmfx.caller_state import entry
 from lmfx.export.atomic import atomic_write
 from lmfx.passes.errors import LmfxError, PlanError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
+from lmfx.reading import parse_json, read_bounded
 
 __all__ = [
     "decode",
@@ -41,6 +42,8 @@ __all__ = [
 FORMAT = "lmfx-plan"
 VERSION = 1
 _NOT_FINITE = ("nan", "inf", "-inf")
+_LARGEST = 2**30  # of any size in a plan, and of the values of one conv (4 GB)
+_RETIRED: dict[type[Any], frozenset[str]] = {MergePlan: frozenset({"notes"})}  # fields that older files have
 
 
 class _Damage(ValueError):
@@ -105,7 +108,7 @@ def _decode_fields(kind: type[Any], value: Any, where: str) -> Any:
     names = [n for n in names if n in value or n not in late]
     if missing := [n for n in names if n not in value]:
         raise _Damage(f"{where} lacks {', '.join(missing)}")
-    if unknown := [n for n in value if n not in names]:
+    if unknown := [n for n in value if n not in names and n not in _RETIRED.get(kind, ())]:
         raise _Damage(f"{where} has the unknown {', '.join(unknown)}")
     hints = typing.get_type_hints(kind)
     fields = {n: decode(hints[n], value[n], f"{where}.{n}") for n in names}
@@ -171,7 +174,7 @@ def damaged(source: str, why: object) -> PlanError:
 
 def _check_candidate(candidate: Candidate, where: str) -> None:
     span, conv = candidate.span, candidate.conv
-    if not 0 <= span.start < span.stop:
+    if not 0 <= span.start < span.stop <= _LARGEST:
         raise _Damage(f"{where}.span runs from {span.start} to {span.stop}")
     if candidate.realization in ("compose", "fit") and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
@@ -184,10 +187,17 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
     if ndim > 3 or any(len(v) != ndim for v in (conv.stride, conv.padding, conv.dilation)):
         raise _Damage(f"{where} has a kernel of {ndim} dimensions, and other numbers of strides, pads or dilations")
     least = (conv.in_channels, conv.out_channels, conv.groups, *conv.kernel_size, *conv.stride, *conv.dilation)
+    pads = [p for pair in conv.padding for p in pair]
     if min(least) < 1:
         raise _Damage(f"{where} has a size below 1")
-    if conv.padding_mode != "zeros" and min((p for pair in conv.padding for p in pair), default=0) < 0:
+    if conv.padding_mode != "zeros" and min(pads, default=0) < 0:
         raise _Damage(f"{where} has a negative padding that is filled from the map ({conv.padding_mode})")
+    values = conv.out_channels * conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    if max(*least, *map(abs, pads), values) > _LARGEST:
+        raise _Damage(
+            f"{where} has {conv.out_channels} x {conv.in_channels} channels and a kernel of {conv.kernel_size}, "
+            "more than any conv has"
+        )
     if conv.in_channels % conv.groups or conv.out_channels % conv.groups:
         raise _Damage(f"{where} has {conv.groups} groups for {conv.in_channels} and {conv.out_channels} channels")
 
@@ -218,7 +228,7 @@ def dumps(document: dict[str, Any]) -> str:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; `PlanError` if it is not there or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bounded(path))
     except FileNotFoundError as error:
         raise PlanError(f"{path} does not exist: give what lmfx.save wrote") from error
     except OSError as error:

@@ -10,7 +10,7 @@ from torch import fx
 from lmfx.budget import Budget
 from lmfx.caller_state import entry
 from lmfx.frontier import Frontier
-from lmfx.latency import Calibration, LatencyTable
+from lmfx.latency import Calibration
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import MergePlan, Refusal
 
@@ -41,12 +41,11 @@ class Result:
     inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
     # Not saved with the network:
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
-    latency: LatencyTable | None = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without the frontier and the table, which hold the whole traced network."""
+        """Pickled without the frontier, which holds the whole traced network."""
         values = [getattr(self, name) for name in self.__dataclass_fields__]
-        return type(self), (*values[:-2], None, None)
+        return type(self), (*values[:-1], None)
 
 
 @entry

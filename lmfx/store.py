@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ from lmfx.passes.linear_span import LinearSpan
 from lmfx.passes.rewrite import merge, rewrite
 from lmfx.passes.trace import trace
 from lmfx.plan_json import damaged, decode, dumps, encode, make_document, parse_document, read_json
+from lmfx.reading import parse_json
 from lmfx.result import Result
 
 __all__ = ["example_of", "is_merged", "load", "model_spec", "save"]
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
+MOST_VALUES, MOST_DIMENSIONS = 2**28, 16  # of the example that a folder asks for
+# By name and not by getattr: what a file says is never looked up in a module.
+DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +212,7 @@ def model_spec(directory: str | os.PathLike[str]) -> tuple[str | None, Any]:
 
 def example_of(inputs: dict[str, Any], device: torch.device | None = None) -> tuple[list[Any], dict[str, Any]]:
     """(positional, keyword) values with saved specs: standard normal, or zeros for integers. Raises `ValueError`."""
-    generator = torch.Generator().manual_seed(0)
+    generator, left = torch.Generator().manual_seed(0), [MOST_VALUES]
 
     def value(spec: Any) -> Any:
         if isinstance(spec, dict) and set(spec) == {"dict"} and isinstance(spec["dict"], dict):
@@ -217,10 +222,13 @@ def example_of(inputs: dict[str, Any], device: torch.device | None = None) -> tu
                 return kind(value(v) for v in spec[kind.__name__])
         if not (isinstance(spec, dict) and set(spec) == {"shape", "dtype"}):
             return spec
-        dtype, shape = getattr(torch, str(spec["dtype"]), None), spec["shape"]
+        dtype, shape = DTYPES.get(str(spec["dtype"])), spec["shape"]
         sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
-        if not isinstance(dtype, torch.dtype) or not sizes:
+        if dtype is None or not sizes:
             raise ValueError(f"the input {spec} is no tensor")
+        left[0] -= prod(shape)
+        if left[0] < 0 or len(shape) > MOST_DIMENSIONS:
+            raise ValueError(f"the inputs have more than {MOST_VALUES} values: {str(shape)[:60]}")
         floating = dtype.is_floating_point or dtype.is_complex
         made = torch.randn(shape, generator=generator) if floating else torch.zeros(shape)
         return made.to(device, dtype)
@@ -252,8 +260,8 @@ def _read(folder: Path) -> tuple[MergePlan, _Save, dict[str, Tensor]]:
     digest = _digest(tensors)
     if digest != saved.digest:
         # A save that was killed between its two files: the plan in the weights' header is the one that goes with them.
-        with contextlib.suppress(json.JSONDecodeError):
-            plan, saved = _parse(json.loads(text), str(path))
+        with contextlib.suppress(ValueError):
+            plan, saved = _parse(parse_json(text), str(path))
         if digest != saved.digest:
             raise damaged(str(path), f"its weights have the digest {digest[:12]}, {saved.digest[:12]} was saved")
     return plan, saved, tensors

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lmfx.passes.errors import StoreError
+from lmfx.reading import parse_json
 from lmfx.training_run import is_close
 
 __all__ = ["CHECKPOINT", "load_training", "save_training"]
@@ -86,7 +87,7 @@ def load_training(
         return 0, None
     try:
         with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {})["lmfx"])
+            about = parse_json((opened.metadata() or {})["lmfx"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise StoreError(

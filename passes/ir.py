@@ -239,7 +239,6 @@ class MergePlan:
     latency: float | None = None
     importance: float | None = None
     surrogate: Literal["identity", "affine"] = "identity"
-    notes: dict[str, float] = field(default_factory=dict, compare=False)
     # An activation behind each merged conv whose span ended without one (see `rewrite`).
     activation_after: str | None = field(default=None, metadata={"optional": True})
     # Its spans count layers of one op each, as those of `lmfx.simplify` do (see `find_regions`).

@@ -23,7 +23,7 @@ from .canonical import set_submodule
 from .configs import identity_config
 from .errors import PlanError
 from .identity import fingerprint, is_of
-from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel
+from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
 from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
 from .norms import moved_norm
@@ -191,6 +191,20 @@ def _check(network: Network, candidate: Candidate) -> None:
     whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
     if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
         raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
+    if candidate.conv is not None and candidate.realization != "keep":
+        _check_conv(network, candidate.key, span, candidate.conv)
+
+
+def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> None:
+    """A plan may come from a file, and says how much memory its convs take: as much as the span's shapes ask for."""
+    before, after = network.shape(span.entry), network.shape(span.output)
+    expected = (before[1], after[1], len(before) - 2)
+    seen = (conv.in_channels, conv.out_channels, len(conv.kernel_size))
+    if seen != expected:
+        raise PlanError(
+            f"the plan has a conv of {seen[0]} to {seen[1]} channels in {seen[2]}d for {key}, and the span has "
+            f"{expected[0]} to {expected[1]} in {expected[2]}d: compress again"
+        )
 
 
 def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:

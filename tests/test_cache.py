@@ -186,7 +186,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "newer": (changed(version=2), "has version 2"),
     "another number": (lambda text: text.replace("1.5", "1.4", 1), "does not have its digest"),
     "no digest": (changed(digest=None), "does not have its digest"),
-    "nan": (lambda text: text.replace("1.5", "NaN", 1), "does not have its digest"),
+    "nan": (lambda text: text.replace("1.5", "NaN", 1), "has the number NaN"),
     "no rows": (sealed(lambda b: b.pop("rows")), "damaged ('rows')"),
     "identity": (sealed(lambda b: next(iter(b["identities"].values())).update(threads=2)), "does not have its hash"),
     "no latency": (sealed(lambda b: b["rows"][-4].update(kind="latency", value={"x": 1})), "damaged"),

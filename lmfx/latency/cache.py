@@ -29,6 +29,7 @@ from lmfx.latency.row_values import check_value
 from lmfx.latency.store import Store, value_of
 from lmfx.latency.store_schema import Damaged, checksum, dumps, identity_hash, named
 from lmfx.passes.errors import OptionError, StoreError, TableError
+from lmfx.reading import parse_json, read_bounded
 
 __all__ = ["EVERYTHING", "Entry", "Imported", "Selection", "entries", "export_rows", "import_rows", "prune"]
 
@@ -121,7 +122,7 @@ def export_rows(store: Store, path: str | os.PathLike[str], selection: Selection
         "version": VERSION,
         "lmfx": __version__,
         "identities": {h: v for h, v in identities.items() if any(row[1] == h for row in rows)},
-        "rows": [dict(zip(names, (*row[:3], json.loads(row[3]), row[4]), strict=True)) for row in rows],
+        "rows": [dict(zip(names, (*row[:3], value_of(row), row[4]), strict=True)) for row in rows],
     }
     body["digest"] = _digest(body)
     try:
@@ -194,7 +195,7 @@ def _read(store: Store, selection: Selection) -> tuple[dict[str, dict[str, Any]]
         for hashed, text in db.execute("SELECT hash, value FROM identities"):
             if not named(hashed, text):
                 raise Damaged(f"the identity {hashed} does not have its hash")
-            identities[hashed] = json.loads(text)
+            identities[hashed] = parse_json(text)
         rows, references = [], []
         for row in db.execute("SELECT * FROM rows ORDER BY kind, identity, key"):
             value_of(row)  # which checks it
@@ -211,7 +212,7 @@ def _read(store: Store, selection: Selection) -> tuple[dict[str, dict[str, Any]]
 def _parse(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[tuple[str, str, str, str, float]]]:
     """(identities, rows) of an exported file."""
     try:
-        body = json.loads(Path(path).read_text(encoding="utf-8"))
+        body = parse_json(read_bounded(path))
     except OSError as error:
         raise StoreError(f"can not read {path}: {error}; give a file that lmfx cache export wrote") from error
     except ValueError as error:

@@ -12,7 +12,6 @@ with those of its rows whose checksums hold (`lmfx.latency.store_file`).
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import sys
@@ -29,6 +28,7 @@ from lmfx.latency.claims import Heart, Owner, claim_rows
 from lmfx.latency.store_file import explain, file_id, folder_lock, is_damage, move_aside, open_file, rescue
 from lmfx.latency.store_schema import APPLICATION_ID, Damaged, Identity, checksum, dumps, identity_hash, whole
 from lmfx.passes.errors import StoreError
+from lmfx.reading import parse_json
 
 __all__ = ["APPLICATION_ID", "Store", "default_cache_dir", "identity_hash", "where"]
 
@@ -274,7 +274,10 @@ def value_of(row: tuple[Any, ...]) -> Any:
     """The value of a row of the table `rows`. Raises `Damaged` if the row is not what was written."""
     if not whole(row):
         raise Damaged(f"the row {str(row[2])[:60]!r} does not have its checksum")
-    return json.loads(row[3])
+    try:
+        return parse_json(row[3])
+    except ValueError as error:  # its checksum holds, so it was written like this, and not by lmfx
+        raise StoreError(f"the row {str(row[2])[:60]!r} of the store is not what lmfx writes ({error})") from error
 
 
 def where(**wanted: str | None) -> tuple[str, tuple[str, ...]]:

@@ -23,7 +23,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmfx.latency.store_schema import APPLICATION_ID, MARK, VERSION, Damaged, create, named, schema_of, upgrade, whole
+from lmfx.latency.store_schema import (
+    APPLICATION_ID,
+    KNOWN_TABLES,
+    MARK,
+    VERSION,
+    Damaged,
+    create,
+    named,
+    schema_of,
+    upgrade,
+    whole,
+)
 from lmfx.passes.errors import StoreError
 
 __all__ = ["ADVICE", "explain", "file_id", "folder_lock", "is_damage", "move_aside", "open_file", "rescue"]
@@ -32,6 +43,8 @@ ADVICE = "delete the file, or choose another cache_dir"
 _MAGIC = b"SQLite format 3\0"
 _FIXED = {0: _MAGIC, 21: b"\x40\x20\x20", 56: struct.pack(">I", 1)}  # what is the same in every header
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_SCHEMA = "SELECT sql FROM sqlite_master WHERE sql NOT NULL"
+LONGEST_VALUE = 2**26  # bytes
 _SIDECARS = ("-wal", "-shm", "-journal")
 
 
@@ -111,6 +124,7 @@ def open_file(path: Path, seconds: float) -> sqlite3.Connection:
     db: sqlite3.Connection | None = None
     try:
         db = sqlite3.connect(path, timeout=seconds, isolation_level=None, check_same_thread=False)
+        distrust(db)
         if new:
             create(db)
         _check_content(path, db)
@@ -127,6 +141,12 @@ def open_file(path: Path, seconds: float) -> sqlite3.Connection:
         if is_damage(error):
             raise Damaged(str(error)) from error
         raise explain(path, error, seconds) from error
+
+
+def distrust(db: sqlite3.Connection) -> None:
+    """No functions of the schema's own run, and no value is longer than a row of lmfx ever is."""
+    db.execute("PRAGMA trusted_schema = OFF")
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
 
 
 def _check_header(path: Path) -> bool:
@@ -173,6 +193,9 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
     if application != APPLICATION_ID:
         raise StoreError(f"{path} is an sqlite file of another program (application id {application:#x}); {ADVICE}")
     try:
+        # Before anything else runs on the tables: a file may come with views, triggers and constraints of its own.
+        if schema_of(db) != version:
+            raise Damaged("its tables are not those of its version")
         found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.OperationalError as error:  # what it says of a table that it can not make sense of
         if is_damage(error) or error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
@@ -180,8 +203,6 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         raise
     if found != "ok":
         raise Damaged(found)
-    if schema_of(db) != version:
-        raise Damaged("its tables are not those of its version")
     if version < VERSION:
         upgrade(db)
     if any(not whole(row) for row in db.execute("SELECT * FROM rows")):
@@ -249,8 +270,11 @@ def _read(path: Path, query: str, found: dict[tuple[str, ...], tuple[object, ...
     with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
         source = sqlite3.connect(path)
         try:
+            distrust(source)
             source.text_factory = lambda raw: raw.decode("utf-8", "replace")
             source.execute("PRAGMA writable_schema = ON")  # read what is left of a truncated file
+            if not {" ".join(str(t).split()) for (t,) in source.execute(_SCHEMA)} <= KNOWN_TABLES:
+                return  # a view may say anything, and for ever
             for row in source.execute(query):
                 found[tuple(map(str, row[:3]))] = row
         finally:

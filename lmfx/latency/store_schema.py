@@ -19,6 +19,7 @@ from typing import Any
 
 __all__ = [
     "APPLICATION_ID",
+    "KNOWN_TABLES",
     "MARK",
     "VERSION",
     "Damaged",
@@ -51,6 +52,7 @@ _SCHEMAS: dict[int, tuple[str, ...]] = {
     1: (_IDENTITIES, _LOG, f"CREATE TABLE rows ({_KEY}, value TEXT NOT NULL, {_PRIMARY}"),
     2: (_IDENTITIES, _LOG, _ROWS, _CLAIMS),
 }
+KNOWN_TABLES = frozenset(text for tables in _SCHEMAS.values() for text in tables)
 MARK = _IDENTITIES.encode()
 """It stands as text on the first page of every store, which is how one is known whose header is damaged."""
 

@@ -18,6 +18,7 @@ from lmfx.latency.base import Measurement
 from lmfx.latency.row_values import check_value
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.reading import parse_json, read_bounded
 
 __all__ = ["Calibration", "LatencyTable", "calibrate", "kendall_tau"]
 
@@ -206,7 +207,7 @@ class LatencyTable(Mapping[str, Measurement]):
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Reads what `save` wrote. Raises `TableError` for a missing, damaged or foreign file."""
         try:
-            body = json.loads(Path(path).read_text())
+            body = parse_json(read_bounded(path))
         except OSError as error:
             raise TableError(f"can not read the latency table {path}: {error}") from error
         except ValueError as error:
