@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -101,8 +102,7 @@ def sources(root: Path = ROOT) -> list[str]:
 
 def changes_of(file: str, root: Path = ROOT) -> tuple[str, Any, list[Any]]:
     """(text, its tree, mutmut's changes of the tree)."""
-    from mutmut.mutation.file_mutation import create_mutations
-
+    create_mutations = importlib.import_module("mutmut.mutation.file_mutation").create_mutations  # has no types
     text = (root / file).read_text()
     module, changes, *_ = create_mutations(file, text)
     return text, module, list(changes)

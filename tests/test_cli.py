@@ -245,7 +245,8 @@ def test_compress_reports_and_saves_what_can_be_loaded_and_exported(
     net = load("out", load_model("toy_models:factory"))
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 5)
 
-    assert main(["export", "out"]) == 0
+    assert "made for 'toy_models:factory'" in failure(capsys, "export", "out")  # code is imported on no file's word
+    assert main(["export", "out", "toy_models:factory"]) == 0
     assert capsys.readouterr().out == f"wrote {Path('out/net.onnx')}\n"
     assert (folder / "out" / "net.onnx").stat().st_size > 0
     assert main(["export", "out", "toy_models:spaces.nested", "-o", "mine.onnx"]) == 0
@@ -339,7 +340,7 @@ def test_a_model_of_several_inputs_goes_through_all_commands(
     assert main(["frontier", *given, *QUICK, "--calibration", "images.npz"]) == 0
     assert main(["compress", *given, *QUICK, "--calibration", "images.npz", "--budget", "0.8", "-o", "out"]) == 0
     assert "calibrated on 6 images of images.npz" in capsys.readouterr().out
-    assert main(["export", "out"]) == 0
+    assert main(["export", "out", "denoisers:Denoiser"]) == 0
     inputs = json.loads((denoisers / "out" / "plan.json").read_text())["save"]["inputs"]
     assert list(inputs["keyword"]) == list(names) and len(inputs["positional"]) == 2 - len(names)
 

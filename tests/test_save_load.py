@@ -436,7 +436,7 @@ def plans(model: nn.Module) -> Iterator[MergePlan]:
     graph = trace(model, X)
     spans = enumerate_spans(Network(graph), SpanOptions(max_kernel_size=None))
     yield MergePlan()
-    yield MergePlan(spans.candidates, fingerprint(graph), 1.25, -3.5e-7, "affine", {"gap": 0.5})
+    yield MergePlan(spans.candidates, fingerprint(graph), 1.25, -3.5e-7, "affine", "relu6")
 
 
 def test_a_plan_survives_json_with_every_field(model: nn.Module, tmp_path: Path) -> None:
