@@ -473,7 +473,10 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no kernel": (lambda d: _first(d)["conv"].update(kernel_size=[]), "0 dimensions"),
     "ranks": (lambda d: _first(d)["conv"].update(stride=[1]), "other numbers of strides"),
     "zero stride": (lambda d: _first(d)["conv"].update(stride=[0, 1]), "a size below 1"),
-    "padding": (lambda d: _first(d)["conv"].update(padding=[[0, -1], [0, 0]]), "negative padding"),
+    "padding": (
+        lambda d: _first(d)["conv"].update(padding=[[0, -1], [0, 0]], padding_mode="reflect"),
+        "negative padding",
+    ),
     "pairs": (lambda d: _first(d)["conv"].update(padding=[[0], [0]]), "is not a list of 2"),
     "groups": (lambda d: _first(d)["conv"].update(groups=5), "5 groups for 3 and 8 channels"),
     "names": (lambda d: _first(d).update(kept=[1]), "plan.candidates[0].kept[0] is not of type str"),
