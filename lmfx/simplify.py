@@ -52,9 +52,9 @@ def simplify(
 ) -> fx.GraphModule:
     """`model` with all convolutions merged that can be without any loss: the same function, and fewer ops.
 
-    Branches that meet in a sum or a concatenation (RepVGG, MobileOne, ACNet, diverse branch blocks), convs one after
-    the other without an activation between, norms, scales, biases, pads and average pools around them. Nothing is
-    measured, and nothing but the model and the example is needed. `model` is not changed.
+    Branches that meet in a sum or a concatenation (blocks made to be re-parameterised, asymmetric kernels), convs one
+    after the other without an activation between, norms, scales, biases, pads and average pools around them. Nothing
+    is measured, and nothing but the model and the example is needed. `model` is not changed.
 
     Args:
         model, example_input: as in `lmfx.compress`. The example's batch size does not matter, its image size may.

@@ -97,7 +97,7 @@ def test_a_small_network_learns(name: str) -> None:
     before = characters.accuracy(model.eval(), data.train_images, data.train_labels)
     characters.train(model, data, epochs=8, progress=False)
     assert not model.training
-    # Chance is 0.25 with a deviation of 0.02. Other seeds and other orders of sums end between 0.6 and 0.9.
+    # Chance is 0.25 with a deviation of 0.02. Four seeds: 0.49 to 0.74 after 6 epochs, 0.73 to 0.99 after 10.
     assert before < 0.35
     assert characters.accuracy(model, data.train_images, data.train_labels) > 0.4
 
