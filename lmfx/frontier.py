@@ -166,15 +166,24 @@ def solve_spans(
         by_series.setdefault(c.span.series, []).append(c)
     total = 0.0
 
+    calls = spans.network.calls
+
+    def kept(c: Candidate) -> float:
+        others = calls.others(c.span.series, c.span.start, c.span.stop)
+        return latency.ms(c.key) + sum(latency.ms(f"{name}:{i}-{j}:keep") for name, i, j in others)
+
     def chain(series: Series) -> Chain:
         nonlocal total
-        entries = []
+        # A run that is called before is decided there, with the latencies of all calls.
+        entries = [Entry(start, stop, 0.0, 0.0, None) for start, stop in calls.passed(series.name)]
         for c in sorted(by_series.get(series.name, []), key=lambda c: not (c.exact or c.realization == "keep")):
+            if calls.role(series.name, c.span.start, c.span.stop) == "other":
+                continue
             if c.realization == "keep":
                 parallel = series.layers[c.span.start].parallel
                 branches = tuple(chain(b) for b in parallel.branches) if parallel else ()
-                total += latency.ms(c.key)
-                entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), 0.0, c, branches))
+                total += kept(c)
+                entries.append(Entry(c.span.start, c.span.stop, kept(c), 0.0, c, branches))
             elif c.key in latency and (c.exact or c.key in importance):
                 value = 0.0 if c.exact else importance[c.key]
                 entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), value, c))

@@ -173,9 +173,10 @@ def damaged(source: str, why: object) -> PlanError:
 
 
 def _check_candidate(candidate: Candidate, where: str) -> None:
-    span, conv = candidate.span, candidate.conv
-    if not 0 <= span.start < span.stop <= _LARGEST:
-        raise _Damage(f"{where}.span runs from {span.start} to {span.stop}")
+    conv = candidate.conv
+    for span in candidate.spans:
+        if not 0 <= span.start < span.stop <= _LARGEST:
+            raise _Damage(f"{where}.span runs from {span.start} to {span.stop}")
     if candidate.realization in ("compose", "fit") and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:

@@ -8,7 +8,7 @@ A candidate that is not faster than keeping its span can never be chosen, so it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,7 +30,15 @@ SLACK = 1.1  # a quick timing may be wrong by this much
 @dataclass(frozen=True)
 class _Row:
     candidate: Candidate
-    workload: Workload | None
+    workloads: tuple[Workload, ...]  # one a call, without those that cost nothing
+
+    def of(self, measured: dict[str, Measurement], nothing: Measurement) -> Measurement:
+        """The row of all calls together."""
+        found = [measured[w.signature] for w in self.workloads]
+        if len(found) < 2:
+            return found[0] if found else nothing
+        worst = max(found, key=lambda m: m.spread)
+        return replace(worst, ms=sum(m.ms for m in found), spread=sum(m.spread for m in found))
 
 
 def profile_spans(
@@ -41,10 +49,10 @@ def profile_spans(
     Rows that the store has are not measured again; each new one is committed as it is made.
     """
     make = Workloads(spans.network, spans.options.activation_after)
-    keeps = [_Row(c, make(c)) for c in spans if c.realization == "keep"]
-    measured = backend.measure([r.workload for r in keeps if r.workload], store, progress, rounds)
+    keeps = [_row(make, c) for c in spans if c.realization == "keep"]
+    measured = backend.measure([w for r in keeps for w in r.workloads], store, progress, rounds)
     nothing = Measurement(0.0, device=_device(backend), backend=backend.name, quality="analytic")
-    rows = {r.candidate.key: nothing if r.workload is None else measured[r.workload.signature] for r in keeps}
+    rows = {r.candidate.key: r.of(measured, nothing) for r in keeps}
     identity = table_identity(spans, backend)
     kept_rows = LatencyTable(dict(rows), identity)
     best = _throughput(spans, keeps, measured)
@@ -56,19 +64,23 @@ def profile_spans(
         kept = kept_rows.kept(candidate)
         if candidate.conv is not None and _macs(spans, candidate) / (MARGIN * best) >= kept:
             continue
-        workload = make(candidate)
-        merged.append(_Row(candidate, workload))
-        if workload is not None:
+        merged.append(_row(make, candidate))
+        for workload in merged[-1].workloads:
             limits[workload.signature] = max(limits.get(workload.signature, 0.0), kept)
-    unique = {r.workload.signature: r.workload for r in merged if r.workload is not None}
+    unique = {w.signature: w for r in merged for w in r.workloads}
     times = backend.measure(
         list(unique.values()), store, progress, rounds, prune=lambda key, ms: ms > SLACK * limits.get(key, float("inf"))
     )
     for row in merged:
-        measurement = nothing if row.workload is None else times[row.workload.signature]
+        measurement = row.of(times, nothing)
         if measurement.ms < kept_rows.kept(row.candidate):
             rows[row.candidate.key] = measurement
     return LatencyTable(rows, identity)
+
+
+def _row(make: Workloads, candidate: Candidate) -> _Row:
+    found = [make(one) for one in candidate.each()]
+    return _Row(candidate, tuple(w for w in found if w is not None))
 
 
 def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
@@ -98,16 +110,17 @@ def _device(backend: Backend) -> str:
 def _macs(spans: SpanSet, candidate: Candidate) -> float:
     config = candidate.conv
     assert config is not None
-    size = spans.network.shape(candidate.span.output)
+    sizes = [spans.network.shape(span.output) for span in candidate.spans]
     per_pixel = config.out_channels * (config.in_channels // config.groups) * prod(config.kernel_size)
-    return float(per_pixel * prod(size[2:]) * size[0])
+    return float(per_pixel * sum(prod(size[2:]) * size[0] for size in sizes))
 
 
 def _throughput(spans: SpanSet, keeps: list[_Row], measured: dict[str, Measurement]) -> float:
     """The best multiply-accumulates a ms that a kept conv layer reaches (infinite if there is none)."""
     found = [
-        _macs(spans, r.candidate) / measured[r.workload.signature].ms
+        _macs(spans, r.candidate) / measured[w.signature].ms
         for r in keeps
-        if r.workload is not None and r.candidate.conv is not None and measured[r.workload.signature].ms > 0
+        for w in r.workloads
+        if r.candidate.conv is not None and measured[w.signature].ms > 0
     ]
     return max(found, default=float("inf"))

@@ -106,17 +106,25 @@ def cheapest(spans: SpanSet, growth: float = 1.0) -> list[Candidate]:
     for c in spans:
         by_series.setdefault(c.span.series, []).append(c)
 
+    calls = network.calls
+
     def chain(series: Series) -> Chain:
-        entries = []
+        # A run that is called before is decided there, with the cost of all calls.
+        entries = [Entry(start, stop, 0.0, 0.0, None) for start, stop in calls.passed(series.name)]
         for c in by_series.get(series.name, []):
+            if calls.role(series.name, c.span.start, c.span.stop) == "other":
+                continue
             layers = series.layers[c.span.start : c.span.stop]
             if c.realization == "keep":
                 parallel = layers[0].parallel
                 branches = tuple(chain(b) for b in parallel.branches) if parallel else ()
-                entries.append(Entry(c.span.start, c.span.stop, layer_cost(network, layers[0]), 0.0, c, branches))
+                others = calls.others(series.name, c.span.start, c.span.stop)
+                every = [layers[0], *(network.series[name].layers[i] for name, i, _ in others)]
+                cost = sum(layer_cost(network, layer) for layer in every)
+                entries.append(Entry(c.span.start, c.span.stop, cost, 0.0, c, branches))
             elif merged_ops(network, c) < span_ops(network, layers):
                 # Half an op more: of two sets that cost the same the one of fewer changes.
-                cost = merged_cost(network, c) / growth + 0.5
+                cost = sum(merged_cost(network, one) for one in c.each()) / growth + 0.5
                 entries.append(Entry(c.span.start, c.span.stop, cost, 0.0, c))
         return Chain(entries, len(series.layers))
 

@@ -34,9 +34,10 @@ def activated(network: Network, plan: MergePlan) -> dict[str, list[str]]:
     for candidate in plan.candidates:
         if candidate.realization not in ("compose", "fit") or len(candidate.all_convs) < 2:
             continue
-        place = _place(network, candidate, owner)
-        if place is not None:
-            found.setdefault(place, []).append(candidate.key)
+        for call in candidate.each():
+            place = _place(network, call, owner)
+            if place is not None:
+                found.setdefault(place, []).append(candidate.key)
     return found
 
 

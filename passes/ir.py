@@ -17,7 +17,7 @@ can be written to JSON.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 __all__ = [
@@ -198,6 +198,7 @@ class Candidate:
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves behind the merged conv (`norms`).
+    `calls` are the spans of all other calls of the same layers (`calls.py`): what the candidate makes, they share.
     `exact` says that the candidate is the same function as its span (`passes/exact.py`), so that it loses nothing.
     """
 
@@ -209,6 +210,16 @@ class Candidate:
     kept: tuple[str, ...] = ()
     post_norm: str | None = field(default=None, kw_only=True, metadata={"optional": True})
     exact: bool = field(default=False, kw_only=True, compare=False, metadata={"optional": True})
+    calls: tuple[Span, ...] = field(default=(), kw_only=True, metadata={"optional": True})
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans of all calls, the candidate's own first."""
+        return self.span, *self.calls
+
+    def each(self) -> tuple[Candidate, ...]:
+        """The candidate at each call alone."""
+        return tuple(replace(self, span=span, calls=()) for span in self.spans) if self.calls else (self,)
 
     @property
     def key(self) -> str:
@@ -223,6 +234,8 @@ class Candidate:
                 parts.append(c.padding_mode if c.padding_mode != "zeros" else f"pad{c.padding_value:g}")
         if self.post_norm is not None:
             parts.append("post")
+        if self.calls:
+            parts.append(f"calls{len(self.spans)}")
         return ":".join(parts)
 
 

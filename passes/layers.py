@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from . import linear, ops
+from .calls import Calls
 from .canonical import op_name
 from .configs import follows_rule, identity_config, module_config, pool_config, same_size
 from .errors import OptionError
@@ -74,6 +75,11 @@ class Network:
         return {name: tuple(names) for names in users.values() if len(names) > 1 for name in names}
 
     @cached_property
+    def calls(self) -> Calls:
+        """The runs of layers that are called several times."""
+        return Calls(self)
+
+    @cached_property
     def maps(self) -> frozenset[str]:
         """Nodes whose values are channels-first maps; see `observed`."""
         return spatial_maps(self.gm)
@@ -126,8 +132,8 @@ class Network:
         shape = self.shape(entry)
         config = identity_config(shape[1], len(shape) - 2)
         for name in self.affine_nodes(layer):
-            if name == layer.conv and name in self.shared:
-                reason = "the conv is shared with another call, and merging would untie them"
+            if name == layer.conv and name in self.shared and name not in self.calls.convs:
+                reason = "the conv is shared with another call that has other layers, and merging would untie them"
                 return Refusal(reason, self.shared[name])
             step = self.step(name, config)
             try:

@@ -60,27 +60,34 @@ def rewrite(
     gm = _copy(graph, share_tensors)
     nodes = {n.name: n for n in gm.graph.nodes}
     placed: dict[str, str] = {}
+    like = next(graph.parameters(), None)
     for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
         _check(network, candidate)
         if candidate.realization == "keep":
             continue
-        entry, output = nodes[candidate.span.entry], nodes[candidate.span.output]
-        if candidate.realization == "drop":
-            output.replace_all_uses_with(entry)
-            nodes[candidate.span.output] = entry  # the next span may begin here
-            continue
-        module = build_span(network, candidate, surrogates)
-        sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
-        like = next(graph.parameters(), None)
-        set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
-        with gm.graph.inserting_after(output):
-            new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
-        new.meta = {**output.meta, "path": name}
-        output.replace_all_uses_with(new)
-        if candidate.post_norm is not None:
-            new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))
-        nodes[candidate.span.output] = new
-        placed[name] = candidate.key
+        sides: tuple[fx.Node, ...] = ()
+        norm: str | None = None
+        if candidate.realization != "drop":
+            module = build_span(network, candidate, surrogates)
+            sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
+            set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
+            placed[name] = candidate.key
+        for span in candidate.spans:
+            entry, output = nodes[span.entry], nodes[span.output]
+            if candidate.realization == "drop":
+                output.replace_all_uses_with(entry)
+                nodes[span.output] = entry  # the next span may begin here
+                continue
+            with gm.graph.inserting_after(output):
+                new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
+            new.meta = {**output.meta, "path": name}
+            output.replace_all_uses_with(new)
+            if candidate.post_norm is not None and norm is None:
+                new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))
+                norm = str(new.target)
+            elif norm is not None:
+                new = _call_after(gm, new, norm)
+            nodes[span.output] = new
     if plan.activation_after is not None:
         for place, keys in activated(network, plan).items():
             name = next(n for n, key in placed.items() if key in keys)
@@ -96,6 +103,11 @@ def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> 
     while is_attribute(gm, name):
         name += "_"
     set_submodule(gm, name, module)
+    return _call_after(gm, node, name)
+
+
+def _call_after(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
+    """A call of the module `name` after `node`, which all readers of `node` read instead."""
     with gm.graph.inserting_after(node):
         new = gm.graph.create_node("call_module", name, (), {}, name=name.replace(".", "_"))
     node.replace_all_uses_with(new)
@@ -142,57 +154,69 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
     `share_tensors` as in `rewrite`.
     """
     gm = _copy(module, share_tensors)
-    for node in list(gm.graph.nodes):
-        if node.op != "call_module":
-            continue
-        span = gm.get_submodule(str(node.target))
-        if not isinstance(span, LinearSpan):
-            continue
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LinearSpan):
+            calls.setdefault(str(node.target), []).append(node)
+    for name, nodes in calls.items():
+        span = gm.get_submodule(name)
+        assert isinstance(span, LinearSpan)
         conv = span.reparameterize().train(module.training)
-        _merge_sides(gm, node, span)
+        _merge_sides(gm, nodes, span)
         if isinstance(conv, nn.Sequential):
-            pad_name = f"{node.target}_pad"
+            pad_name = f"{name}_pad"
             while is_attribute(gm, pad_name):  # a layer of the model's own
                 pad_name += "_"
             set_submodule(gm, pad_name, conv[0])
-            with gm.graph.inserting_before(node):
-                pad = gm.graph.create_node("call_module", pad_name, node.args, {}, name=pad_name.replace(".", "_"))
-            pad.meta = {**node.meta, "shape": None, "path": pad_name}
-            node.args, conv = (pad,), conv[1]
-        set_submodule(gm, str(node.target), conv)
+            for node in nodes:
+                with gm.graph.inserting_before(node):
+                    pad = gm.graph.create_node("call_module", pad_name, node.args, {}, name=pad_name.replace(".", "_"))
+                pad.meta = {**node.meta, "shape": None, "path": pad_name}
+                node.args = (pad,)
+            conv = conv[1]
+        set_submodule(gm, name, conv)
     _clean(gm)
     check_graph(gm)
     return gm
 
 
-def _merge_sides(gm: fx.GraphModule, node: fx.Node, span: LinearSpan) -> None:
-    """Add the 1 x 1 convolution of each vector from the side behind the merged conv's node."""
-    value, sides = node.args[0], node.args[1:]
-    node.args = (value,)
-    last = node
-    for i, (vector, conv) in enumerate(zip(sides, span.side_convs(), strict=True)):
-        name = f"{node.target}_side{i}"
-        set_submodule(gm, name, conv.train(gm.training))
-        with gm.graph.inserting_after(last):
-            seen = gm.graph.create_node("call_module", name, (vector,), {}, name=name.replace(".", "_"))
-        with gm.graph.inserting_after(seen):
-            total = gm.graph.call_function(torch.add, (last, seen))
-        for user in [u for u in last.users if u is not total]:
-            user.replace_input_with(last, total)
-        seen.meta = {**node.meta, "shape": None, "path": name}
-        total.meta = dict(node.meta)
-        last = total
+def _merge_sides(gm: fx.GraphModule, nodes: list[fx.Node], span: LinearSpan) -> None:
+    """Add the 1 x 1 convolution of each vector from the side after the merged conv's nodes."""
+    names = []
+    for i, conv in enumerate(span.side_convs()):
+        names.append(f"{nodes[0].target}_side{i}")
+        set_submodule(gm, names[-1], conv.train(gm.training))
+    for node in nodes:
+        value, sides = node.args[0], node.args[1:]
+        node.args = (value,)
+        last = node
+        for name, vector in zip(names, sides, strict=True):
+            with gm.graph.inserting_after(last):
+                seen = gm.graph.create_node("call_module", name, (vector,), {}, name=name.replace(".", "_"))
+            with gm.graph.inserting_after(seen):
+                total = gm.graph.call_function(torch.add, (last, seen))
+            for user in [u for u in last.users if u is not total]:
+                user.replace_input_with(last, total)
+            seen.meta = {**node.meta, "shape": None, "path": name}
+            total.meta = dict(node.meta)
+            last = total
 
 
 def _check(network: Network, candidate: Candidate) -> None:
-    span = candidate.span
-    series = network.series.get(span.series)
-    found = series.layers[span.start : span.stop] if series is not None else ()
-    whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
-    if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
-        raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
-    if candidate.conv is not None and candidate.realization != "keep":
-        _check_conv(network, candidate.key, span, candidate.conv)
+    for span in candidate.spans:
+        series = network.series.get(span.series)
+        found = series.layers[span.start : span.stop] if series is not None else ()
+        whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
+        if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
+            raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
+        if candidate.conv is not None and candidate.realization != "keep":
+            _check_conv(network, candidate.key, span, candidate.conv)
+    own = candidate.span
+    calls = network.calls.others(own.series, own.start, own.stop) if candidate.calls else ()
+    if tuple((s.series, s.start, s.stop) for s in candidate.calls) != calls:
+        raise PlanError(
+            f"the calls of the plan's span {candidate.key} are not those of one run of layers in this graph"
+        )
 
 
 def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> None:
@@ -204,6 +228,7 @@ def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> Non
         raise PlanError(
             f"the plan has a conv of {seen[0]} to {seen[1]} channels in {seen[2]}d for {key}, and the span has "
             f"{expected[0]} to {expected[1]} in {expected[2]}d: compress again"
+        )
         )
 
 

@@ -17,7 +17,7 @@ exact        nothing is removed: the composed convs that are the same function a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from . import ops
@@ -173,9 +173,15 @@ class _Finder:
         span = self.make_span(series, start, stop)
         main, every = self.network.convs(layers)
         refusal = self.refused(span, layers)
+        role = self.network.calls.role(series.name, start, stop)
+        if refusal is None and role == "torn":
+            reason = "a part of the span is called elsewhere as well, and the rest is not"
+            refusal = Refusal(reason, self.network.calls.torn(series.name, start, stop))
         if refusal is not None:
             self.refusals.append(refusal)
             return
+        if role == "other":
+            return  # what the first call becomes
         if isinstance(states, Refusal):
             self.refusals.append(states)
         elif main and "compose" in self.allowed:
@@ -186,6 +192,16 @@ class _Finder:
             self.drop(span, layers, main, every)
         if "fit" in self.allowed:
             self.fit(span, series, layers, main, every)
+
+    def sites(self, span: Span) -> tuple[Span, ...]:
+        """The span, and those of all other calls of its layers."""
+        others = self.network.calls.others(span.series, span.start, span.stop)
+        return span, *(self.make_span(self.network.series[name], *at) for name, *at in others)
+
+    def add(self, candidate: Candidate) -> None:
+        """Take a candidate, for all calls of its span."""
+        calls = self.sites(candidate.span)[1:]
+        self.candidates.append(replace(candidate, calls=calls) if calls else candidate)
 
     def too_long(self, series: Series, start: int, stop: int) -> bool:
         limit = self.options.max_span_convs
@@ -263,7 +279,10 @@ class _Finder:
             kept = sorted(state.kept, key=order.__getitem__)
             if every and not kept:
                 continue
-            too_small = self.too_small(span, state.config)
+            again = {self.network.path(n) for n in kept} & {self.network.path(n) for n in every if n not in state.kept}
+            if again:
+                continue  # one call of a conv is kept and another pruned, which a plan can not say
+            too_small = next(filter(None, (self.too_small(s, state.config) for s in self.sites(span))), None)
             if too_small is not None:
                 self.refusals.append(too_small)
                 continue
@@ -272,9 +291,7 @@ class _Finder:
                 self.refusals.append(lossy)
                 continue
             paths = self.paths(main, every, kept)
-            self.candidates.append(
-                Candidate(span, "compose", state.config, *paths, post_norm=post, exact=lossy is None)
-            )
+            self.add(Candidate(span, "compose", state.config, *paths, post_norm=post, exact=lossy is None))
 
     def lossy(
         self, span: Span, layers: tuple[Layer, ...], state: State, every: tuple[str, ...], post: str | None
@@ -320,9 +337,10 @@ class _Finder:
     def drop(self, span: Span, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]) -> None:
         net = self.network
         geometry = net.series_geometry(net.series[span.series], layers)
-        if net.shape(span.entry) != net.shape(span.output) or geometry is None or any(s != 1 for s in geometry.stride):
+        if geometry is None or any(s != 1 for s in geometry.stride):
             return
-        self.candidates.append(Candidate(span, "drop", None, *self.paths(main, every, ())))
+        if all(net.shape(s.entry) == net.shape(s.output) for s in self.sites(span)):
+            self.add(Candidate(span, "drop", None, *self.paths(main, every, ())))
 
     def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
         """Whether two shorter drops give the same network: nothing stays at their cut, or what the end repeats."""
@@ -346,6 +364,7 @@ class _Finder:
             return
         geometry = self.network.series_geometry(series, layers)
         before, after = self.network.shape(span.entry), self.network.shape(span.output)
+        sizes = [(self.network.shape(s.entry)[2:], self.network.shape(s.output)[2:]) for s in self.sites(span)]
         if geometry is None or not self.network.sized(span.output) or not follows(geometry, before, after):
             blockers = [lay for lay in layers if self.network.geometry(lay) is None] or layers
             self.refusals.append(
@@ -356,7 +375,7 @@ class _Finder:
         largest = min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) if len(before) > 2 else 1
         for size in range(1, largest + 1, 2):
             config = _centred(geometry, size, before[1], after[1])
-            if config is None or config.output_size(before[2:]) != after[2:]:
+            if config is None or any(config.output_size(a) != b for a, b in sizes):
                 continue
             depthwise = before[1] == after[1] > 1 and len(before) > 2
             for groups in (1, before[1]) if depthwise else (1,):
@@ -365,7 +384,7 @@ class _Finder:
                     continue
                 chosen = ConvConfig(*_fields(config), groups)
                 if chosen != as_it_is:
-                    self.candidates.append(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
+                    self.add(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
 
 
 def _inside(layer: Layer) -> Iterator[str]:

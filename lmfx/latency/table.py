@@ -144,9 +144,8 @@ class LatencyTable(Mapping[str, Measurement]):
         return total
 
     def kept(self, candidate: Candidate) -> float:
-        """The sum of the rows of a candidate's span if every layer in it is kept as it is, in ms."""
-        span = candidate.span
-        return sum(self._layer(span.series, i) for i in range(span.start, span.stop))
+        """The sum of the rows of a candidate's spans (one a call) if every layer in them is kept as it is, in ms."""
+        return sum(self._layer(span.series, i) for span in candidate.spans for i in range(span.start, span.stop))
 
     def predict(self, plan: MergePlan | None = None) -> float:
         """The latency of a plan's whole network in ms, by the calibration; without a plan that of the original network.
