@@ -66,28 +66,34 @@ class FitGroup:
     depthwise: bool
     candidates: tuple[Candidate, ...]
     sides: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()  # the nodes that enter at the other calls of the candidates, which all have the same
 
     @property
     def names(self) -> set[str]:
         """The nodes whose values the fit needs."""
-        return {self.entry, *self.sides, *(c.span.output for c in self.candidates)}
+        return {self.entry, *self.calls, *self.sides, *(s.output for c in self.candidates for s in c.spans)}
 
-    def fit(self, x: Tensor, ys: dict[str, Tensor], quick: bool = False) -> dict[str, FittedOp]:
+    def fit(
+        self, x: Tensor, ys: dict[str, Tensor], quick: bool = False, others: Sequence[Tensor] = ()
+    ) -> dict[str, FittedOp]:
         """The fitted op of each candidate, by its key.
 
         `x` (images, in, size...), `ys` the value at each output node, and of each vector (images, channels, 1...).
-        `quick` takes fewer samples and a rule's damping instead of the best on held-out images.
+        `quick` takes fewer samples and a rule's damping instead of the best on held-out images. `others` are what
+        enters at the other calls: one op is fitted to the samples of all.
         """
         if x.dim() == 2:
-            return self.fit_vectors(x, ys, quick)
+            return self.fit_vectors(x, ys, quick, others)
+        xs = [x, *others]
         beside = _Vectors.of([ys[n] for n in self.sides], x)
         narrow = [c for c in self.candidates if _unknowns(c) <= MAX_UNKNOWNS]
-        found = {c.key: _fit_wide(c, x, ys[c.span.output], beside, quick) for c in self.candidates if c not in narrow}
+        wide = [c for c in self.candidates if c not in narrow]
+        found = {c.key: _fit_wide(c, xs, [ys[s.output] for s in c.spans], beside, quick) for c in wide}
         # The largest kernel decides the cost of all, so kernels that would make it too large are left out in turn.
         while narrow and _union(narrow).unknowns(self.depthwise) > MAX_UNKNOWNS:
             largest = max(narrow, key=_unknowns)
             narrow.remove(largest)
-            found.update(replace(self, candidates=(largest,)).fit(x, ys, quick))
+            found.update(replace(self, candidates=(largest,)).fit(x, ys, quick, others))
         if not narrow:
             return found
         window = _union(narrow)
@@ -104,11 +110,16 @@ class FitGroup:
             rounding=0.0 if x.dtype == torch.float64 else FLOAT32_ROUNDING,
             sides=beside.values.shape[1],
         )
-        size = ys[narrow[0].span.output].shape[2:]
         unknowns = window.unknowns(self.depthwise)
         want = min(max(SAMPLES_AN_UNKNOWN[quick] * unknowns, LEAST_SAMPLES), MOST_SAMPLES[quick])
-        positions = sample_positions(tuple(size), len(x), -(-want // len(x)), torch.Generator().manual_seed(0))
-        gram.update(x, {n: ys[n] for n in targets}, positions, vectors=beside.values)
+        images = sum(map(len, xs))
+        generator = torch.Generator().manual_seed(0)
+        for i, entering in enumerate(xs):
+            size = ys[narrow[0].spans[i].output].shape[2:]
+            positions = sample_positions(tuple(size), len(entering), -(-want // images), generator)
+            values = {c.span.output: ys[c.spans[i].output] for c in narrow}
+            vectors = beside.values if self.sides else entering.new_zeros(len(entering), 0)
+            gram.update(entering, values, positions, vectors=vectors)
         for c in narrow:
             assert c.conv is not None
             before = tuple(lo for lo, _ in c.conv.padding)
@@ -124,10 +135,13 @@ class FitGroup:
             found[c.key] = beside.op(c.conv, solved.weight, solved.bias, solved.side)
         return found
 
-    def fit_vectors(self, x: Tensor, ys: dict[str, Tensor], quick: bool) -> dict[str, FittedOp]:
+    def fit_vectors(
+        self, x: Tensor, ys: dict[str, Tensor], quick: bool, others: Sequence[Tensor] = ()
+    ) -> dict[str, FittedOp]:
         """The same for vectors, as maps of one pixel."""
         group = FitGroup(self.entry, self.depthwise, tuple(replace(c, conv=_one_pixel(c)) for c in self.candidates))
-        found = group.fit(x[..., None], {name: y[..., None] for name, y in ys.items()}, quick)
+        values = {name: y[..., None] for name, y in ys.items()}
+        found = group.fit(x[..., None], values, quick, [o[..., None] for o in others])
         ops = [found[c.key] for c in group.candidates]
         return {
             c.key: FittedOp(op.weight[..., 0], op.bias, (), (), ()) for c, op in zip(self.candidates, ops, strict=True)
@@ -228,20 +242,24 @@ def fit_groups(network: Network, candidates: Sequence[Candidate]) -> list[FitGro
             raise OptionError(f"candidate {c.key} has no conv to fit")
         excess = tuple(sum(p) - k for p, k in zip(c.conv.padding, c.conv.kernel_size, strict=True))
         sides = span_sides(network, c)
-        key = (c.span.entry, c.conv.groups > 1, sides, c.conv.stride, excess, network.shape(c.span.output)[2:])
+        size, calls = network.shape(c.span.output)[2:], tuple(s.entry for s in c.calls)
+        key = (c.span.entry, c.conv.groups > 1, sides, c.conv.stride, excess, size, calls)
         found.setdefault(key, []).append(c)
     return [
-        FitGroup(key[0], key[1], tuple(group), key[2])
+        FitGroup(key[0], key[1], tuple(group), key[2], key[6])
         for key, group in sorted(found.items(), key=lambda kv: order[kv[0][0]])
     ]
 
 
-def _fit_wide(candidate: Candidate, x: Tensor, y: Tensor, beside: _Vectors, quick: bool) -> FittedOp:
+def _fit_wide(
+    candidate: Candidate, xs: Sequence[Tensor], ys: Sequence[Tensor], beside: _Vectors, quick: bool
+) -> FittedOp:
     """Conjugate gradients, where the Gram matrix would not fit; vectors are fitted to what that leaves."""
     config = candidate.conv
     assert config is not None
-    images = CG_IMAGES[quick]
-    solved = fit_cg([x[:images]], [y[:images]], config, iterations=CG_ITERATIONS[quick])
+    images = -(-CG_IMAGES[quick] // len(xs))
+    solved = fit_cg([x[:images] for x in xs], [y[:images] for y in ys], config, iterations=CG_ITERATIONS[quick])
+    x, y = xs[0], ys[0]  # vectors enter no span that has several calls
     op = _Vectors.of((), x).op(config, solved.weight, solved.bias, None)
     if not beside.widths:
         return op
@@ -270,36 +288,76 @@ def fit_plan(
     student = copy.deepcopy(student)
     if not fits:
         return student
-    targets = record_batches(network.gm, calibration, {c.span.output for c in fits.values()})
+    calls = {span.entry for c in fits.values() if c.calls for span in c.spans}
+    targets = record_batches(network.gm, calibration, {s.output for c in fits.values() for s in c.spans} | calls)
     batches = list(batches_for(network.gm, calibration))
     with torch.no_grad(), progress_bar(len(fits), "fitting", progress) as bar:
-        for node, x, *beside in _inputs(student, batches, calibration.names, set(fits)):
-            candidate = fits[str(node.target)]
+        for name, seen in _inputs(student, batches, calibration.names, set(fits)):
+            candidate = fits[name]
             (group,) = fit_groups(network, [candidate])
-            values = dict(zip(group.sides, beside, strict=True))
-            op = group.fit(x, {**values, candidate.span.output: targets[candidate.span.output]})[candidate.key]
-            set_fitted(student.get_submodule(str(node.target)), op)
+            # What enters a call that depends on another call is not known yet: the original's is close.
+            xs = [seen[i][0] if i in seen else targets[s.entry] for i, s in enumerate(candidate.spans)]
+            values = dict(zip(group.sides, seen[0][1:], strict=True)) if group.sides else {}
+            values.update((s.output, targets[s.output]) for s in candidate.spans)
+            op = group.fit(xs[0], values, others=xs[1:])[candidate.key]
+            set_fitted(student.get_submodule(name), op)
             bar.update(1)
     return student
 
 
 def _inputs(
     student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
-) -> Iterator[tuple[Any, ...]]:
-    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with the node and its
-    inputs on all images, so that the caller can set the module before it runs."""
-    runs = [fx.Interpreter(student) for _ in batches]
+) -> Iterator[tuple[str, dict[int, list[Tensor]]]]:
+    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its name and its
+    inputs on all images, so that the caller can set the module before it runs: those of each call that can be had by
+    then, by the call's number."""
+    gathered = _gathered(student, targets)
+    calls = _calls(gathered, targets)
+    runs = [fx.Interpreter(gathered) for _ in batches]
     for run, batch in zip(runs, batches, strict=True):
-        run.args_iter = iter(placeholder_values(student, batch, names))
-    for node in student.graph.nodes:
+        run.args_iter = iter(placeholder_values(gathered, batch, names))
+    left = set(targets)
+    for node in gathered.graph.nodes:
         if node.op == "output":
             return
-        if node.op == "call_module" and str(node.target) in targets:
-            yield node, *(torch.cat([run.env[value] for run in runs]) for value in node.args)
+        if node.op == "call_module" and str(node.target) in left:
+            left.remove(str(node.target))
+            known = [n for n in calls[str(node.target)] if all(value in runs[0].env for value in n.all_input_nodes)]
+            sources = {n: [v for v in n.args if isinstance(v, fx.Node)] for n in known}
+            values = {n: [torch.cat([r.env[v] for r in runs]) for v in found] for n, found in sources.items()}
+            yield str(node.target), {int(n.meta.get("call", 0)): found for n, found in values.items()}
         for run in runs:
             run.env[node] = run.run_node(node)
             for dead in run.user_to_last_uses.get(node, ()):
                 del run.env[dead]
+
+
+def _calls(gm: fx.GraphModule, targets: set[str]) -> dict[str, list[fx.Node]]:
+    found: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and str(node.target) in targets:
+            found.setdefault(str(node.target), []).append(node)
+    return found
+
+
+def _gathered(student: fx.GraphModule, targets: set[str]) -> fx.GraphModule:
+    """The same modules and nodes: what a module's other calls need comes before its first, unless they need that."""
+    gm = fx.GraphModule(student, copy.deepcopy(student.graph))
+    for first, *others in _calls(gm, targets).values():
+        for call in others:
+            needed: set[fx.Node] = set()
+            queue = list(call.all_input_nodes)
+            while queue:
+                node = queue.pop()
+                if node not in needed:
+                    needed.add(node)
+                    queue += node.all_input_nodes
+            if needed.isdisjoint([first, *others]):
+                order = list(gm.graph.nodes)
+                for node in order[order.index(first) :]:
+                    if node in needed:
+                        first.prepend(node)
+    return gm
 
 
 def set_fitted(module: nn.Module, op: LinearOp) -> None:

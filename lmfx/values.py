@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lmfx.passes.errors import ModelError
 from lmfx.passes.interface import plain_output
 
 __all__ = [
+    "Replaced",
     "Rows",
     "batches_for",
     "flat_output",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 BATCH = 32
+Function = Callable[[Tensor], Tensor]
+Replaced = Mapping[fx.Node, tuple[fx.Node, Function]]  # the node whose value stands for another's, by a function
 Rows = tuple[int | None, ...]
 
 
@@ -119,9 +122,32 @@ def record_batches(
 
 
 @torch.no_grad()
-def resume(gm: fx.GraphModule, known: dict[fx.Node, Any]) -> Any:
-    """The output when some nodes' values are given; only what depends on none of them alone is computed."""
-    return fx.Interpreter(gm, garbage_collect_values=False).run(initial_env=dict(known), enable_io_processing=False)
+def resume(
+    gm: fx.GraphModule,
+    known: dict[fx.Node, Any],
+    replaced: Replaced | None = None,
+    then: Mapping[fx.Node, Function] | None = None,
+) -> Any:
+    """The output when some nodes' values are given; only what depends on none of them alone is computed.
+
+    Those that are `replaced` are what a function makes of another node's value; `then` is a function of what they are.
+    """
+    runner = _Resumed(gm, replaced or {}, then or {})
+    return runner.run(initial_env=dict(known), enable_io_processing=False)
+
+
+class _Resumed(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, replaced: Replaced, then: Mapping[fx.Node, Function]) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.replaced, self.then = replaced, then
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self.replaced:
+            entry, made = self.replaced[n]
+            value = made(self.env[entry])
+        else:
+            value = super().run_node(n)
+        return self.then[n](value) if n in self.then else value
 
 
 def flat_output(output: Any, images: int | None = None, rows: Rows = ()) -> Tensor:

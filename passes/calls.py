@@ -4,7 +4,7 @@
     b ─ conv1 ─ relu ─ conv2 ─ ...           one place stands for it at all of them, and stays one module
 
 Layers at several places are *the same* if they have the same ops, wired alike, with the same weights (the same tensors,
-not equal ones); batch and image size may differ. A run is a longest row of such layers in which every conv is called at
+not equal ones); the image size may differ. A run is a longest row of such layers in which every conv is called at
 exactly these places. What its first place becomes, all become: the solver chooses at the first, with the latencies of
 all calls added up, and passes the others by. So no span may hold a part of a run and something else. One that holds all
 calls of what it touches may: nothing of the module is left.
@@ -220,15 +220,15 @@ class Calls:
         if node.op == "call_module":
             module = self.network.module(node.name)
             shape = node.meta.get("shape")
-            what = _module(module), bool(shape) and ops.normalizes(module, shape)
+            what = _module(module), shape is not None and ops.normalizes(module, shape)
         elif node.op == "get_attr":
             what = id(operator.attrgetter(str(node.target))(self.network.gm))
         return node.op, what, plain(node.args), plain(node.kwargs), self._value(node)
 
     def _value(self, node: fx.Node) -> Hashable:
-        """What of a value is the same at every call: channels, rank and dtype."""
+        """What of a value is the same at every call: batch, channels, rank and dtype."""
         shape = node.meta.get("shape")
-        return None if shape is None else (len(shape), *shape[1:2]), str(node.meta.get("dtype"))
+        return None if shape is None else (len(shape), *shape[:2]), str(node.meta.get("dtype"))
 
 
 def _branches(layer: Layer) -> tuple[Series, ...]:

@@ -72,7 +72,7 @@ def rewrite(
             sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
             set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
             placed[name] = candidate.key
-        for span in candidate.spans:
+        for number, span in enumerate(candidate.spans):
             entry, output = nodes[span.entry], nodes[span.output]
             if candidate.realization == "drop":
                 output.replace_all_uses_with(entry)
@@ -80,7 +80,7 @@ def rewrite(
                 continue
             with gm.graph.inserting_after(output):
                 new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
-            new.meta = {**output.meta, "path": name}
+            new.meta = {**output.meta, "path": name, "call": number}
             output.replace_all_uses_with(new)
             if candidate.post_norm is not None and norm is None:
                 new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))

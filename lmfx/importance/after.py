@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lmfx.passes import ops
 from lmfx.passes.after import activated
@@ -58,8 +58,12 @@ class After:
         runner.env[nodes[start]] = new
         for node in way.nodes:
             runner.env[node] = runner.run_node(node)
-        result: Tensor = ops.activation_of(str(self.name))(runner.env[nodes[way.place]])
+        result: Tensor = self.activation()(runner.env[nodes[way.place]])
         return result
+
+    def activation(self) -> nn.Module:
+        """What is put behind merged convs."""
+        return ops.activation_of(str(self.name))
 
     def _to(self, start: str, place: str) -> Way:
         nodes = self.network.nodes

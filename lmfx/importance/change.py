@@ -28,7 +28,7 @@ from lmfx.passes.norms import moved_norm
 from lmfx.passes.rewrite import build_span, span_sides
 from lmfx.passes.spans import SpanSet
 from lmfx.surrogates import affine_surrogates
-from lmfx.values import batches_for, flat_output, output_rows, record, record_batches, resume
+from lmfx.values import Replaced, batches_for, flat_output, output_rows, record, record_batches, resume
 
 __all__ = ["Judging", "Scorer"]
 
@@ -79,9 +79,10 @@ class Scorer:
         self, candidates: list[Candidate], take: Callable[[Sequence[Candidate]], list[Candidate]]
     ) -> Iterator[tuple[str, float]]:
         """Key and importance of those candidates that `take` gives when their turn comes."""
-        names = {c.span.entry for c in candidates} | {c.span.output for c in candidates}
+        spans = [span for c in candidates for span in c.spans]
+        names = {s.entry for s in spans} | {s.output for s in spans}
         names |= {side for c in candidates for side in span_sides(self.network, c)}
-        names |= {name for c in candidates for name in self.after.names(c)}
+        names |= {name for c in candidates for one in c.each() for name in self.after.names(one)}
         parts, scale = self.parts(names)
         surrogates = None
         if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
@@ -106,7 +107,7 @@ class Scorer:
 
     def jobs(
         self, chunk: list[FitGroup], take: Callable[[Sequence[Candidate]], list[Candidate]]
-    ) -> Iterator[tuple[FitGroup, Tensor, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]]:
         """The fits of groups of which `take` gives something; the network runs once for all of them."""
         wanted = {n for g in chunk for n in g.names}
         held: dict[str, Tensor] = {}
@@ -114,7 +115,7 @@ class Scorer:
             if mine := take(whole.candidates):
                 group = replace(whole, candidates=tuple(mine))
                 held = held or record_batches(self.gm, self.calibration, wanted)
-                yield group, held[group.entry], {n: held[n] for n in group.names}
+                yield group, held[group.entry], {n: held[n] for n in group.names}, [held[n] for n in group.calls]
 
     def chunks(self, groups: list[FitGroup]) -> Iterator[list[FitGroup]]:
         """Groups whose values together fit in memory, so that the network runs as seldom as possible."""
@@ -190,9 +191,12 @@ class Scorer:
             norm = moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
         for part in parts:
             x, y = part.values[c.span.entry], part.values[way.place if way else c.span.output]
+            images += len(x)
             with torch.no_grad():
-                # Contiguous as a conv's output is: what follows may be a view.
-                new = x if op is None else _apply(op, x, c).contiguous()
+                if c.calls:
+                    total += self.moved(c, lambda x: _made(x, c, op, norm), part)
+                    continue
+                new = _made(x, c, op, None)
                 for name, conv in sides.items():
                     new = new + conv(part.values[name])
                 new = new if norm is None else norm(new)
@@ -204,8 +208,39 @@ class Scorer:
                     gradients = part.gradients[way.place if way else c.span.output]
                     changes = [((new - y).double() * g).flatten(1).sum(1) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
-            images += len(x)
         return -0.5 * total / images / scale
+
+    def moved(self, c: Candidate, made: Callable[[Tensor], Tensor], part: Part) -> float:
+        """The squared change of the output, over all images, when `made` gives the span's output at all of its calls.
+
+        To first order the changes by the calls add up. In the network itself, a call that depends on another one gets
+        what that makes of its input.
+        """
+        nodes, calls = self.network.nodes, [(one.span, self.after.way(one)) for one in c.each()]
+        if not self.options.exact:
+            errors = []
+            for span, way in calls:
+                new, place = made(part.values[span.entry]), way.place if way else span.output
+                if way is not None:
+                    new = self.after.value(way, span.output, new, part.values)
+                errors.append(((new - part.values[place]).double(), part.gradients[place]))
+            probes = [[(e * g[i]).flatten(1).sum(1) for e, g in errors] for i in range(self.options.probes)]
+            return sum(float(torch.stack(p).sum(0).square().sum()) for p in probes) / self.options.probes
+        outputs = {nodes[span.output] for span, _ in calls}
+        behind = outputs | _after_any(outputs)
+        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"}
+        replaced: Replaced = {nodes[span.output]: (nodes[span.entry], made) for span, _ in calls}
+        acted = {nodes[way.place]: self.after.activation() for _, way in calls if way is not None}
+        images, wanted = len(part.values[c.span.entry]), part.output
+        with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
+            output = flat_output(resume(self.gm, known, replaced, acted), images, self.rows)
+            if self.options.norms == "batch":
+                key = " ".join(span.output for span, _ in calls)
+                if key not in part.renewed:
+                    same = known | {out: part.values[out.name] for out in outputs if out not in _after_any(outputs)}
+                    part.renewed[key] = flat_output(resume(self.gm, same), images, self.rows)
+                wanted = part.renewed[key]
+        return float((output.double() - wanted).square().sum())
 
     def squared_change(self, c: Candidate, new: Tensor, part: Part) -> float:
         """The squared change of the output, over all images, when the span's output is `new`."""
@@ -242,9 +277,15 @@ def batch_statistics(gm: nn.Module) -> Iterator[None]:
             module.running_mean, module.running_var = mean, variance
 
 
-def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor]]) -> dict[str, FittedOp]:
-    group, x, ys = job
-    return group.fit(x, ys, quick=True)
+def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]) -> dict[str, FittedOp]:
+    group, x, ys, others = job
+    return group.fit(x, ys, quick=True, others=others)
+
+
+def _made(x: Tensor, c: Candidate, op: LinearOp | None, norm: nn.Module | None) -> Tensor:
+    """What a candidate makes of its input. Contiguous as a conv's output is: what follows may be a view."""
+    new = x if op is None else _apply(op, x, c).contiguous()
+    return new if norm is None else norm(new)
 
 
 def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
@@ -262,6 +303,10 @@ def _scale(z: Tensor) -> float:
     if value <= 1e-12 * float(z.square().sum(1).mean()):
         value = float(z.square().sum(1).mean())
     return value or 1.0
+
+
+def _after_any(nodes: set[fx.Node]) -> set[fx.Node]:
+    return set().union(*map(_descendants, nodes))
 
 
 def _descendants(node: fx.Node) -> set[fx.Node]:

@@ -186,7 +186,10 @@ def _spans(result: Result, full: bool) -> str:
 
 def _kept_of(candidate: Candidate) -> str:
     total = len(candidate.all_convs)
-    return f"{len(candidate.kept)} of {total}" if candidate.realization == "compose" else f"fitted for {total}"
+    calls = f", {len(candidate.spans)} calls" if candidate.calls else ""
+    return (
+        f"{len(candidate.kept)} of {total}" if candidate.realization == "compose" else f"fitted for {total}"
+    ) + calls
 
 
 def size(values: Sequence[int]) -> str:
