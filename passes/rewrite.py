@@ -229,7 +229,6 @@ def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> Non
             f"the plan has a conv of {seen[0]} to {seen[1]} channels in {seen[2]}d for {key}, and the span has "
             f"{expected[0]} to {expected[1]} in {expected[2]}d: compress again"
         )
-        )
 
 
 def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:
