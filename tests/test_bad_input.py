@@ -425,7 +425,8 @@ CALIBRATION: list[Case] = [
         ("of strings", strings, "a str", "expected a tensor"),
         ("a number", 64, "int", "pass a tensor"),
         ("a string", "images/", "a str", "expected a tensor"),
-        ("a dict of other names", {"y": X}, "a dict", "pass a tensor"),
+        ("a dict of two that fit", {"y": X, "z": X}, "more than one", "pass the input alone"),
+        ("a dict of nothing that fits", {"y": X[0]}, "none of them fits", "pass the input alone"),
         ("a scalar", torch.tensor(1.0), "()", "must agree"),
     ]
 ] + [

@@ -241,7 +241,7 @@ def test_meta_parameters_need_a_fill() -> None:
         (nn.BatchNorm2d(6, track_running_stats=False), "no running statistics"),
         (nn.AdaptiveAvgPool2d(4), "unequal size"),
         (nn.AdaptiveMaxPool2d(1, return_indices=True), "indices|no rule"),
-        (nn.PixelShuffle(1), "no rule for PixelShuffle"),
+        (nn.ChannelShuffle(2), "no rule for ChannelShuffle"),
         (nn.Softmax(), "without a dim"),
     ],
     ids=str,
@@ -262,7 +262,7 @@ def test_functions_without_a_rule_and_integer_inputs_are_refused() -> None:
 
 def test_what_the_emitter_refuses_is_exported_by_torch() -> None:
     pytest.importorskip("onnxscript")
-    gm = graph(nn.PixelShuffle(2), nn.Conv2d(2, 3, 1))
+    gm = graph(nn.ChannelShuffle(2), nn.Conv2d(8, 3, 1))
     x = torch.randn(1, 8, 4, 4)
     session = ort.InferenceSession(to_onnx_bytes(gm, [x]), providers=["CPUExecutionProvider"])
     out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]

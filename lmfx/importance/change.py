@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lmfx.calibration import Calibration
 from lmfx.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.importance.after import After
-from lmfx.passes.errors import InputError
+from lmfx.passes.errors import InputError, ModelError
 from lmfx.passes.ir import Candidate
 from lmfx.passes.linear import LinearOp
 from lmfx.passes.linear_span import LinearSpan, fill_pad
@@ -261,6 +261,12 @@ class Scorer:
                     same = begun | {nodes[c.span.output]: part.values[c.span.output]}
                     part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new), self.rows)
                 wanted = part.renewed[c.span.output]
+        if output.shape != wanted.shape:  # the batches that were tried happened to fill as many rows an image
+            raise ModelError(
+                f"the size of the model's output depends on its values ({wanted.numel()} numbers became "
+                f"{output.numel()} with {c.key}), so it has no batch dimension to compare along: return one row an "
+                "image, or use importance='magnitude'"
+            )
         return float((output.double() - wanted).square().sum())
 
 
