@@ -39,6 +39,8 @@ class Result:
     ratio: float | None = None
     line: Calibration | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
+    # How a network from `simplify` was compared with its model.
+    checked: str = field(default="", metadata={"optional": True})
     # Not saved with the network:
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 

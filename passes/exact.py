@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import linear, ops
 from .configs import identity_config
@@ -100,20 +100,18 @@ class _Walk:
 
     def outside(self, name: str, value: Tensor | None) -> Tensor | None:
         """What one op makes of a map that is `value` everywhere, in float64."""
-        node = self.network.nodes[name]
-        if value is None or side_vector(node) is not None:
+        if value is None or side_vector(self.network.nodes[name]) is not None:
             return None
         module = self.network.module(name)
         if isinstance(module, ops.ChannelSelect):
             return value[list(module.index)]
-        bare = without_padding(module)
-        if bare is None:
+        if isinstance(module, (*ops.PADS, *ops.MIRRORS, ops.PixelSlice)):
             return value
-        with torch.no_grad():
-            op = affine_op(bare, len(value), len(self.network.shape(name)) - 2, None)
-            weight = op.weight.to("cpu").flatten(2).sum(2) if op.ndim else op.weight.to("cpu")
-            groups = value.reshape(op.groups, 1, -1)
-            return (weight.reshape(op.groups, -1, weight.shape[1]) * groups).sum(2).flatten() + op.bias.to("cpu")
+        if name not in self.network.sums:
+            self.network.sums[name] = _sums(module, len(value), len(self.network.shape(name)) - 2)
+        weight, bias = self.network.sums[name]
+        groups = value.reshape(len(value) // weight.shape[1], 1, -1)
+        return (weight.reshape(len(groups), -1, weight.shape[1]) * groups).sum(2).flatten() + bias
 
     def join(self, parallel: Parallel, seen: _Seen) -> _Seen:
         found = [self.through(branch.layers, seen) for branch in parallel.branches]
@@ -157,3 +155,13 @@ class _Walk:
         if not torch.allclose(seen.outside, torch.full_like(seen.outside, step.padding_value), rtol=1e-12, atol=0):
             return "there is a bias, or a norm that shifts, before it"
         return None
+
+
+def _sums(module: nn.Module, channels: int, ndim: int) -> tuple[Tensor, Tensor]:
+    """The sums of an op's kernels, (out, in / groups), and its bias: all that a constant map sees of it."""
+    bare = without_padding(module)
+    assert bare is not None
+    with torch.no_grad():
+        op = affine_op(bare, channels, ndim, None)
+        weight = op.weight.to("cpu")
+        return weight.flatten(2).sum(2) if op.ndim else weight, op.bias.to("cpu")

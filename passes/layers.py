@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import linear, ops
 from .calls import Calls
@@ -41,6 +41,7 @@ class Network:
         self._convs: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._modules: dict[str, nn.Module] = {}
         self._norms: dict[str, float] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # what ops make of constant maps (`exact`)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's value, as the example gave it."""

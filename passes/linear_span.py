@@ -10,7 +10,6 @@ branches meet, each is given the crop of its input that its own padding would ha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import linear, ops
+from .copies import leaf_copy
 from .ir import ConvConfig
 from .linear import LinearOp
 from .sides import Maps, SideAdd, SideConv, merge_maps, side_conv, through
@@ -177,7 +177,7 @@ def without_padding(module: nn.Module) -> nn.Module | None:
         return ops.PixelSlice(none, module.steps) if any(s > 1 for s in module.steps) else None
     if isinstance(module, nn.PixelUnshuffle):
         return ops.SpaceToDepth((module.downscale_factor,) * 2)  # of what is no whole block it leaves out the rest
-    clone = copy.deepcopy(module)
+    clone = leaf_copy(module)
     if isinstance(clone, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         clone.padding = (0,) * len(clone.kernel_size)
         clone.padding_mode = "zeros"
@@ -252,6 +252,8 @@ class LinearSpan(nn.Module):
 
     def side_convs(self) -> list[nn.Module]:
         """For each of `sides` the 1 x 1 convolution of its vector that is added to the merged conv's output."""
+        if not self.sides:
+            return []
         like = next((p for p in self.parameters() if p.is_floating_point()), None)
         ndim = len(self.padding)
         with torch.no_grad():

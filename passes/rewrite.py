@@ -11,7 +11,6 @@ stay, dead modules and parameters go, and both results are ordinary GraphModules
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from . import linear, ops
 from .after import activated
 from .canonical import set_submodule
 from .configs import identity_config
+from .copies import deep_copy
 from .errors import PlanError
 from .identity import fingerprint, is_of
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
@@ -233,7 +233,8 @@ def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> Non
 
 def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:
     tensors = [*gm.parameters(), *gm.buffers()] if share_tensors else []
-    return copy.deepcopy(gm, {id(t): t for t in tensors})
+    copied: fx.GraphModule = deep_copy(gm, {id(t): t for t in tensors})
+    return copied
 
 
 def _clean(gm: fx.GraphModule) -> None:

@@ -55,10 +55,21 @@ class States:
         more = self.layer_states(layer)
         if isinstance(more, Refusal) or states is None:
             return more
-        found = [
-            State(linear.compose_config(a.config, b.config), a.score + b.score, a.kept + b.kept, a.pruned and b.pruned)
-            for a, b in product(states, more)
-        ]
+        return self.composed(states, more, layer)
+
+    def composed(self, first: list[State], second: list[State], layer: Layer) -> list[State] | Refusal:
+        """Each of the first states with each of the second ones after it."""
+        found: list[State] = []
+        refused: OptionError | None = None
+        for a, b in product(first, second):
+            try:
+                config = linear.compose_config(a.config, b.config)
+            except OptionError as error:  # a crop after a pad that is filled from the map
+                refused = error
+                continue
+            found.append(State(config, a.score + b.score, a.kept + b.kept, a.pruned and b.pruned))
+        if not found:
+            return Refusal(str(refused), layer.nodes)
         return self.bounded(found, layer.nodes)
 
     def bounded(self, states: list[State], nodes: tuple[str, ...]) -> list[State] | Refusal:
@@ -88,16 +99,8 @@ class States:
             joined = self.joined(layer.parallel)
             if isinstance(joined, Refusal):
                 return joined
-            found = [
-                State(
-                    linear.compose_config(s.config, config),
-                    s.score,
-                    s.kept,
-                    s.pruned and not self.network.affine_nodes(layer),
-                )
-                for s in joined
-            ]
-            return self.bounded(found, layer.nodes)
+            after = [State(config, 0.0, (), not self.network.affine_nodes(layer))]
+            return self.composed(joined, after, layer)
         if layer.conv is None:
             return [State(config, 0.0, (), not self.network.affine_nodes(layer))]
         states = [State(config, self.network.l1(layer.conv), (layer.conv,), False)]

@@ -98,6 +98,8 @@ def _head(result: Result) -> str:
     if result.images is not None:
         few = "; too few to judge a fit: pass calibration=" if result.images < FEW_IMAGES and plan.candidates else ""
         lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
+    if result.checked:
+        lines.append(f"  checked    {result.checked}")
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)

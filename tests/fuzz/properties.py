@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import lmfx
 from benchmarks.random_plans import random_plan
+from lmfx.passes import ops
 from lmfx.passes.errors import ExportError, LmfxError, SizeError, TraceError, VerifyError
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.layers import Network
@@ -42,6 +44,7 @@ class Shares:
     save: int = 40
     onnx: int = 8  # of those that are compressed
     keys: int = 10
+    simplify: int = 15
 
 
 @dataclass
@@ -119,6 +122,8 @@ def _check(program: Program, rng: random.Random, shares: Shares, outcome: Outcom
         if what == "size":
             others.append((larger, elsewhere))
     _check_plans(gm, others, rng, outcome, floor)
+    if rng.randrange(100) < shares.simplify:
+        _check_simplify(gm, model, others, rng, outcome)
     if rng.randrange(100) < shares.again:
         with _only_lmfx_errors("trace of the trace"):
             check_same("trace of the trace", reference, call(trace(gm, x), x), 1e-12, floor)
@@ -231,6 +236,39 @@ def _check_plans(
     for candidate in rng.sample(composed, min(4, len(composed))):
         with _only_lmfx_errors("oracle"):
             outcome.note("oracle" if check_span(spans.network, candidate) else "no oracle")
+
+
+def _check_simplify(
+    gm: fx.GraphModule, model: nn.Module, inputs: list[tuple[Any, Any]], rng: random.Random, outcome: Outcome
+) -> None:
+    """All loss-free merges: the same function at both sizes, no more convs, and nothing is left to be merged."""
+    x, reference = inputs[0]
+    growth = rng.choice([1.0, 1.0, 2.0, math.inf])
+    with _only_lmfx_errors("simplify"):
+        net = lmfx.simplify(model, x, growth=growth)
+        lmfx.report(net)
+    for example, expected in inputs:
+        with _only_lmfx_errors("a simplified network"):
+            result = call(net, example)
+        if structure(expected) != structure(result):
+            raise Wrong("a simplified network", f"{structure(expected)} became {structure(result)}")
+        check_same("simplified is not the model", expected, result, 1e-12, _Noise(model, example))
+    if count(net) > count(gm):
+        raise Wrong("simplify", f"{count(gm)} convolutions became {count(net)}")
+    plan = lmfx.result_of(net).plan
+    if not plan.candidates:
+        return
+    outcome.note("simplified")
+    with _only_lmfx_errors("simplify twice"):
+        again = lmfx.simplify(net, x, growth=growth)
+    if lmfx.result_of(again).plan.candidates or again.code != net.code:
+        raise Wrong("simplify twice", f"something was left: {[c.key for c in lmfx.result_of(again).plan.candidates]}")
+    check_same("simplified twice", reference, call(again, x), 1e-12, _Noise(model, x))
+
+
+def count(net: nn.Module) -> int:
+    """The convolutions of a network."""
+    return sum(isinstance(m, ops.CONVS) for m in net.modules())
 
 
 def _check_trained(student: fx.GraphModule, x: Any, rng: random.Random, outcome: Outcome) -> None:
