@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from . import ops
 from .arithmetic import SCALAR, arithmetic, concatenation
+from .borders import pads_before
 from .cats import share_prefixes
 from .functional import global_pool, module_of
 from .layouts import channels_first
@@ -49,6 +50,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
             changed += _function(gm, node)
     changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
     gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += pads_before(gm)
     changed += channels_first(gm)
     changed += slice_pixels(gm)
     changed += select_channels(gm)

@@ -244,9 +244,13 @@ def _check_simplify(
     """All loss-free merges: the same function at both sizes, no more convs, and nothing is left to be merged."""
     x, reference = inputs[0]
     growth = rng.choice([1.0, 1.0, 2.0, math.inf])
-    with _only_lmfx_errors("simplify"):
-        net = lmfx.simplify(model, x, growth=growth)
-        lmfx.report(net)
+    try:
+        with _only_lmfx_errors("simplify"):
+            net = lmfx.simplify(model, x, growth=growth)
+            lmfx.report(net)
+    except LmfxError as error:
+        _check_message(error)
+        return outcome.note(f"simplify: {type(error).__name__}")
     for example, expected in inputs:
         with _only_lmfx_errors("a simplified network"):
             result = call(net, example)
@@ -257,13 +261,19 @@ def _check_simplify(
         raise Wrong("simplify", f"{count(gm)} convolutions became {count(net)}")
     plan = lmfx.result_of(net).plan
     if not plan.candidates:
-        return
+        return None
     outcome.note("simplified")
     with _only_lmfx_errors("simplify twice"):
         again = lmfx.simplify(net, x, growth=growth)
-    if lmfx.result_of(again).plan.candidates or again.code != net.code:
-        raise Wrong("simplify twice", f"something was left: {[c.key for c in lmfx.result_of(again).plan.candidates]}")
-    check_same("simplified twice", reference, call(again, x), 1e-12, _Noise(model, x))
+    left = [c.key for c in lmfx.result_of(again).plan.candidates]
+    if left or _steps(net) != _steps(again):
+        raise Wrong("simplify twice", f"something was left ({left}): {_steps(net)} became {_steps(again)}")
+    return check_same("simplified twice", reference, call(again, x), 1e-12, _Noise(model, x))
+
+
+def _steps(net: fx.GraphModule) -> list[str]:
+    """What a graph does, in no order: a new trace may record a reshape of the output earlier."""
+    return sorted(f"{node.op} {node.name}" for node in net.graph.nodes)
 
 
 def count(net: nn.Module) -> int:
