@@ -1,7 +1,8 @@
 """`simplify`: every merge that loses nothing, chosen by count; no budget, no calibration and no measurement.
 
 trace          the network in canonical form, of layers of one op each (`MergePlan.fine`)
-spans          composed candidates that are the same function as their span (`passes/exact.py`)
+spans          composed candidates that are the same function as their span (`passes/exact.py`), with sums added up in
+               another order where that costs less (`passes/regroup.py`)
 solve          the set of them that costs least (`passes/costs.py`), by the exact dynamic program
 rewrite        merged in float64 and rounded, its nodes named as a new trace names them: simplified again, it is the
                same graph
@@ -22,6 +23,7 @@ from lmfx.passes.errors import OptionError
 from lmfx.passes.identity import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
 from lmfx.passes.layers import Network
+from lmfx.passes.regroup import groups, regrouped
 from lmfx.passes.rewrite import span_names
 from lmfx.passes.solve import Chain, Entry, solve_chains
 from lmfx.passes.spans import SpanSet, enumerate_spans
@@ -67,8 +69,13 @@ def simplify(
     options = span_options(realize=("compose",), method="exact", max_kernel_size=None, include=include, exclude=exclude)
     graph = trace(model, example_input)
     spans = enumerate_spans(Network(graph, fine=True), options)
-    chosen = cheapest(spans, float(growth))
-    plan = MergePlan(tuple(chosen), fingerprint(graph), fine=True)
+    cost, chosen = cheapest(spans, float(growth))
+    sums = groups(spans.network)
+    if sums:
+        others = enumerate_spans(Network(regrouped(graph, sums), fine=True), options)
+        less, better = cheapest(others, float(growth))
+        spans, chosen, sums = (others, better, sums) if less < cost else (spans, chosen, ())
+    plan = MergePlan(tuple(chosen), fingerprint(graph), fine=True, sums=sums)
     doubled = in_double(graph)
     merged = merged_form(doubled, plan)
     net = _named_anew(rounded(merged, graph, plan))
@@ -95,8 +102,8 @@ def simplify(
 # --- what is merged ---------------------------------------------------------------------------------------------------
 
 
-def cheapest(spans: SpanSet, growth: float = 1.0) -> list[Candidate]:
-    """The composed candidates of the set that costs least, in the order of the graph."""
+def cheapest(spans: SpanSet, growth: float = 1.0) -> tuple[float, list[Candidate]]:
+    """The cost of the set of composed candidates that costs least, and the set in the order of the graph."""
     network = spans.network
     by_series: dict[str, list[Candidate]] = {}
     for c in spans:
@@ -127,7 +134,7 @@ def cheapest(spans: SpanSet, growth: float = 1.0) -> list[Candidate]:
     found = solve_chains([chain(region.series) for region in network.regions])
     order = {name: i for i, name in enumerate(network.nodes)}
     chosen = [c for c in found.choice(0) if isinstance(c, Candidate) and c.realization != "keep"]
-    return sorted(chosen, key=lambda c: order[c.span.exit])
+    return float(found.latency[0]), sorted(chosen, key=lambda c: order[c.span.exit])
 
 
 def _refusals(spans: SpanSet, chosen: list[Candidate], growth: float) -> tuple[Refusal, ...]:

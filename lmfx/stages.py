@@ -24,6 +24,7 @@ from lmfx.passes.errors import InputError, PlanError, TableError
 from lmfx.passes.identity import Origin
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.layers import Network
+from lmfx.passes.regroup import regrouped
 from lmfx.passes.rewrite import merge as merge_spans
 from lmfx.passes.rewrite import rewrite as rewrite_graph
 from lmfx.passes.siblings import merge_siblings as merge_sibling_convs
@@ -61,7 +62,7 @@ def rewrite(
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
     check_graph(graph, "rewrite")
     images = as_calibration(calibration, graph.meta["lmfx"]["example"])
-    network = Network(graph, fine=plan.fine)
+    network = Network(regrouped(graph, plan.sums), fine=plan.fine)
     composed = any(c.realization == "compose" for c in plan.candidates)
     surrogates = affine_surrogates(network, images) if composed and plan.surrogate == "affine" else None
     student = fit_plan(network, rewrite_graph(graph, plan, surrogates), plan, images, progress)

@@ -256,6 +256,8 @@ class MergePlan:
     activation_after: str | None = field(default=None, metadata={"optional": True})
     # Its spans count layers of one op each, as those of `lmfx.simplify` do (see `find_regions`).
     fine: bool = field(default=False, metadata={"optional": True})
+    # Sums that are added up in another order first (see `regroup`): a node, then operands that become one.
+    sums: tuple[tuple[str, ...], ...] = field(default=(), metadata={"optional": True})
 
     @property
     def exact(self) -> bool:

@@ -28,6 +28,7 @@ from .layers import Network
 from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
 from .norms import moved_norm
 from .placing import is_attribute
+from .regroup import regrouped
 from .sides import SideAdd, SideConv, side_vector
 from .states import is_dropped, side_inputs
 from .verify import check_graph, drop_unread
@@ -56,6 +57,7 @@ def rewrite(
             f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
             "trace the same model with an example of the same rank, or solve again"
         )
+    graph = regrouped(graph, plan.sums)
     network = Network(graph, fine=plan.fine)
     gm = _copy(graph, share_tensors)
     nodes = {n.name: n for n in gm.graph.nodes}

@@ -479,6 +479,13 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "pairs": (lambda d: _first(d)["conv"].update(padding=[[0], [0]]), "is not a list of 2"),
     "groups": (lambda d: _first(d)["conv"].update(groups=5), "5 groups for 3 and 8 channels"),
+    "exact": (lambda d: _first(d).update(exact="yes"), "plan.candidates[0].exact is not of type bool"),
+    "exact number": (lambda d: _first(d).update(exact=1), "plan.candidates[0].exact is not of type bool"),
+    "no exact at all": (lambda d: _first(d).update(exact=None), "plan.candidates[0].exact is not of type bool"),
+    "fine": (lambda d: d["plan"].update(fine="no"), "plan.fine is not of type bool"),
+    "fine number": (lambda d: d["plan"].update(fine=1), "plan.fine is not of type bool"),
+    "sums": (lambda d: d["plan"].update(sums={}), "plan.sums is not a list"),
+    "sums of numbers": (lambda d: d["plan"].update(sums=[["add", 1]]), "plan.sums[0][1] is not of type str"),
     "names": (lambda d: _first(d).update(kept=[1]), "plan.candidates[0].kept[0] is not of type str"),
 }
 
