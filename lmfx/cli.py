@@ -51,7 +51,7 @@ from lmfx.passes.errors import LmfxError, OptionError, PlanError
 from lmfx.passes.ir import Refusal
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
-from lmfx.reading import printable
+from lmfx.reading import in_one_line, printable
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table
@@ -230,7 +230,7 @@ def _profile(args: argparse.Namespace) -> None:
                 (c.key, " ".join(c.convs[:3]) + (" ..." if len(c.convs) > 3 else ""), f"{m.ms:.4f}", f"{m.spread:.4f}")
             )
     where = {name: latency.identity.get(name) for name in ("backend", "version", "device", "threads")}
-    print(printable("{backend} {version} on {device}, {threads} thread(s)\n".format(**where)))
+    print(in_one_line("{backend} {version} on {device}, {threads} thread(s)".format(**where)) + "\n")
     print(table(("candidate", "convolutions", "ms", "spread"), rows, right=(2, 3)))
     print(f"\n{calibration_text(latency)}")
     if args.output:
@@ -316,7 +316,7 @@ def _compress(args: argparse.Namespace) -> None:
             progress=not args.quiet,
             **taken(args, COMPRESS_OPTIONS),
         )
-    print(printable(report(net)))
+    print(report(net))
     print(f"\ncalibrated on {what}")
     if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")

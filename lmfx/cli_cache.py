@@ -23,7 +23,6 @@ from lmfx.latency import Store, default_cache_dir
 from lmfx.latency.cache import Entry, Selection, entries, export_rows, import_rows, prune
 from lmfx.latency.store import FILE_NAME
 from lmfx.passes.errors import OptionError, StoreError
-from lmfx.reading import printable
 from lmfx.report.text import table
 
 __all__ = ["cache_commands"]
@@ -107,7 +106,7 @@ def _list(args: argparse.Namespace) -> None:
     print(f"{store.path}: {sum(e.rows for e in found)} rows, {_bytes(size)}\n")
     now = time.time()
     header = ("kind", "made by", "device", "threads", "rows", "size", "newest", "further")
-    print(printable(table(header, [_line(e, now) for e in found], right=(3, 4, 5))))
+    print(table(header, [_line(e, now) for e in found], right=(3, 4, 5)))
 
 
 def _line(entry: Entry, now: float) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lmfx.frontier import solve_spans
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
+from lmfx.latency.wholes_read import time_wholes
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import MergePlan, Realization
@@ -163,7 +164,7 @@ def _nothing_to_merge(
         reached = source.total() if source.calibration is None else source.predict()
     else:
         network = bare(spans.network.gm, example_arguments(example_input))
-        reached = median(source.measure_interleaved([network])[0])
+        reached = median(time_wholes(source, [network])[0])
     reasons = "; ".join(str(r) for r in spans.refusals[:3])
     return InfeasibleBudget(
         f"nothing in {name} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "

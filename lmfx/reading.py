@@ -19,7 +19,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["DEEPEST", "MOST_BYTES", "parse_json", "printable", "read_bounded"]
+__all__ = ["DEEPEST", "MOST_BYTES", "in_one_line", "parse_json", "printable", "read_bounded"]
 
 MOST_BYTES = 2**28  # of a JSON file; the largest table of the zoo has 2 MB
 DEEPEST = 64
@@ -76,5 +76,13 @@ def printable(text: str) -> str:
     """The text with control and direction characters written out (`\\x1b`), except for line ends and tabs."""
     return "".join(
         c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def in_one_line(text: str) -> str:
+    """`printable`, with line ends and tabs written out as well: a name can not pretend to be a line of its own."""
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
         for c in text
     )

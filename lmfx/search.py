@@ -19,6 +19,7 @@ from torch import fx
 from lmfx.budget import Budget
 from lmfx.frontier import Frontier
 from lmfx.latency import Backend, Calibration, calibrate
+from lmfx.latency.wholes_read import time_wholes
 from lmfx.passes.bare import bare
 from lmfx.passes.errors import InfeasibleBudget
 from lmfx.passes.ir import MergePlan
@@ -94,7 +95,7 @@ class _Search:
         net = timing_form(self.graph, self.frontier.plan(index))
         # A short network is run more often: a median of five runs of 2 ms is off by several percent.
         repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
-        times = self.backend.measure_interleaved([bare(self.graph, self.example), bare(net, self.example)], repeats)
+        times = time_wholes(self.backend, [bare(self.graph, self.example), bare(net, self.example)], repeats)
         self.dropped += sum(p.numel() * p.element_size() for p in net.parameters())
         del net
         if self.dropped > DROPPED_BYTES:  # graphs hold themselves in cycles, and a large network's copies would pile up
@@ -116,7 +117,7 @@ class _Search:
 
     def begin(self) -> float:
         """Measures the original; the budget as a fraction of it."""
-        times = self.backend.measure_interleaved([bare(self.graph, self.example)], REPEATS)
+        times = time_wholes(self.backend, [bare(self.graph, self.example)], REPEATS)
         self.original = median(times[0])
         self.sums, self.wholes = [self.frontier.original_sum], [self.original]
         return self.budget.resolve(self.original) / self.original

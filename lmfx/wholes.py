@@ -28,6 +28,7 @@ from lmfx.importance import ImportanceTable
 from lmfx.latency import Backend, LatencyTable, Store, calibrate
 from lmfx.latency.base import REFERENCE, SENTINEL
 from lmfx.latency.share import alone
+from lmfx.latency.wholes_read import time_wholes
 from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.bare import bare
 from lmfx.passes.identity import identify
@@ -143,9 +144,8 @@ def _measure(
     with progress_bar(len(todo), f"whole networks ({backend.name})", progress) as bar:
         for group in _groups(todo, [_bytes(spans, p) for p in plans]) or ([] if ORIGINAL in known else [[]]):
             nets = [timing_form(graph, plans[i]) for i in group]
-            slow, originals, *times = backend.measure_interleaved(
-                [sentinel, *(bare(n, example) for n in (graph, *nets))], rounds
-            )
+            networks = [sentinel, *(bare(n, example) for n in (graph, *nets))]
+            slow, originals, *times = time_wholes(backend, networks, rounds)
             if ORIGINAL not in known:
                 scale = [s / reference if reference else 1.0 for s in slow]
                 keep(ORIGINAL, median(t / s for t, s in zip(originals, scale, strict=True)))

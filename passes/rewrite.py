@@ -45,9 +45,9 @@ def rewrite(
     """The trainable form of `graph` under `plan`; `graph` is not changed.
 
     `surrogates` maps activation nodes to (scale, bias) of shape (channels,) that linearize them; without it every
-    linearized activation is the identity, and every linearized norm its own scale and bias. Fitted convs start from
-    the composed kernel where there is one (cut to their window), else from torch's own initialisation, until a fit
-    sets them.
+    linearized activation is the identity, and every linearized norm its own scale and bias. Fitted convs have values
+    drawn as torch draws those of a new conv, so the result computes nothing useful until a fit has set them:
+    `lmfx.rewrite` with calibration data does, and this function never.
 
     With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
     that only is to be timed. Raises `PlanError` if the plan was made for another graph.

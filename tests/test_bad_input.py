@@ -712,7 +712,13 @@ TABLES: list[Case] = [
         "nan",
         "measure it again",
     ),
-    ("backend that measures 0", lambda e: e.compress(latency=Broken(0.0)), BudgetError, "0.0 ms", "Measure it again"),
+    (
+        "backend that measures 0",
+        lambda e: e.compress(latency=Broken(0.0)),
+        DeviceError,
+        "0.0 ms",
+        "measure with another",
+    ),
     ("backend that measures -1", lambda e: e.compress(latency=Broken(-1.0)), TableError, "-1.0", "measure it again"),
     (
         "estimator that gives NaN",

@@ -303,16 +303,29 @@ def test_examples_may_be_tuples_and_dicts(tmp_path: Path, style: str) -> None:
     pytest.importorskip("onnxscript")
     x, scale = torch.randn(2, 3, 8, 8), torch.randn(1)
     example: Any = (x, scale) if style == "tuple" else {"scale": scale, "x": x}
-    path = export_onnx(TwoInputs(), example, tmp_path / "net.onnx")
-    assert len(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_outputs()) == 2
-
-
-def test_a_dynamic_batch_runs_at_another_batch(tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    path = export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "net.onnx", dynamic_batch=True)
+    net = TwoInputs()
+    path = export_onnx(net, example, tmp_path / "net.onnx")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert session.run(None, {session.get_inputs()[0].name: torch.randn(5, 3, 8, 8).numpy()})[0].shape == (5, 4)
+    other, factor = torch.randn(2, 3, 8, 8), torch.tensor([-2.5])
+    with torch.no_grad():
+        expected = net.eval()(other, factor)
+    given = {i.name: (other if len(i.shape) == 4 else factor).numpy() for i in session.get_inputs()}
+    for found, wanted in zip(session.run(None, given), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_dynamic_batch_computes_what_torch_does_at_another_batch(tmp_path: Path, batch: int) -> None:
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten())
+    net[1].running_mean.uniform_(-0.5, 0.5)
+    net[1].running_var.uniform_(0.5, 2)
+    path = export_onnx(net, torch.randn(2, 3, 8, 9), tmp_path / "net.onnx", dynamic_batch=True)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    x = torch.randn(batch, 3, 8, 9)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), net.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 class DependsOnTheExample(nn.Module):

@@ -44,15 +44,26 @@ def test_an_out_argument_that_is_none_writes_nothing() -> None:
     assert gm.meta["lmfx"]["tracer"] == "symbolic"
 
 
+def rows(*last: nn.Module) -> dict[str, float]:
+    """The roofline's rows of two convs and what comes after them."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), *last)
+    compressed(double(net), example(1, 3, 12, 12))
+    table = lmfx.profile(lmfx.trace(net, example(1, 3, 12, 12)), "roofline", progress=False, calibrate=False)
+    return {key: row.ms for key, row in table.items()}
+
+
 def test_a_roofline_row_of_a_pool_may_have_a_list_as_its_kernel() -> None:
     # torch keeps the list, and torch.fx makes one of each tuple that is an argument of a function
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AvgPool2d([1, 2], [2, 1], ceil_mode=True))
-    compressed(double(net), example(1, 3, 12, 12))
+    as_lists = rows(nn.AvgPool2d([1, 2], [2, 1], ceil_mode=True))
+    assert as_lists == rows(nn.AvgPool2d((1, 2), (2, 1), ceil_mode=True))
+    other = rows(nn.AvgPool2d([1, 4], [2, 1], ceil_mode=True))
+    assert as_lists["0:2-3:keep"] > other["0:2-3:keep"] > 0, "a wider window leaves fewer pixels to write"
 
 
-def test_a_roofline_row_may_hold_an_activation_with_parameters() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.PReLU(4), nn.Conv2d(4, 4, 3))
-    compressed(double(net), example(1, 3, 12, 12))
+def test_a_roofline_row_holds_an_activation_with_parameters_in_the_kernel_of_its_conv() -> None:
+    fused, alone = rows(nn.PReLU(4), nn.Conv2d(4, 4, 3)), rows(nn.GroupNorm(4, 4), nn.Conv2d(4, 4, 3))
+    assert fused == pytest.approx(rows(nn.ReLU(), nn.Conv2d(4, 4, 3)), rel=0.02)
+    assert fused["0:1-2:keep"] < 0.75 * alone["0:1-2:keep"], "which is not a kernel of its own"
 
 
 def test_what_a_selection_reads_is_a_map_as_far_as_its_result_is_one() -> None:

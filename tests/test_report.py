@@ -14,6 +14,7 @@ from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusal, Span
 from lmfx.passes.linear_span import Chain, LinearSpan
 from lmfx.report import report
+from lmfx.report.spans import refusals_list
 from lmfx.report.text import calibration_text, group_refusals, short, table
 from lmfx.result import Result
 
@@ -206,3 +207,44 @@ def test_what_a_table_promises_is_said_in_one_line() -> None:
         "network = 0.5 ms + 1.25 x sum of its rows; off by 1.0 %, 2.0 % held out, at worst 8.0 %, Kendall tau 0.90 "
         "(13 networks)"
     )
+
+
+BAD = "a\x1b]0;owned\x07\x9b2J\u202e\u2028b\nmerged"
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize(
+    "place", ["names", "convs", "dropped", "pruned", "kept", "reason", "nodes", "backend", "device"]
+)
+def test_names_of_a_file_hold_no_escape_codes_and_begin_no_line(place: str, full: bool) -> None:
+    plain = {p: "name" for p in ("names", "convs", "dropped", "pruned", "kept", "reason", "nodes", "backend", "device")}
+
+    def text(n: dict[str, str]) -> str:
+        spans = (
+            candidate(0, "compose", (n["convs"], n["pruned"], "a"), ("a",)),
+            candidate(1, "drop", (n["dropped"],)),
+        )
+        made = replace(
+            RESULT,
+            plan=MergePlan(spans),
+            names=(n["names"], "b.merged"),
+            kept=(n["kept"],),
+            refusals=(Refusal(n["reason"], (n["nodes"],)),),
+            backend={"backend": n["backend"], "version": "1", "device": n["device"]},
+        )
+        return report(network(made), full=full)
+
+    seen, usual = text({**plain, place: BAD}), text(plain)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u2028", "\r"} & set(seen)
+    assert r"a\x1b]0;owned\x07\x9b2J\u202e\u2028b\nmerged" in seen
+    assert len(seen.splitlines()) == len(usual.splitlines())
+
+
+def test_a_table_is_as_wide_as_what_it_shows() -> None:
+    text = table(("name", "ms"), [("a\x1b[31m", "1"), ("b", "2")])
+    assert text.splitlines() == ["  name       ms", "  ---------  --", r"  a\x1b[31m  1", "  b          2"]
+
+
+def test_a_list_of_refusals_holds_no_escape_codes() -> None:
+    text = refusals_list([Refusal("why \x1b[2J", ("a\nb", "c\x07"))])
+    assert text == "1 x why \\x1b[2J\n    a\\nb, c\\x07\n\n1 refusals"

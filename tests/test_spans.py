@@ -151,11 +151,24 @@ def test_two_pruned_branches_of_a_sum_are_one_identity() -> None:
     assert torch.allclose(merged(X), model.c(X))
 
 
-def test_a_difference_keeps_its_signs() -> None:
-    model = net(lambda m, x: x - m.b(F.relu(m.a(x))), a=conv(padding=1), b=conv())
-    check_rewrite(model, X, pick(realization="compose", kernel=(5, 5), series="0"), after=["Conv2d"], edits=1)
-    pruned = check_rewrite(model, X, pick(realization="compose", kernel=(3, 3), series="0"), after=["Conv2d"], edits=1)
-    assert pruned(X).shape == X.shape
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 1)], ids=["x - f(x)", "f(x) - x"])
+@pytest.mark.parametrize(("kernel", "convs"), [((5, 5), 2), ((3, 3), 1)])
+def test_a_difference_keeps_its_signs(signs: tuple[int, int], kernel: tuple[int, int], convs: int) -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y = m.b(F.relu(m.a(x)))
+        return x - y if signs[0] > 0 else y - x
+
+    model = net(body, a=conv(), b=conv())
+    spans = spans_of(model, X)
+    (chosen,) = pick(realization="compose", kernel=kernel, series="0")(spans)
+    merged = check_rewrite(model, X, lambda _: [chosen], after=["Conv2d"], edits=1, spans=spans)
+    assert len(chosen.kept) == convs
+    branch = X
+    for name in chosen.kept:
+        branch = model.get_submodule(name)(branch)
+    middle = (..., slice(3, -3), slice(3, -3))
+    expected = signs[0] * X + signs[1] * branch
+    assert torch.allclose(merged(X)[middle], expected[middle], rtol=1e-10, atol=1e-10)
 
 
 def test_a_strided_block_is_merged_with_its_downsample() -> None:

@@ -9,6 +9,7 @@ from lmfx.passes.configs import module_config
 from lmfx.passes.ir import Candidate, Refusal
 from lmfx.passes.layers import Network
 from lmfx.passes.spans import SpanSet
+from lmfx.reading import in_one_line
 from lmfx.report.text import group_refusals, short, size, table
 
 __all__ = ["candidate_rows", "candidate_to_dict", "refusals_list", "spans_table"]
@@ -74,7 +75,7 @@ def refusals_list(refusals: Iterable[Refusal]) -> str:
     lines = []
     count = 0
     for reason, members in group_refusals(refusals):
-        lines.append(f"{len(members)} x {reason}")
-        lines += [f"    {', '.join(member.nodes)}" for member in members]
+        lines.append(f"{len(members)} x {in_one_line(reason)}")
+        lines += [f"    {short(member.nodes, full=True)}" for member in members]
         count += len(members)
     return "\n".join([*lines, "", f"{count} refusals"])

@@ -13,6 +13,7 @@ from lmfx.caller_state import entry
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, Refusal
 from lmfx.passes.limits import limits_of
+from lmfx.reading import in_one_line, printable
 from lmfx.result import Result, result_of
 from lmfx.store import is_merged
 
@@ -47,12 +48,15 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
         _kept(result, full),
         _refusals(result, full),
     ]
-    return Report("\n\n".join(p for p in parts if p))
+    return Report(printable("\n\n".join(p for p in parts if p)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Columns as wide as their widest entry, two spaces apart; those in `right` are aligned to the right."""
-    lines = [list(header), *(list(r) for r in rows)]
+    """Columns as wide as their widest entry, two spaces apart; those in `right` are aligned to the right.
+
+    Names may come from files, so control characters in an entry are written out.
+    """
+    lines = [[in_one_line(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * w for w in widths])
     aligned = set(right)
@@ -165,7 +169,8 @@ def _backend(result: Result) -> str:
     b = result.backend
     text = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
     text += f" on {b['device']}" if b.get("device") else ""
-    return text + (f", {_count(b['threads'], 'thread')}" if isinstance(b.get("threads"), int) else "")
+    text += f", {_count(b['threads'], 'thread')}" if isinstance(b.get("threads"), int) else ""
+    return in_one_line(text)
 
 
 def _spans(result: Result, full: bool) -> str:
@@ -228,12 +233,13 @@ def _refusals(result: Result, full: bool) -> str:
     lines = []
     for reason, members in shown:
         nodes = list(dict.fromkeys(n for r in members for n in r.nodes))
-        lines.append(f"  {len(members)} x {reason}" + (f": {short(nodes, full)}" if nodes else ""))
+        lines.append(f"  {len(members)} x {in_one_line(reason)}" + (f": {short(nodes, full)}" if nodes else ""))
     return "refused\n" + "\n".join(lines) + _more(len(groups) - len(shown))
 
 
 def short(names: Sequence[str], full: bool = False) -> str:
-    """All names, or the first two and the last with their count."""
+    """All names, or the first two and the last with their count; control characters in them are written out."""
+    names = [in_one_line(name) for name in names]
     if full or len(names) <= NAMES:
         return ", ".join(names)
     return f"{', '.join(names[: NAMES - 2])}, ... {names[-1]} ({len(names)})"
