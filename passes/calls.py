@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from . import ops
 from .ir import Layer, Series
+from .same import module_text
 
 if TYPE_CHECKING:
     from .layers import Network
@@ -36,7 +36,6 @@ __all__ = ["Calls", "Run"]
 
 Role = Literal["first", "other", "whole", "torn"]
 Place = tuple[str, int]  # series, layer
-MOST_CONTENTS = 1 << 16  # numbers of a buffer that are compared by value; larger ones are the same tensor or differ
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,14 @@ class Calls:
         """The convs, at all places, of the runs that a span touches."""
         touched = {run for i in range(start, stop) for run in self._touched[series][i]}
         return tuple(n for r in sorted(touched) for n in self._convs(self.runs[r]))
+
+    def activations(self) -> Iterator[tuple[str, ...]]:
+        """The nodes of each activation in a run, one a place."""
+        for run in self.runs:
+            for offset in range(run.length):
+                found = [self._layer((name, at + offset)).activation for name, at in run.places]
+                if found[0] is not None:
+                    yield tuple(str(name) for name in found)
 
     @cached_property
     def convs(self) -> frozenset[str]:
@@ -220,7 +227,7 @@ class Calls:
         if node.op == "call_module":
             module = self.network.module(node.name)
             shape = node.meta.get("shape")
-            what = _module(module), shape is not None and ops.normalizes(module, shape)
+            what = module_text(module), shape is not None and ops.normalizes(module, shape)
         elif node.op == "get_attr":
             what = id(operator.attrgetter(str(node.target))(self.network.gm))
         return node.op, what, plain(node.args), plain(node.kwargs), self._value(node)
@@ -250,21 +257,3 @@ def _shape_of(layer: Layer, ids: dict[str, object]) -> Hashable:
         inside = parallel.join, ids[parallel.node], branches
     act, conv = layer.activation, layer.conv
     return len(layer.nodes), act and ids[act], conv and ids[conv], layer.opaque is None, inside
-
-
-def _module(module: nn.Module) -> Hashable:
-    """What a module computes: a plain one its type, options and tensors, any other is only itself."""
-    if not type(module).__module__.startswith(("torch.nn.", "lmfx.")) or module._forward_hooks:
-        return id(module)
-    options = tuple(sorted((k, repr(v)) for k, v in vars(module).items() if k[0] != "_" and k != "training"))
-    weights = tuple((name, id(p)) for name, p in module.named_parameters(recurse=False))
-    buffers = tuple((name, _content(b)) for name, b in module.named_buffers(recurse=False))
-    inside = tuple((name, _module(m)) for name, m in module.named_children())
-    return type(module), options, weights, buffers, inside
-
-
-def _content(tensor: Tensor) -> Hashable:
-    if tensor.numel() > MOST_CONTENTS:
-        return id(tensor)
-    value = tensor.detach().to("cpu").contiguous()
-    return str(value.dtype), tuple(value.shape), bytes(value.flatten().view(torch.uint8).numpy().tobytes())

@@ -23,6 +23,7 @@ from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .observed import GROWTH, follows, holds_tensors, observed_geometry, spatial_maps, values_at
 from .regions import find_regions
+from .same import shared_calls
 from .sides import side_vector
 
 __all__ = ["Network"]
@@ -68,12 +69,7 @@ class Network:
     @cached_property
     def shared(self) -> dict[str, tuple[str, ...]]:
         """Nodes of convs whose module or weight is used by another call, and all nodes that use it."""
-        users: dict[int, list[str]] = {}
-        for node in self.gm.graph.nodes:
-            if node.op == "call_module":
-                for parameter in self.gm.get_submodule(str(node.target)).parameters():
-                    users.setdefault(id(parameter), []).append(node.name)
-        return {name: tuple(names) for names in users.values() if len(names) > 1 for name in names}
+        return shared_calls(self.gm)
 
     @cached_property
     def calls(self) -> Calls:

@@ -17,6 +17,7 @@ from . import ops
 from .canonical import op_name
 from .ir import Layer, Parallel, Refusal, Region, Series
 from .reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
+from .same import Edges, call_edges
 from .sides import side_vector
 
 __all__ = ["find_regions", "node_kind", "refusal_of"]
@@ -31,7 +32,8 @@ def find_regions(gm: fx.GraphModule, fine: bool = False) -> tuple[Region, ...]:
     With `fine` every op is a layer of its own: a norm may then be folded where a pool beside it stays.
     """
     found = [e for e in Reduction(gm).edges if any(carries_conv(gm, item) for item in e.items)]
-    return tuple(Region(_series(gm, str(i), e.source, e.items, fine)) for i, e in enumerate(found))
+    edges = Edges() if fine else call_edges(gm, lambda node: node_kind(gm, node) == "affine")
+    return tuple(Region(_series(gm, str(i), e.source, e.items, fine, edges)) for i, e in enumerate(found))
 
 
 def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
@@ -89,7 +91,7 @@ def _mesh_refusal(item: Branching) -> Refusal:
     return Refusal(f"values meet in {names} in a way that is no series of layers", tuple(n.name for n in mixing))
 
 
-def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fine: bool) -> Series:
+def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fine: bool, edges: Edges) -> Series:
     layers: list[Layer] = []
     at = entry.name  # the value that enters the layer being collected
     nodes: list[fx.Node] = []
@@ -118,7 +120,8 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fi
                 close(opaque=_mesh_refusal(item))
                 continue
             branches = tuple(
-                _series(gm, f"{prefix}.{b}", edge.source, edge.items, fine) for b, edge in enumerate(item.branches)
+                _series(gm, f"{prefix}.{b}", edge.source, edge.items, fine, edges)
+                for b, edge in enumerate(item.branches)
             )
             inner = tuple(n.name for n in item.nodes if n is not item.node)
             refusal = _mesh_refusal(item) if item.join == "mesh" else None
@@ -126,6 +129,8 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fi
             nodes.extend(item.nodes or (item.node,))
             continue
         kind = node_kind(gm, item)
+        if item in edges.begin:
+            close()
         alone = item.op == "call_module" and isinstance(gm.get_submodule(str(item.target)), ops.ChannelSelect)
         if kind == "opaque" or alone:  # behind a selection a span may start
             close()
@@ -139,5 +144,7 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fi
                     close()
                 conv = item.name
             nodes.append(item)
+            if item in edges.end:
+                close()
     close()
     return Series(name, entry.name, at, tuple(layers))

@@ -16,7 +16,9 @@ from lmfx.calibration import as_calibration
 from lmfx.fitting import FitGroup
 from lmfx.passes.errors import PlanError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Span
+from lmfx.passes.layers import Network
 from lmfx.plan_json import plan_from_dict, plan_to_dict
+from lmfx.surrogates import affine_surrogates
 from lmfx.wholes import random_plans
 
 
@@ -454,6 +456,44 @@ def test_calls_that_do_not_agree_are_refused_and_all_named(kind: str, calls: int
     refused = [r for r in spans.refusals if "shared with another call that has other layers" in r.reason]
     assert refused
     assert max(len(r.nodes) for r in refused) == calls
+
+
+@pytest.mark.parametrize("kind", ["pool before one call", "pad before one call", "pool after one call"])
+def test_a_pool_or_pad_at_some_calls_only_is_no_part_of_the_layers_that_all_calls_have(kind: str) -> None:
+    torch.manual_seed(0)
+
+    class Some(Calls):
+        def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            other = nn.functional.pad(b, (1, 2, 0, 3)) if "pad" in kind else nn.functional.avg_pool2d(b, 2)
+            if "after" in kind:
+                return self.two(self.one(a)).relu(), nn.functional.avg_pool2d(self.two(self.one(b)), 3, 2).relu()
+            return self.call(a, 0), self.call(other, 1)
+
+    model = Some("nothing").double().eval()
+    x = torch.randn(2, 4, 11, 9).double(), torch.randn(2, 4, 17, 13).double()
+    graph = lmfx.trace(model, x)
+    exact = [c for c in joint(lmfx.spans(graph)) if c.exact]
+    assert [c.convs for c in exact] == [("one", "two")]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            flat(lmfx.merge(lmfx.rewrite(graph, MergePlan((exact[0],))))(*x)), flat(model(*x)), rtol=1e-11, atol=1e-11
+        )
+
+
+def test_surrogates_of_a_layer_are_those_of_all_of_its_calls() -> None:
+    model, x, _ = made("siamese", images=4)
+    assert isinstance(model, Siamese)
+    x = x[0], 3 * x[1] + 1
+    two, one = Network(lmfx.trace(model, x)), Network(lmfx.trace(model.enc, torch.cat(x)))
+    both = affine_surrogates(two, as_calibration(x, x))
+    single = affine_surrogates(one, as_calibration(torch.cat(x), torch.cat(x)))
+    assert len(both) == 2 * len(single) == 6
+    for calls in two.calls.activations():
+        for name in calls[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(both[name], both[calls[0]], strict=True))
+    for (scale, bias), name in zip(single.values(), [c[0] for c in two.calls.activations()], strict=False):
+        torch.testing.assert_close(both[name][0], scale, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(both[name][1], bias, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["other layers", "other readers"])

@@ -111,6 +111,7 @@ FIELDS = {
     "convs",
     "all_convs",
     "kept",
+    "calls",
     "kernel_size",
     "stride",
     "groups",

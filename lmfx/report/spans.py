@@ -46,6 +46,7 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         "convs": list(candidate.convs),
         "all_convs": list(candidate.all_convs),
         "kept": list(candidate.kept),
+        "calls": len(candidate.spans),
         "kernel_size": list(kernel),
         "stride": list(stride),
         "groups": groups,
