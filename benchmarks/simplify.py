@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -62,10 +63,11 @@ class NormAndPad(nn.Module):
         self.bn, self.pad = N(channels), pad
 
     def forward(self, x: Tensor) -> Tensor:
-        y, p = self.bn(x), self.pad
-        scale = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
-        border = (self.bn.bias - self.bn.running_mean * scale).view(1, -1, 1, 1)
-        y = F.pad(y, [p] * 4)
+        bn: Any = self.bn
+        scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+        border = (bn.bias - bn.running_mean * scale).view(1, -1, 1, 1)
+        p = self.pad
+        y = F.pad(bn(x), [p] * 4)
         y[:, :, 0:p, :] = border
         y[:, :, -p:, :] = border
         y[:, :, :, 0:p] = border
