@@ -1,4 +1,4 @@
-"""What loses nothing wins: exact candidates in the tables of every estimator, in `compress`, and on the command line."""
+"""What loses nothing wins: exact candidates in the tables of every estimator, in `compress`, on the command line."""
 
 from __future__ import annotations
 
