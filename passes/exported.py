@@ -4,6 +4,14 @@
     exported, aten        %w = get_attr[layer.conv.weight] ; conv2d ; slice ; mul ; slice_scatter
     canonical (later)     call_module[layer.conv] ; ...
 
+Sizes that are `free` are values of the graph, which is then right at others, too:
+
+    model                 h = y.shape[2] ; F.pad(y, (0, 0, 0, -h % 8))
+    exported              %h = call_method[size](%y, 2) ; neg ; mod ; pad
+
+torch.export fixes a size that the model takes for a number (a loop over the batch). The example then has to have that
+size, so it must be the caller's own: `FixedSizes` says which of those that should be free are fixed at another one.
+
 The program is functionalized but not decomposed, parameters keep their names, and inputs and outputs are flat. Here it
 gets the model's own face: one placeholder for each argument, and the output in plain containers.
 """
@@ -11,24 +19,44 @@ gets the model's own face: one placeholder for each argument, and the output in 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from .copies import eval_copy
 from .errors import TraceError
 from .interface import Example, ModelCodeGen, Structure, bind, strip
 from .quiet import quiet
+from .sizes import MANY
 from .tracers import Traced
 
-__all__ = ["trace_export"]
+__all__ = ["FixedSizes", "trace_export", "trace_free"]
+
+Free = Mapping[int, tuple[int, ...]]  # number of a tensor among those of the example -> dimensions of any size
+
+
+class FixedSizes(TraceError):
+    """torch.export took sizes for numbers that should be free; `batch` and `size` say which kinds."""
+
+    def __init__(self, dims: set[int]) -> None:
+        super().__init__("torch.export takes sizes of this model for numbers")
+        self.batch, self.size = 0 in dims, bool(dims - {0})
 
 
 def trace_export(model: nn.Module, example: Example) -> Traced:
     """Trace with torch.export; the graph is specialised to the example. `model` is not changed."""
+    return trace_free(model, example, {})
+
+
+def trace_free(model: nn.Module, example: Example, free: Free) -> Traced:
+    """The same with sizes that are values of the graph, which has to be traced with sizes from 2 there.
+
+    Raises `FixedSizes` if torch.export makes a number of one of them.
+    """
     binding = bind(model, example)
     # Inputs are named in the order of the model's parameters, whatever the order of the example's names.
     example = example[0], {name: example[1][name] for name in binding.given if name in example[1]}
@@ -36,24 +64,65 @@ def trace_export(model: nn.Module, example: Example) -> Traced:
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
     with quiet(), torch.no_grad():  # torch.export prints a whole graph when it fails
         # Without gradients, because autograd forbids some in-place ops that inference allows.
-        program = torch.export.export(source, tensors, strict=False).run_decompositions({})
-        exported: Any = program.module()
+        program = torch.export.export(source, tensors, dynamic_shapes=_spec(tensors, free), strict=False)
+        exported: Any = program.run_decompositions({}).module()
     graph: fx.Graph = exported.graph
-    for node in list(graph.nodes):
-        if node.op == "call_module" and "guards" in str(node.target):
+    for node in reversed(list(graph.nodes)):
+        guards = node.op == "call_module" and "guards" in str(node.target)
+        if guards or (node.op == "call_function" and _is_assertion(node.target)):
             graph.erase_node(node)
     flat = [n for n in graph.nodes if n.op == "placeholder"]
     if len(flat) != len(tensors):
         raise TraceError(f"torch.export gave a graph of {len(flat)} inputs for {len(tensors)} tensors")
+    sizes = [(d, flat[i].meta["val"].shape[d]) for i, dims in free.items() for d in dims]
+    fixed_dims = {d for d, n in sizes if not isinstance(n, torch.SymInt)}
+    if fixed_dims := fixed_dims or _decided(getattr(exported, "_guards_fn", None), tensors, free):
+        raise FixedSizes(fixed_dims)
     fixed = _name_inputs(graph, flat, binding.given)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (_refill(source.captured.output, iter(output.args[0])),)
     graph.set_codegen(ModelCodeGen(binding, fixed, source.captured.structure))
+    graph._tracer_cls = None  # unpickling would trace with it again, without a model
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(m), name) for name, m in source.model.named_modules(remove_duplicate=False)}
     root = _root(exported, graph, aliases)
     _name_paths(graph, aliases)
     return Traced(fx.GraphModule(root, graph, type(model).__name__), {})
+
+
+def _spec(tensors: tuple[Tensor, ...], free: Free) -> Any:
+    """`dynamic_shapes` for a forward of `*tensors`; torch.export may find that a free size is none."""
+    if not free:
+        return None
+    auto: Any = torch.export.Dim.AUTO
+    return (tuple(dict.fromkeys(free.get(i, ()), auto) or None for i in range(len(tensors))),)
+
+
+def _decided(guards: Any, tensors: tuple[Tensor, ...], free: Free) -> set[int]:
+    """Kinds of sizes that the graph is not right at when they are far larger, by what torch.export assumed of them."""
+    found: set[int] = set()
+    for batch in (True, False):
+        grown = [
+            torch.empty(
+                [n + MANY * (d in free.get(i, ()) and (d == 0) is batch) for d, n in enumerate(t.shape)], **_META
+            )
+            for i, t in enumerate(tensors)
+        ]
+        try:
+            if guards is not None and free:
+                guards(*(g.to(t.dtype) for g, t in zip(grown, tensors, strict=True)))
+        except AssertionError:
+            found.add(0 if batch else 1)
+    return found
+
+
+_META: dict[str, Any] = {"device": "meta"}
+
+
+def _is_assertion(target: Any) -> bool:
+    """What torch.export writes down of sizes beside computing; the graph's own limits come from running it."""
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    return name.rpartition("::")[2].startswith(("_assert", "sym_constrain", "_check"))
 
 
 class _Flat(nn.Module):
@@ -154,6 +223,8 @@ def _name_paths(graph: fx.Graph, names: dict[str, str]) -> None:
     for node in graph.nodes:
         if node.target in _VIEWS:
             _free_view(node)
+        if node.target is torch.ops.aten.sym_size.int:
+            node.op, node.target = "call_method", "size"
         stack = node.meta.get("nn_module_stack")
         if stack:
             paths = {k: (_path(v[0]), v[1]) for k, v in stack.items()}
@@ -169,7 +240,7 @@ def _free_view(node: Any) -> None:
     before: Any = node.args[0].meta.get("val")
     node.target = torch.ops.aten.reshape.default
     known = isinstance(value, Tensor) and isinstance(before, Tensor)
-    if known and value.dim() == 2 < before.dim() and value.shape[0] == before.shape[0]:
+    if known and value.dim() == 2 < before.dim() and statically_known_true(value.shape[0] == before.shape[0]):
         node.target, node.args = torch.flatten, (node.args[0], 1)
 
 

@@ -24,7 +24,16 @@ from .ir import ConvConfig
 from .quiet import quiet
 from .reduction import is_map, join_of, operands_of
 
-__all__ = ["GROWTH", "fake_shapes", "follows", "holds_tensors", "observed_geometry", "spatial_maps", "values_at"]
+__all__ = [
+    "GROWTH",
+    "fake_shapes",
+    "follows",
+    "holds_tensors",
+    "observed_geometry",
+    "placeholder_values",
+    "spatial_maps",
+    "values_at",
+]
 
 GROWTH = (32, 37, 43)  # pixels that each spatial dimension of the inputs grows by, one run each
 Shapes = dict[str, tuple[int, ...]]
@@ -105,21 +114,29 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
 
     Nothing is computed: the graph runs on fake tensors.
     """
+    maps = spatial_maps(gm)
+    given = [
+        ((*v[0][:2], *(n + growth for n in v[0][2:])), v[1]) if node.name in maps else v
+        for node, v in placeholder_values(gm).items()
+    ]
+    return {node.name: shape for node, shape in fake_shapes(gm, given, partial=True).items()}
+
+
+def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """What the example gives for each input: (shape, dtype) of a tensor, or a value that is none."""
     known = gm.meta.get("lmfx", {}).get("keyword", {})
     positional = iter(gm.meta.get("lmfx", {}).get("positional", ()))
-    maps = spatial_maps(gm)
-    given: list[Any] = []
+    given: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if node.op != "placeholder":
             continue
         spec = known.get(str(node.target), next(positional, None))
         shape = node.meta.get("shape")
         if shape is None:
-            given.append(spec if not isinstance(spec, dict) else node.args[0] if node.args else None)
-            continue
-        size = (*shape[:2], *(n + growth for n in shape[2:])) if node.name in maps else shape
-        given.append((size, node.meta["dtype"]))
-    return {node.name: shape for node, shape in fake_shapes(gm, given, partial=True).items()}
+            given[node] = spec if not isinstance(spec, dict) else node.args[0] if node.args else None
+        else:
+            given[node] = shape, node.meta["dtype"]
+    return given
 
 
 def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False) -> dict[fx.Node, tuple[int, ...]]:

@@ -25,8 +25,10 @@ from .errors import PlanError
 from .identity import fingerprint, is_of
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
 from .layers import Network
+from .limits import limits_of, set_limits
 from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
 from .norms import moved_norm
+from .one_pixel import vector_limits
 from .placing import is_attribute
 from .regroup import regrouped
 from .sides import SideAdd, SideConv, side_vector
@@ -63,6 +65,7 @@ def rewrite(
     nodes = {n.name: n for n in gm.graph.nodes}
     placed: dict[str, str] = {}
     like = next(graph.parameters(), None)
+    vectors: set[str] = set()
     for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
         _check(network, candidate)
         if candidate.realization == "keep":
@@ -72,6 +75,7 @@ def rewrite(
         if candidate.realization != "drop":
             module = build_span(network, candidate, surrogates)
             sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
+            vectors |= set(module.sides) if isinstance(module, LinearSpan) else set()
             set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
             placed[name] = candidate.key
         for number, span in enumerate(candidate.spans):
@@ -95,6 +99,9 @@ def rewrite(
             name = next(n for n, key in placed.items() if key in keys)
             _append(gm, nodes[place], f"{name}_act", ops.activation_of(plan.activation_after))
     _clean(gm)
+    limits = [limit for limit in vector_limits(graph, vectors) if limit not in limits_of(gm)]
+    if limits:
+        set_limits(gm, (*limits_of(gm), *limits))
     gm.meta["lmfx_spans"] = placed
     check_graph(gm)
     return gm

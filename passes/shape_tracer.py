@@ -98,7 +98,14 @@ class ShapeTracer(SymbolicTracer):
             _symbolic_trace._wrapped_fns_to_patch.update(marked)
 
     def _fake(self, value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda v: self.mode.from_tensor(v) if isinstance(v, Tensor) else v)
+        return fx.node.map_aggregate(value, lambda v: self._fake_tensor(v) if isinstance(v, Tensor) else v)
+
+    def _fake_tensor(self, value: Tensor) -> Tensor:
+        fake = self.mode.from_tensor(value)
+        if 0 not in value.stride():
+            return fake
+        with self.mode:  # an expanded one: memory of its own costs a fake tensor nothing
+            return fake.contiguous()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxies that answer questions about shapes."""

@@ -12,15 +12,16 @@ prove nothing: the values are compared, on images that differ from each other an
                      refused   the model itself runs at none of the others that were tried
                      none      nothing of the kind to vary
 
-One small input of another batch *and* size says all of most graphs. A graph whose tracer decides by numbers
-(`thorough`) has to agree at a smaller and a larger size as well.
+Of several inputs each is changed alone as well, where the model takes that. One small input of another batch *and* size
+says all of most graphs. A graph whose tracer decides by numbers (`thorough`) has to agree for a single image, and at a
+smaller and a larger size as well; what such a tracer decides at sizes that are far away (`far`) it is asked there.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # a size in the wrong pl
 HALF = 5e-2
 COARSE = 5e-2  # what was computed while tracing is another image altogether
 MOST_REFUSALS = 6  # sizes that are tried where the model refuses them
+MANY = 1024  # images or pixels more; what is divided by powers of two leaves the same rest
+MOST_ALONE = 8  # inputs that are changed one by one
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class _Leaf:
     dims: tuple[int, ...]  # its spatial dimensions
     batched: bool
 
+    def resized(self, change: Change, batch: int) -> tuple[int, ...] | None:
+        """The shape when this tensor alone changes."""
+        return _resized(self, change, batch, (self,))
+
 
 @dataclass(frozen=True)
 class _Probe:
@@ -83,7 +90,8 @@ class Probes:
 
     def __init__(self, model: nn.Module, example: Example) -> None:
         self.model, self.example = model, example
-        self.given = bind(model, example).given
+        self.binding = bind(model, example)
+        self.given = self.binding.given
         self.values, self.spec = pytree.tree_flatten(self.given)
         self.names = [_name(path) for path, _ in pytree.tree_flatten_with_path(self.given)[0]]
         tensors = [v for v in self.values if isinstance(v, Tensor) and v.dim()]
@@ -97,15 +105,26 @@ class Probes:
 
         Raises `TraceError` if it is not even right for other images of the example's size.
         """
+        alone = [(kind, probe) for kind in KINDS for probe in self.taken(f"{kind} alone") if not _agrees(gm, probe)]
+        found = self._together(gm, thorough)
+        if not alone:
+            return found
+        limits = [limit for kind, probe in alone for limit in _limits(kind, probe.leaves)]
+        states = found.states | {kind: "fixed" for kind, _ in alone}
+        return Verdict(states, (*found.limits, *(v for v in limits if v not in found.limits)))
+
+    def _together(self, gm: fx.GraphModule, thorough: bool) -> Verdict:
+        """What the graph is right at when all inputs change alike."""
         states: dict[str, str] = {}
         limits: list[Limit] = []
         both = self.taken("both")
-        if both and _agrees(gm, both[0]) and (not thorough or all(_agrees(gm, p) for p in self.taken("more"))):
+        others = self.taken("more") + self.taken("one") if thorough else []
+        if both and all(_agrees(gm, p) for p in [*both, *others]):
             return Verdict(dict.fromkeys(KINDS, "any"), ())
         if not all(_agrees(gm, p, COARSE) for p in self.taken("same")):
             raise TraceError("the graph does not compute what the model computes on other images than the example")
         for kind in KINDS:
-            probes = self.taken(kind) + (self.taken("more") if thorough and kind == "size" else [])
+            probes = self.taken(kind) + (self.taken("more" if kind == "size" else "one") if thorough else [])
             if not probes:
                 fixed = self.inherited.get(kind)
                 states[kind] = "fixed" if fixed else "refused" if self.layouts(kind) else "none"
@@ -125,12 +144,46 @@ class Probes:
             self.known[kind] = list(self._taken(kind))
         return self.known[kind]
 
+    def freed(self, kind: str) -> tuple[Example, dict[int, tuple[int, ...]]] | None:
+        """An example of another batch or size, and which dimensions of its tensors (counted among all) are others.
+
+        Sizes of one can be told from no other one, so there is none where the model takes only that.
+        """
+        for probe in self.taken(kind):
+            example: Example = self.binding.call(lambda *args, **kwargs: (args, kwargs), probe.given)
+            values = pytree.tree_leaves(probe.given)
+            numbers = {place: n for n, place in enumerate(i for i, v in enumerate(values) if isinstance(v, Tensor))}
+            free = {numbers[v.place]: (*((0,) if v.batched else ()), *v.dims) for v in probe.leaves}
+            if all(values[v.place].shape[d] > 1 for v in probe.leaves for d in free[numbers[v.place]]):
+                return example, free
+        return None
+
+    def far(self, kind: str) -> Example | None:
+        """An example of many more images, or of much larger ones, without memory: for tracers, not for the model."""
+        leaves = next(iter(self.layouts(kind)), ())
+        values = list(self.values)
+        for v in leaves:
+            shape = [n + MANY * (d in v.dims) for d, n in enumerate(v.shape)]
+            shape[0] += MANY if v.batched else 0
+            values[v.place] = values[v.place].new_zeros(1).expand(shape)
+        given: dict[str, Any] = pytree.tree_unflatten(values, self.spec)
+        return self.binding.call(lambda *args, **kwargs: (args, kwargs), given) if leaves else None
+
+    def fixed(self, verdict: Verdict, kinds: Iterable[str]) -> Verdict:
+        """The same verdict with more kinds that are fixed."""
+        limits = [limit for kind in kinds for limit in _limits(kind, next(iter(self.layouts(kind)), ()))]
+        new = [limit for limit in limits if limit not in verdict.limits]
+        return Verdict(verdict.states | dict.fromkeys(kinds, "fixed"), (*verdict.limits, *new))
+
     def _taken(self, kind: str) -> Iterator[_Probe]:
+        if kind.endswith(" alone"):
+            yield from self._alone(kind.partition(" ")[0])
+            return
         refusals = 0
-        batch = 3 if self.batch == 2 else 2
+        batch = 1 if kind == "one" else 3 if self.batch == 2 else 2
         for leaves in self.layouts(kind):
             for change in _CHANGES[kind]:
-                shapes = [_resized(v, change, batch, kind, leaves) for v in leaves]
+                shapes = [_resized(v, change, batch, leaves) for v in leaves]
                 if (shapes == [v.shape for v in leaves] and kind != "same") or any(s is None for s in shapes):
                     continue
                 made = self._run(kind, leaves, [s for s in shapes if s is not None])
@@ -142,6 +195,20 @@ class Probes:
                 if refusals >= MOST_REFUSALS or kind in self.inherited:
                     return
 
+    def _alone(self, kind: str) -> Iterator[_Probe]:
+        """Inputs of which one only is another; a network of several may take one that broadcasts."""
+        leaves = next((found for found in self.layouts(kind) if len(found) > 1), ())
+        for leaf in leaves[:MOST_ALONE]:
+            if kind == "batch":
+                tries = [[leaf.resized(_kept, rows)] for rows in (1, 3 if self.batch == 2 else 2)]
+            else:
+                tries = [[leaf.resized(_single, 0)], [leaf.resized(change, 0) for change in _ONE]]
+            for shapes in tries:
+                runs = (self._run(kind, (leaf,), [s]) for s in shapes if s is not None and s != leaf.shape)
+                made = next((probe for probe in runs if probe is not None), None)
+                if made is not None:
+                    yield made
+
     def layouts(self, kind: str) -> list[tuple[_Leaf, ...]]:
         """Which tensors may vary, and in which dimensions: maps with channels first, then with channels last, then
         sequences; tensors with as many rows as the images, all or only those of two dimensions and more."""
@@ -151,7 +218,7 @@ class Probes:
         spatial: list[Callable[[Tensor], tuple[int, ...]]] = [lambda v: ()]
         if kind == "same":
             spatial = [lambda v: tuple(range(1, v.dim()))]
-        elif kind != "batch":
+        elif kind not in ("batch", "one"):
             spatial = [lambda v: tuple(range(2, v.dim())), lambda v: tuple(range(1, v.dim() - 1))] if rank > 2 else []
         one_batch = kind in ("size", "more", "same")
         rows = [1] if one_batch else [1, 2]
@@ -249,6 +316,18 @@ def _quarter(n: int, axis: int) -> int | None:
     return None if n < 16 else n // 4 + axis
 
 
+def _few(n: int, axis: int) -> int | None:
+    return n // 2 + axis if 3 <= n < 16 else None
+
+
+def _tiny(n: int, axis: int) -> int | None:
+    return 2 + axis if n >= 8 else None
+
+
+def _single(n: int, axis: int) -> int | None:
+    return 1
+
+
 def _kept(n: int, axis: int) -> int | None:
     return n
 
@@ -257,14 +336,15 @@ Change = Callable[[int, int], int | None]
 _ONE: tuple[Change, ...] = (_smaller, _of_32, _half, _square, _twice)
 _CHANGES: dict[str, tuple[Change, ...]] = {
     "batch": (_kept,),
+    "one": (_kept,),
     "same": (_kept,),
     "size": _ONE,
     "both": _ONE,
-    "more": (_larger, _quarter),
+    "more": (_larger, _quarter, _few, _tiny),
 }
 
 
-def _resized(leaf: _Leaf, change: Change, batch: int, kind: str, leaves: tuple[_Leaf, ...]) -> tuple[int, ...] | None:
+def _resized(leaf: _Leaf, change: Change, batch: int, leaves: tuple[_Leaf, ...]) -> tuple[int, ...] | None:
     """The new shape: along each axis the smallest map changes, and maps that are a multiple of it keep that."""
     shape = list(leaf.shape)
     for axis, d in enumerate(leaf.dims):

@@ -11,35 +11,40 @@ The input is never changed: tracing works on a copy in eval mode, a fresh one fo
 `meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and
 the graph is compared with the model on the example before it is returned.
 
-The first tracer that works and hides no convolution in an opaque submodule is taken, else the one that hides fewest.
+The first tracer whose graph hides nothing in opaque submodules and is right at every size is taken. Where there is
+none, the best one: fewest convolutions hidden, then fewest sizes fixed, then fewest other understood ops hidden.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .autocast import FullPrecision, autocast_on
+from . import ops
+from .autocast import FullPrecision
 from .canonical import canonicalize
 from .copies import eval_copy, unwrapped
 from .errors import ModelError, TraceError
-from .exported import trace_export
+from .exported import FixedSizes, trace_export, trace_free
 from .fold import fold_constants
+from .hidden import HiddenOps
 from .identity import changes_while_it_runs, fingerprint, states_of
 from .inplace import make_pure
 from .interface import Example, bind, plain_output
 from .limits import set_limits
 from .quiet import quiet, tracing
 from .random_ops import random_error
+from .randomness import kept_random_state
 from .shape_tracer import trace_shapes
-from .sizes import Probes, Verdict
+from .sizes import Probes
 from .stateful import run_unchanged
 from .tracers import Traced, first_line, trace_symbolic
 
@@ -69,69 +74,154 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
 
     `example_input` is a tensor, a tuple of positional arguments or a dict of keyword arguments. Tracers are tried in
     the order given (`symbolic`, `shapes`, `export`); of those whose graph agrees numerically with the model, the one
-    that hides fewest convolutions in opaque submodules is taken, and the first of equals. The graph takes what the
-    model takes and gives what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the
-    reasons of opaque submodules, how many convolutions run inside them, and the example's shapes.
+    that understands most is taken (see above), and the first of equals. The graph takes what the model takes and gives
+    what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the reasons of opaque
+    submodules, how many convolutions run inside them, and the example's shapes. Global random states stay.
 
     Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
     forward does not take, and `ModelError` for a model that changes while it is run.
     """
-    example = example_arguments(example_input)
-    model = unwrapped(model)
-    bind(model, example)
-    with FullPrecision():
-        reference = run_unchanged(eval_copy(model), example)
-    reasons: list[str] = []
-    best: tuple[tuple[int, int], fx.GraphModule] | None = None
-    probes = Probes(model, example)
-    queue = list(tracers)
-    deferred: dict[str, Traced] = {}
-    while queue:
-        name = queue.pop(0)
-        if name == "export" and any(kind in reason for kind in _DATA_DEPENDENT for reason in reasons):
-            reasons.append(f"{name}: not tried, because the control flow depends on data")
-            continue
+    with kept_random_state():
+        return _Search(unwrapped(model), example_arguments(example_input)).run(list(tracers))
+
+
+@dataclass(frozen=True, order=True)
+class _Rank:
+    """What is wrong with a graph; the smaller the better."""
+
+    convs: int  # convolutions inside opaque submodules
+    fixed: int  # of batch and image size, those of the example only
+    known: int  # other understood ops inside opaque submodules
+
+
+_Attempt = tuple[str, Callable[[], Traced]]
+
+
+class _Search:
+    """Tries tracers one by one and keeps the best graph."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        bind(model, example)
+        self.model, self.example = model, example
+        with FullPrecision():
+            self.reference = run_unchanged(model, example)
+        self.probes = Probes(model, example)
+        self.reasons: list[str] = []
+        self.best: tuple[_Rank, fx.GraphModule] | None = None
+
+    def run(self, tracers: list[str]) -> fx.GraphModule:
+        """The best graph. Raises `TraceError` if there is none."""
+        late: list[_Attempt] = []  # only worth finishing if no other tracer does better
+        for name in tracers:
+            for attempt in self._export() if name == "export" else [(name, partial(_traced, name, *self._source()))]:
+                if self._try(*attempt, late if name != tracers[-1] else None):
+                    return self._found()
+        for attempt in late:
+            if self._try(*attempt, None):
+                break
+        return self._found()
+
+    def _source(self) -> tuple[nn.Module, Example]:
+        return self.model, self.example
+
+    def _export(self) -> Iterator[_Attempt]:
+        """torch.export with the example's sizes and, where a graph of these sizes only is found, with free sizes.
+
+        It takes seconds, so it is not asked for ops that another graph of all sizes hides, as long as no conv is one.
+        """
+        if any(kind in reason for kind in _DATA_DEPENDENT for reason in self.reasons):
+            self.reasons.append("export: not tried, because the control flow depends on data")
+            return
+        rank = self.best[0] if self.best else None
+        if rank is None or rank.convs:
+            before = self.best
+            yield "export", partial(_traced, "export", *self._source())
+            if self.best is before:
+                return
+        elif not rank.fixed:
+            return
+        kinds = ["both", "batch", "size"]
+        while kinds and self.best is not None and self.best[0].fixed:
+            kind = kinds.pop(0)
+            freed = self.probes.freed(kind)
+            if freed is None:
+                continue
+            before, fixed = self.best, _Fixed()
+            yield "export", partial(fixed.watch, partial(_quietly, trace_free, self.model, *freed))
+            if self.best is not before:
+                return
+            if fixed.seen is not None and kind == "both":
+                kinds = ["size"] * (not fixed.seen.size) + ["batch"] * (not fixed.seen.batch)
+
+    def _try(self, name: str, make: Callable[[], Traced], late: list[_Attempt] | None) -> bool:
+        """Whether the graph that `make` traces leaves nothing to be wished for."""
         try:
-            traced = deferred.get(name)
-            if traced is None:
-                traced = _traced(name, model, example)
-                if queue and _holds_convs(traced):  # only worth finishing if no other tracer does better
-                    deferred[name] = traced
-                    queue.append(name)
-                    continue
-            gm = _graph_of(name, traced, example, reference)
-            fixed = _sized(gm, name, probes)
+            traced = make()
+            if late is not None and _holds_convs(traced):
+                late.append((name, lambda: traced))
+                return False
+            words = _words(traced)
+            gm, hidden = _graph_of(name, traced, self.example, self.reference)
+            rank = _Rank(hidden.convs, self._sized(gm, name, words), hidden.known)
         except _Differs as error:
-            _check_repeats(model, example, reference)  # another tracer would not agree with it either
-            reasons.append(f"{name}: {type(error).__name__.lstrip('_')}: {first_line(error)}")
-            continue
+            _check_repeats(self.model, self.example, self.reference)  # another tracer would not agree with it either
+            self.reasons.append(f"{name}: {type(error).__name__.lstrip('_')}: {first_line(error)}")
+            return False
         except ModelError:
             raise
         except Exception as error:  # any tracer may fail in any way; the next one is tried
-            reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
-            continue
-        rank = gm.meta["lmfx"]["hidden_convs"], fixed
-        if best is None or rank < best[0]:
-            best = rank, gm
-        if rank == (0, 0):
-            break
-    if best is not None:
-        return best[1]
-    detail = "\n  ".join(reasons)
-    raise TraceError(
-        f"{type(model).__name__} could not be traced:\n  {detail}\n"
-        "Pass the traceable part of the model (its backbone), or make the data-dependent part a module of its own."
-    )
+            self.reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+            return False
+        if self.best is None or rank < self.best[0]:
+            self.best = rank, gm
+        return rank == _Rank(0, 0, 0)
+
+    def _sized(self, gm: fx.GraphModule, name: str, words: list[str]) -> int:
+        """How many of batch and image size are the example's only; the graph refuses others from now on."""
+        with quiet():
+            verdict = self.probes.verdict(gm, thorough=name != "symbolic")
+            if name == "shapes":
+                kinds = [kind for kind, state in verdict.states.items() if state == "any"]
+                verdict = self.probes.fixed(verdict, [kind for kind in kinds if self._differs_far_away(kind, words)])
+        gm.meta["lmfx"]["sizes"] = verdict.states
+        if verdict.limits:
+            set_limits(gm, verdict.limits)
+        return verdict.fixed
+
+    def _differs_far_away(self, kind: str, words: list[str]) -> bool:
+        """Whether the shape tracer decides otherwise for many images, or for large ones: by a branch on a size, say."""
+        example = self.probes.far(kind)
+        try:
+            return example is not None and _words(_quietly(trace_shapes, self.model, example)) != words
+        except Exception:  # a model need not run there
+            return False
+
+    def _found(self) -> fx.GraphModule:
+        if self.best is not None:
+            return self.best[1]
+        detail = "\n  ".join(self.reasons)
+        raise TraceError(
+            f"{type(self.model).__name__} could not be traced:\n  {detail}\n"
+            "Pass the traceable part of the model (its backbone), or make the data-dependent part a module of its own."
+        )
 
 
-def _sized(gm: fx.GraphModule, name: str, probes: Probes) -> int:
-    """How many of batch and image size are the example's only; the graph refuses others from now on."""
-    with quiet():
-        verdict: Verdict = probes.verdict(gm, thorough=name != "symbolic")
-    gm.meta["lmfx"]["sizes"] = verdict.states
-    if verdict.limits:
-        set_limits(gm, verdict.limits)
-    return verdict.fixed
+class _Fixed:
+    """Remembers which sizes torch.export could not leave free."""
+
+    seen: FixedSizes | None = None
+
+    def watch(self, make: Callable[[], Traced]) -> Traced:
+        try:
+            return make()
+        except FixedSizes as error:
+            self.seen = error
+            raise
+
+
+def _words(traced: Traced) -> list[str]:
+    """What ops a raw graph has, in order."""
+    return [f"{n.op} {n.target}" for n in traced.gm.graph.nodes if n.op.startswith("call_")]
 
 
 class _Differs(TraceError):
@@ -141,14 +231,18 @@ class _Differs(TraceError):
 def _check_repeats(model: nn.Module, example: Example, reference: Any) -> None:
     """Raises `ModelError`, which names the op, if the model itself gives another output for the same input."""
     with FullPrecision():
-        again = run_unchanged(eval_copy(model), example)
+        again = run_unchanged(model, example)
     if _difference(reference, again) is not None:
         raise random_error(eval_copy(model), _clone(example))
 
 
 def _traced(name: str, model: nn.Module, example: Example) -> Traced:
+    return _quietly(TRACERS[name], model, example)
+
+
+def _quietly(tracer: Callable[..., Traced], *args: Any) -> Traced:
     with quiet(), tracing():
-        return TRACERS[name](model, example)
+        return tracer(*args)
 
 
 def _holds_convs(traced: Traced) -> bool:
@@ -158,8 +252,8 @@ def _holds_convs(traced: Traced) -> bool:
     return any(isinstance(m, _ConvNd) for module in opaque for m in module.modules())
 
 
-def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx.GraphModule:
-    """The canonical graph of what a tracer gave. Raises anything that an op raises, or `TraceError`."""
+def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tuple[fx.GraphModule, HiddenOps]:
+    """(the canonical graph of what a tracer gave, what it hides). Raises what an op raises, or `TraceError`."""
     gm = traced.gm
     gm.train(False)
     make_pure(gm)
@@ -167,7 +261,7 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
     annotate(gm, example)
     fold_constants(gm)
     canonicalize(gm)
-    runner = _Annotator(gm, frozenset(traced.opaque))
+    runner = _Annotator(gm, frozenset(traced.opaque) | _unknown_norms(gm, traced))
     difference = _difference(reference, runner.run(*_placeholder_values(gm, example)))
     if difference is not None:
         raise _Differs(f"the graph does not compute what the model computes ({difference})")
@@ -180,24 +274,19 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> fx
     gm.meta["lmfx"] = {
         "tracer": name,
         "opaque": traced.opaque,
-        "hidden_convs": runner.hidden.count,
+        "hidden_convs": runner.hidden.convs,
         "volatile": changes_while_it_runs(before, gm),
         "positional": [_spec(a) for a in args],
         "keyword": {k: _spec(v) for k, v in kwargs.items()},
     }
-    return gm
+    return gm, runner.hidden
 
 
-class _ConvCounter(TorchFunctionMode):
-    """Counts the convolutions that run, whether modules or functions call them, and notes autocast regions."""
-
-    count = 0
-    autocast = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.autocast |= bool(autocast_on())
-        self.count += getattr(func, "__name__", "").startswith(("conv1d", "conv2d", "conv3d", "conv_transpose"))
-        return func(*args, **(kwargs or {}))
+def _unknown_norms(gm: fx.GraphModule, traced: Traced) -> frozenset[str]:
+    """The norms that could not be traced, without those that are known as one op by what they are."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in traced.norms]
+    shapes = [(str(n.target), n.meta.get("shape") or ()) for n in calls]
+    return frozenset(name for name, shape in shapes if not ops.normalizes(gm.get_submodule(name), shape))
 
 
 def annotate(gm: fx.GraphModule, example: Example) -> Any:
@@ -220,7 +309,7 @@ class _Annotator(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, opaque: frozenset[str] = frozenset()) -> None:
         super().__init__(gm)
         self.opaque = opaque
-        self.hidden = _ConvCounter()
+        self.hidden = HiddenOps()
         self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

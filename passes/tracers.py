@@ -37,10 +37,11 @@ _LAYOUT = frozenset({"permute", "transpose", "movedim", "swapaxes"})
 
 @dataclass(frozen=True)
 class Traced:
-    """A raw graph, and the reason of each submodule that was not traced."""
+    """A raw graph, and the reason of each submodule that was not traced; norms are opaque in another way."""
 
     gm: fx.GraphModule
     opaque: dict[str, str]
+    norms: frozenset[str] = frozenset()  # that could not be traced, and may be known as what they are
 
 
 class MutableProxy(fx.Proxy):
@@ -104,6 +105,7 @@ class SymbolicTracer(fx.Tracer):
         self.leaves = leaves
         self.thread = threading.get_ident()
         self.failed: dict[str, str] = {}
+        self.norms: frozenset[str] = frozenset()
         self.fixed: dict[str, Any] = {}
         self.structure: Structure | None = None
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -223,7 +225,9 @@ class SymbolicTracer(fx.Tracer):
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception as error:  # whatever the forward does with a proxy may raise anything
-            if not _is_norm(m):
+            if _is_norm(m):
+                self.norms |= {qualified}
+            else:
                 self.failed[qualified] = f"torch.fx cannot trace {type(m).__name__}: {first_line(error)}"
         else:
             if not _is_norm(m) or _is_chain(self.graph, last):
@@ -345,7 +349,8 @@ def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Tr
             del gm.get_submodule(owner)._buffers[last]
             made = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
             gm.get_submodule(owner).register_parameter(last, made)
-    return Traced(gm, opaque)
+    norms = [(path, dot, rest) for (path, dot, rest), _ in _split(dict.fromkeys(tracer.norms, ""))]
+    return Traced(gm, opaque, frozenset(f"{renamed.get(path, path)}{dot}{rest}" for path, dot, rest in norms))
 
 
 def _split(opaque: dict[str, str]) -> list[tuple[tuple[str, str, str], str]]:

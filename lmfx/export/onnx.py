@@ -66,7 +66,8 @@ def export_onnx(
         net, tensors = bare(net, (args, kwargs))  # numbers and flags are constants of the file
         args, kwargs = tuple(tensors), {}
     with eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
-        program = quiet_export(net, args, kwargs, opset=opset, dynamic_batch=dynamic_batch)
+        shown = _several((args, kwargs)) if dynamic_batch else (args, kwargs)
+        program = quiet_export(net, *shown, opset=opset, dynamic_batch=dynamic_batch)
         model = program.model_proto
         if model.ByteSize() > PROTO_LIMIT:
             raise ExportError(
@@ -167,6 +168,18 @@ def _refuse_fixed_batch(net: nn.Module) -> None:
                 "example, so a file for other batches would be wrong; export it without dynamic_batch, or trace "
                 "the model with an example of the batch that you need"
             )
+
+
+def _several(example: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with two rows where it has one: torch.export takes a size of one for a number."""
+
+    def twice(value: Any) -> Any:
+        return (
+            _at_another_batch(value) if isinstance(value, torch.Tensor) and value.dim() and len(value) == 1 else value
+        )
+
+    args, kwargs = example
+    return tuple(twice(a) for a in args), {k: twice(v) for k, v in kwargs.items()}
 
 
 def _at_another_batch(value: Any) -> Any:
