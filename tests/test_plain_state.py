@@ -151,5 +151,5 @@ def test_a_network_that_draws_and_counts_is_not_said_to_remember() -> None:
         net.seen += 1
         return y + torch.rand(1, dtype=y.dtype)
 
-    with pytest.raises(Exception, match="could not be traced"):  # random, which is another matter
+    with pytest.raises(ModelError, match="rand in its forward draws random numbers"):
         trace(double(Keeps(between, seen=0)), X)
