@@ -112,7 +112,7 @@ def replay(path: Path) -> int:
     failing = 0
     for line in path.read_text().splitlines():
         record = json.loads(line)
-        everything = Shares(100, 100, 100, 100 if "export" in record["signature"] else 0)
+        everything = Shares(100, 100, 100, 100 if "export" in record["signature"] else 0, simplify=100)
         try:
             check(Program.loads(line), record["plan"], everything)
             print(f"holds   {record['signature']}")

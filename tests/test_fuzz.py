@@ -25,7 +25,7 @@ seen: Counter[str] = Counter()
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_every_property_holds_on_random_networks(chunk: int) -> None:
-    result = run_chunk(30 + chunk, NETWORKS, Shares(compress=3, again=30, save=50, onnx=3, keys=5))
+    result = run_chunk(30 + chunk, NETWORKS, Shares(compress=3, again=30, save=50, onnx=3, keys=5, simplify=6))
     seen.update(result["events"], networks=result["networks"])
     assert result["networks"] == NETWORKS
     records = [json.loads(r) for r in result["failures"]]
@@ -46,6 +46,7 @@ def test_the_random_networks_reach_what_they_are_meant_to_reach() -> None:
         "compressed",
         "saved",
         "keys: told apart",
+        "simplified",
     ):
         assert seen[event], f"no network had {event!r}"
 
@@ -70,7 +71,7 @@ TWO = program(
 def failing(seeds: int = 12) -> str:
     for seed in range(seeds):
         try:
-            check(TWO, seed, Shares(0, 0, 0, 0, 0))
+            check(TWO, seed, Shares(0, 0, 0, 0, 0, 0))
         except Wrong as error:
             return error.kind
     return ""

@@ -21,7 +21,10 @@ def same_failure(error: Wrong, seed: int) -> Callable[[Program], bool]:
     everything = any(w in error.kind for w in ("compress", "save", "export", "without a fix"))
     again = 100 if "trace of the trace" in error.kind or "twice" in error.kind else 0
     keys = 100 if error.kind.startswith("keys") else 0
-    slow = Shares(100, 100, 100, 100 if "export" in error.kind else 0) if everything else Shares(0, again, 0, 0, keys)
+    simplify = 100 if "simplif" in error.kind else 0
+    slow = Shares(0, again, 0, 0, keys, simplify)
+    if everything:
+        slow = Shares(100, 100, 100, 100 if "export" in error.kind else 0, simplify=simplify)
     cause = type(error.__cause__)
 
     def fails(program: Program) -> bool:
