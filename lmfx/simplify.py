@@ -57,7 +57,8 @@ def simplify(
             1x1 convs of a bottleneck that would grow stay apart; math.inf merges them too.
 
     Returns an ordinary GraphModule in eval mode, that can be reported, saved, exported, trained and compressed;
-    `lmfx.report` says what was merged, and what not and why. Simplified again it is the same graph.
+    `lmfx.report` says what was merged, and what not and why. Simplified again it is the same graph (with a growth
+    between 1 and infinity what has grown may grow again).
 
     Merging has been checked in float64, with an error below 1e-9 of the largest output, on the example and at another
     size where the model takes it: `VerifyError` if it differs. A model that only runs in its own dtype is compared in

@@ -263,6 +263,8 @@ def _check_simplify(
     if not plan.candidates:
         return None
     outcome.note("simplified")
+    if growth == 2:
+        return None  # what has grown may grow again
     with _only_lmfx_errors("simplify twice"):
         again = lmfx.simplify(net, x, growth=growth)
     left = [c.key for c in lmfx.result_of(again).plan.candidates]
