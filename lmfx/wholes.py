@@ -25,7 +25,7 @@ from torch import fx
 
 from lmfx.frontier import solve_spans
 from lmfx.importance import ImportanceTable
-from lmfx.latency import Backend, LatencyTable, Store, calibrate
+from lmfx.latency import Backend, LatencyTable, Store, Whole, calibrate
 from lmfx.latency.base import REFERENCE, SENTINEL
 from lmfx.latency.share import alone
 from lmfx.latency.wholes_read import time_wholes
@@ -144,7 +144,7 @@ def _measure(
     with progress_bar(len(todo), f"whole networks ({backend.name})", progress) as bar:
         for group in _groups(todo, [_bytes(spans, p) for p in plans]) or ([] if ORIGINAL in known else [[]]):
             nets = [timing_form(graph, plans[i]) for i in group]
-            networks = [sentinel, *(bare(n, example) for n in (graph, *nets))]
+            networks: list[Whole] = [sentinel, *(bare(n, example) for n in (graph, *nets))]
             slow, originals, *times = time_wholes(backend, networks, rounds)
             if ORIGINAL not in known:
                 scale = [s / reference if reference else 1.0 for s in slow]

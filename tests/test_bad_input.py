@@ -22,7 +22,7 @@ from toys import compress as roofline_compress
 
 import lmfx
 from lmfx.importance import Reconstruction
-from lmfx.latency import get_backend
+from lmfx.latency import Store, get_backend
 from lmfx.latency.roofline import RooflineBackend
 from lmfx.models import load_model
 from lmfx.passes.errors import (
@@ -797,7 +797,11 @@ def test_a_budget_just_above_the_fastest_that_was_reported_is_reached() -> None:
 
 def test_a_store_of_no_bytes_is_a_new_one_as_sqlite_leaves_it(tmp_path: Path) -> None:
     (tmp_path / "lmfx.sqlite").touch()
-    assert lmfx.result_of(roofline_compress(toy(), X, 0.7, cache_dir=tmp_path)).ratio is not None
+    net = roofline_compress(toy(), X, 0.7, cache_dir=tmp_path)
+    assert lmfx.result_of(net).ratio <= 0.7  # type: ignore[operator]
+    with Store.open(tmp_path) as store:
+        assert store.count("latency") > 5
+    assert {p.name.partition("-")[0] for p in tmp_path.iterdir()} == {"lmfx.sqlite"}, "the empty file was put aside"
 
 
 def test_a_block_alone_is_a_model_too() -> None:

@@ -171,6 +171,8 @@ def test_a_public_function_takes_what_the_design_says(name: str) -> None:
 def test_every_error_is_an_lmfx_error_and_public() -> None:
     lmfx = importlib.import_module("lmfx")
     errors = importlib.import_module("lmfx.passes.errors")
+    made = {n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ == errors.__name__}
+    assert made == set(errors.__all__) and len(made) > 10
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), lmfx.LmfxError)
         assert name in lmfx.__all__, f"a caller can not catch lmfx.{name}"

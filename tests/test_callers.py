@@ -238,7 +238,7 @@ def test_what_the_callers_own_code_raises_is_passed_on() -> None:
 
     with pytest.raises(ZeroDivisionError, match="the caller's"):
         compressed(convs(), X, calibration=batches())
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="example_input"):
         lmfx.trace(convs())  # type: ignore[call-arg]
 
 

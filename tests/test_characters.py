@@ -57,6 +57,9 @@ def test_classes_are_balanced_and_mixed(classes: int) -> None:
 def test_other_sizes(size: int) -> None:
     images, _ = characters.draw(40, 0, size=size)
     assert images.shape == (40, 3, size, size)
+    assert images.float().flatten(1).std(1).min() > 5, "an image has nothing on it"
+    halves = images.float().unflatten(3, (2, -1)).flatten(3).std((1, 3))  # a character is seen on both sides
+    assert (halves > 2).float().mean() > 0.8
 
 
 @pytest.mark.parametrize(

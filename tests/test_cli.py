@@ -592,6 +592,9 @@ def test_a_library_that_is_not_installed_is_named_with_the_command(
 
 def test_weights_are_loaded_strictly(folder: Path) -> None:
     model = load_model("toy_models:factory")
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.fill_(0.5 + i)
     path = folder / "weights.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
     loaded = load_model("toy_models:factory", path)

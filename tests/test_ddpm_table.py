@@ -54,7 +54,9 @@ def test_the_check_notices_a_candidate_that_is_not_there() -> None:
 
 def test_a_pair_carries_its_time_embedding_and_moves_its_norm() -> None:
     network = ours("published").network
-    for first, second in main_path(model_of("published"), X).pairs.items():
+    pairs = main_path(model_of("published"), X).pairs
+    assert len(pairs) > 2
+    for first, second in pairs.items():
         pair = [c for c in ours("published") if c.convs == (first, second) and c.realization == "compose"]
         inside = [c for c in pair if c.span.activation is None]  # no norm of the next block's behind it
         assert any(c.kept == c.convs for c in inside)

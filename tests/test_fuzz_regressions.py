@@ -14,6 +14,7 @@ from lmfx.passes.observed import spatial_maps
 from lmfx.passes.rewrite import rewrite
 from lmfx.passes.spans import SpanOptions
 from lmfx.passes.trace import trace
+from lmfx.passes.verify import relative_error
 from tests.fuzz.prelude import Output
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, spans_of
 from tests.helpers import one_thread as one_thread
@@ -206,9 +207,10 @@ def test_one_tensor_in_a_dict_is_calibrated_as_it_is_given() -> None:
             return x
 
     x, images = torch.randn(2, 3, 16, 16), torch.randn(6, 3, 16, 16)
+    model, outputs = Net().eval(), []
     for calibration in (None, images, [({"x": images},)], [({"x": i[None]},) for i in images]):
         net = lmfx.compress(
-            Net().eval(),
+            model,
             ({"x": x},),
             0.6,
             calibration=calibration,
@@ -216,7 +218,11 @@ def test_one_tensor_in_a_dict_is_calibrated_as_it_is_given() -> None:
             realize=("fit",),
             progress=False,
         )
-        assert net({"x": x}).shape == (2, 4, 10, 10)
+        outputs.append(net({"x": x}).detach())
+        assert outputs[-1].shape == (2, 4, 10, 10)
+    assert relative_error(outputs[1], outputs[2]) < 1e-3, "the same images in another form"
+    assert relative_error(outputs[1], outputs[3]) < 1e-3
+    assert relative_error(outputs[1], outputs[0]) > 1e-2, "other images give another fit"
 
 
 def test_a_pool_before_a_shared_conv_has_its_stride_on_one_pixel_as_well() -> None:

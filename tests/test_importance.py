@@ -107,7 +107,9 @@ def test_exact_is_what_the_whole_network_with_the_candidate_gives(made: Made, su
 
 
 def test_exact_fits_are_those_of_a_fit_alone(made: Made) -> None:
-    for candidate in [c for c in made.wanted if c.realization == "fit"][::4]:
+    fits = [c for c in made.wanted if c.realization == "fit"][::4]
+    assert len(fits) > 2
+    for candidate in fits:
         scores = Reconstruction(exact=True).score(made.spans, [candidate], made.data)
         expected = divergence(made, applied(made, candidate))
         assert -scores[candidate.key] == pytest.approx(expected, rel=1e-4, abs=1e-7), candidate.key

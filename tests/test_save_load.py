@@ -436,6 +436,7 @@ def plans(model: nn.Module) -> Iterator[MergePlan]:
     graph = trace(model, X)
     spans = enumerate_spans(Network(graph), SpanOptions(max_kernel_size=None))
     yield MergePlan()
+    assert {c.realization for c in spans} == {"keep", "compose", "fit", "drop"}
     yield MergePlan(spans.candidates, fingerprint(graph), 1.25, -3.5e-7, "affine", "relu6")
 
 

@@ -209,7 +209,9 @@ def test_a_layer_that_is_one_conv_already_is_not_offered_again() -> None:
 def test_layers_without_any_conv_are_not_composed() -> None:
     # A float64 conv would come out of two pools, which have no parameter to take a type from.
     model = chain(conv(), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU())
-    assert all(c.convs for c in composed(spans_of(model, X)))
+    spans = spans_of(model, X)
+    assert len(spans.network.series["0"].layers) == 3 and composed(spans)
+    assert all(c.convs for c in composed(spans))
 
 
 # --- fit and drop -----------------------------------------------------------------------------------------------------
