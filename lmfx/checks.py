@@ -66,7 +66,8 @@ def check_batched(graph: fx.GraphModule) -> None:
         module: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
         shape = source.meta.get("shape") if isinstance(source, fx.Node) else None
-        weight: Any = module.weight if isinstance(module, ops.CONVS) else None
+        kinds: tuple[type[nn.Module], ...] = (*ops.CONVS, *ops.TRANSPOSED)
+        weight: Any = module.weight if isinstance(module, kinds) else None
         if weight is not None and shape is not None and len(shape) < weight.dim():
             raise InputError(
                 f"{node.target} gets a value of shape {tuple(shape)}: pass an example with the batch dimension, like "
@@ -93,7 +94,8 @@ def check_model(model: Any, example_input: Any) -> None:
     _check_devices(model, inputs)
     _check_dtypes(model, inputs)
     model = _copied(model)  # some models keep things from a run
-    if not any(isinstance(m, ops.CONVS) for m in model.modules()) and not _calls_a_conv(model, args, kwargs):
+    kinds = (*ops.CONVS, *ops.TRANSPOSED)
+    if not any(isinstance(m, kinds) for m in model.modules()) and not _calls_a_conv(model, args, kwargs):
         raise ModelError(
             f"{type(model).__name__} has no convolution, so there is nothing to merge: pass one with nn.Conv layers"
         )

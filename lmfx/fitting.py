@@ -193,7 +193,7 @@ class _Vectors:
             whole = (bias.new_zeros(len(bias), self.basis.shape[1]) if side is None else side) @ self.basis.T
             bias = bias - whole @ self.mean
             matrices = whole.split(self.widths, 1)
-        return FittedOp(weight, bias, config.stride, config.padding, config.dilation, config.groups, matrices)
+        return FittedOp(weight, bias, config.stride, config.padding, config.dilation, config.groups, sides=matrices)
 
 
 def _unknowns(candidate: Candidate) -> int:

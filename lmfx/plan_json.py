@@ -187,19 +187,27 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
     ndim = len(conv.kernel_size)
     if ndim > 3 or any(len(v) != ndim for v in (conv.stride, conv.padding, conv.dilation)):
         raise _Damage(f"{where} has a kernel of {ndim} dimensions, and other numbers of strides, pads or dilations")
+    ways = (conv.upscale, conv.cut, conv.window)
+    if any(len(v) not in (0, ndim) for v in ways) or bool(conv.upscale) != bool(conv.cut):
+        raise _Damage(f"{where} enlarges its map in other dimensions than it has")
+    if conv.window and not conv.upscale:
+        raise _Damage(f"{where} is a transposed conv that does not enlarge its map")
+    rows = (v for row in conv.window for v in (row[0], row[1], row[2] + 1))
+    if min((*conv.upscale, *(c + 1 for c in conv.cut), *rows), default=1) < 1:
+        raise _Damage(f"{where} enlarges its map by a size below 1")
     least = (conv.in_channels, conv.out_channels, conv.groups, *conv.kernel_size, *conv.stride, *conv.dilation)
     pads = [p for pair in conv.padding for p in pair]
     if min(least) < 1:
         raise _Damage(f"{where} has a size below 1")
     if conv.padding_mode != "zeros" and min(pads, default=0) < 0:
         raise _Damage(f"{where} has a negative padding that is filled from the map ({conv.padding_mode})")
-    values = conv.out_channels * conv.in_channels // conv.groups * math.prod(conv.kernel_size)
-    if max(*least, *map(abs, pads), values) > _LARGEST:
+    values = conv.conv_channels * conv.in_channels // conv.groups * math.prod(conv.kernel_size)
+    if max(*least, *map(abs, pads), *conv.upscale, *conv.cut, *map(max, conv.window), values) > _LARGEST:
         raise _Damage(
             f"{where} has {conv.out_channels} x {conv.in_channels} channels and a kernel of {conv.kernel_size}, "
             "more than any conv has"
         )
-    if conv.in_channels % conv.groups or conv.out_channels % conv.groups:
+    if conv.in_channels % conv.groups or conv.conv_channels % conv.groups:
         raise _Damage(f"{where} has {conv.groups} groups for {conv.in_channels} and {conv.out_channels} channels")
 
 

@@ -111,7 +111,7 @@ def _macs(spans: SpanSet, candidate: Candidate) -> float:
     config = candidate.conv
     assert config is not None
     sizes = [spans.network.shape(span.output) for span in candidate.spans]
-    per_pixel = config.out_channels * (config.in_channels // config.groups) * prod(config.kernel_size)
+    per_pixel = config.out_channels * (config.in_channels // config.groups) * config.taps
     return float(per_pixel * sum(prod(size[2:]) * size[0] for size in sizes))
 
 

@@ -172,7 +172,7 @@ def _choice(c: Candidate) -> str:
 def _bytes(spans: SpanSet, plan: MergePlan) -> int:
     """Roughly what a plan's network holds."""
     convs = [c.conv for c in plan.candidates if c.conv is not None]
-    new = sum(c.out_channels * (c.in_channels // c.groups) * prod(c.kernel_size) for c in convs)
+    new = sum(c.conv_channels * (c.in_channels // c.groups) * prod(c.kernel_size) for c in convs)
     return 4 * new + sum(p.numel() * p.element_size() for p in spans.network.gm.parameters())
 
 

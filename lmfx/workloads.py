@@ -25,6 +25,7 @@ from lmfx.latency.workload import Original, Workload
 from lmfx.passes import ops
 from lmfx.passes.after import activated
 from lmfx.passes.content import Describer, is_foreign
+from lmfx.passes.enlarged import blank
 from lmfx.passes.identity import node_text
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
 from lmfx.passes.layers import Network
@@ -225,7 +226,10 @@ def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
-    """A conv or Linear of this configuration without values, behind a pad if its padding is not even zeros."""
+    """A conv or Linear of this configuration without values, behind a pad if its padding is not even zeros, and before
+    a shuffle if it enlarges its map."""
+    if config.upscale:
+        return blank(config, dtype)
     if not config.kernel_size:
         return [nn.Linear(config.in_channels, config.out_channels, dtype=dtype, device="meta")]
     even = config.even

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import ops
+from .enlarge import shuffle_config, transposed_config
 from .ir import ConvConfig, PaddingMode
 
 __all__ = ["follows_rule", "identity_config", "is_identity_config", "module_config", "pool_config", "same_size"]
@@ -63,9 +64,11 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
     """The configuration of one affine module on a map of `channels` channels in `ndim` spatial dimensions."""
     any_module: Any = module
     if isinstance(module, nn.Linear):
-        return ConvConfig(module.in_features, module.out_features, (), (), (), ())
+        return ConvConfig(module.in_features, module.out_features, (), (), (), (), biased=module.bias is not None)
     if isinstance(module, ops.CONVS):
         return _conv_config(any_module)
+    if isinstance(module, ops.TRANSPOSED):
+        return transposed_config(module)
     if ops.plain_in(module, ops.AVG_POOLS):
         return pool_config(module, channels, ndim)
     if ops.plain_in(module, (*ops.PADS, *ops.MIRRORS)):
@@ -77,6 +80,10 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
     if isinstance(module, ops.PixelSlice):
         crops = tuple((-lo, -hi) for lo, hi in module.amounts)
         return replace(config, stride=module.steps, padding=crops)
+    if isinstance(module, (*ops.BATCH_NORMS, ops.ChannelAffine)):
+        return replace(config, biased=True)
+    if (factors := ops.shuffled_blocks(module)) is not None:
+        return shuffle_config(channels, factors)
     if (blocks := ops.blocks_of(module, ndim)) is not None:
         return replace(config, out_channels=channels * prod(blocks), kernel_size=blocks, stride=blocks)
     if isinstance(module, ops.ChannelSelect) and module.index != tuple(range(channels)):
@@ -95,7 +102,8 @@ def _conv_config(conv: Any) -> ConvConfig:
         pads = tuple((int(p), int(p)) for p in conv.padding)
     fill = _fill(pads, conv.padding_mode)
     inner, outer = conv.in_channels, conv.out_channels
-    return ConvConfig(inner, outer, kernel, tuple(conv.stride), pads, dilation, conv.groups, *fill)
+    biased = conv.bias is not None
+    return ConvConfig(inner, outer, kernel, tuple(conv.stride), pads, dilation, conv.groups, *fill, biased=biased)
 
 
 def _fill(pads: tuple[tuple[int, int], ...], mode: PaddingMode, value: float = 0.0) -> tuple[PaddingMode, float]:

@@ -1,6 +1,7 @@
 """What an op costs by count, without a clock: multiply-adds, weights that are read, and one for the op itself.
 
     conv, Linear       out_pixels out (in / groups) k + weights + 1           each image's, batch size left out
+    transposed conv    the same, of the small map's conv that it is without the zeros in it (`enlarge`)
     average pool       out_pixels channels k + 1
     norm, scale        one a number of its output, its own numbers, + 1
     pad, sum, select   one a number of its output + 1;  a conv that pads other than by zeros counts as a pad and a conv
@@ -47,7 +48,7 @@ def merged_cost(network: Network, candidate: Candidate) -> float:
     config = candidate.conv
     assert config is not None
     shape = network.shape(candidate.span.output)
-    total = _conv(config, shape) + config.out_channels
+    total = _conv(config, shape) + config.out_channels + (_numbers(shape) + 1) * _ops_after(config)
     if pads_apart(config):
         total += _numbers(network.shape(candidate.span.entry)) + 1
     for name in _sides(network, candidate):
@@ -66,12 +67,17 @@ def span_ops(network: Network, layers: tuple[Layer, ...]) -> int:
 def merged_ops(network: Network, candidate: Candidate) -> int:
     """The ops that stand for a composed span: its conv, a pad where the conv can not do it, two for a side input."""
     assert candidate.conv is not None
-    return 1 + pads_apart(candidate.conv) + 2 * len(_sides(network, candidate))
+    return 1 + pads_apart(candidate.conv) + _ops_after(candidate.conv) + 2 * len(_sides(network, candidate))
 
 
 def pads_apart(config: ConvConfig) -> bool:
     """Whether a merged conv has its padding in an op of its own."""
     return not config.even
+
+
+def _ops_after(config: ConvConfig) -> int:
+    """The ops that make blocks of pixels of a merged conv's channels, and cut what is too much of them."""
+    return 0 if config.window or not config.upscale else 1 + any(config.cut)
 
 
 def _sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
@@ -90,7 +96,7 @@ def _op_cost(network: Network, name: str) -> int:
     own = sum(p.numel() for p in module.parameters(recurse=False))
     source = network.shape(node.all_input_nodes[0].name) if node.all_input_nodes else shape
     config = network.step(name, _entering(source))
-    if isinstance(network.module(name), (*ops.CONVS, nn.Linear)):
+    if isinstance(network.module(name), (*ops.CONVS, *ops.TRANSPOSED, nn.Linear)):
         apart = _numbers(source) + 1 if config.pads and config.padding_mode != "zeros" else 0
         bias = 0 if module.bias is None else len(module.bias)
         return _conv(config, shape) + bias + apart
@@ -105,8 +111,10 @@ def _entering(shape: tuple[int, ...]) -> ConvConfig:
 
 
 def _conv(config: ConvConfig, shape: tuple[int, ...]) -> int:
-    weights = config.out_channels * (config.in_channels // config.groups) * prod(config.kernel_size)
-    return weights * prod(shape[2:]) + weights + 1
+    """The last is the shape of what it gives, after blocks of pixels were made of channels."""
+    pairs = config.out_channels * (config.in_channels // config.groups)
+    weights = pairs * prod(config.written) * (1 if config.window else prod(config.upscale))
+    return round(pairs * config.taps * prod(shape[2:])) + weights + 1
 
 
 def _numbers(shape: tuple[int, ...]) -> int:

@@ -11,17 +11,24 @@ earlier ops, with W and b, would have given further out. Both are the same where
     circular        the earlier ops keep the size:             s = 1, before + after = K
 
 So a 1x1 conv before a padded 3x3 conv is exact without a bias (and without a norm that shifts), and only there.
+
+An op that enlarges its map is a conv of the small map (`enlarge`), which pads what its pixels read beyond it: that is
+the same question. An op that pads the enlarged map reads zeros where the merged op gives what was cropped: the same if
+the enlarging op crops nothing on that side and adds no constant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import linear, ops
 from .configs import identity_config
+from .enlarge import low, output_padding, reach
 from .errors import OptionError
 from .ir import ConvConfig, Layer, Parallel, Refusal
 from .layers import Network
@@ -105,6 +112,14 @@ class _Walk:
         module = self.network.module(name)
         if isinstance(module, ops.ChannelSelect):
             return value[list(module.index)]
+        if isinstance(module, ops.TRANSPOSED):
+            if bool(value.any()):
+                return None  # each pixel of a block sees another number of taps
+            conv: Any = module
+            return value.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double().cpu()
+        if (blocks := ops.shuffled_blocks(module)) is not None:
+            pixels = value.reshape(-1, prod(blocks))
+            return pixels[:, 0] if torch.equal(pixels, pixels[:, :1].expand_as(pixels)) else None
         if isinstance(module, (*ops.PADS, *ops.MIRRORS, ops.PixelSlice)):
             return value
         if name not in self.network.sums:
@@ -115,10 +130,13 @@ class _Walk:
 
     def join(self, parallel: Parallel, seen: _Seen) -> _Seen:
         found = [self.through(branch.layers, seen) for branch in parallel.branches]
-        configs = [f.config for f in found]
+        enlarged = bool(seen.config.upscale)
+        start = identity_config(seen.config.out_channels, len(seen.config.stride))
+        configs = [self.alone(b.layers, start) for b in parallel.branches] if enlarged else [f.config for f in found]
         values = [f.outside for f in found if f.outside is not None]
         cat = parallel.join == "cat"
         config = linear.cat_configs(configs) if cat else linear.add_configs(configs)
+        config = linear.compose_config(seen.config, config) if enlarged else config
         if len(values) < len(found):
             return _Seen(config, None)
         if cat:
@@ -126,19 +144,37 @@ class _Walk:
         rest = torch.stack(values[1:]).sum(0) if len(values) > 1 else torch.zeros_like(values[0])
         return _Seen(config, values[0] - rest if parallel.join == "sub" else values[0] + rest)
 
+    def alone(self, layers: tuple[Layer, ...], config: ConvConfig) -> ConvConfig:
+        """`config`, then the layers, whatever was before."""
+        for layer in layers:
+            if layer.parallel is not None:
+                start = identity_config(config.out_channels, len(config.stride))
+                parts = [self.alone(branch.layers, start) for branch in layer.parallel.branches]
+                whole = linear.cat_configs(parts) if layer.parallel.join == "cat" else linear.add_configs(parts)
+                config = linear.compose_config(config, whole)
+            for name in self.network.affine_nodes(layer):
+                config = linear.compose_config(config, self.network.step(name, config))
+        return config
+
     def border(self, step: ConvConfig, seen: _Seen) -> str | None:
         """Why an op that pads may not read what the ops before it would give further out; None if it may."""
         first, fill = seen.config, self.fill
+        if step.upscale:
+            step = replace(low(step), padding=reach(step))
         if not any(before > 0 or after > 0 for before, after in step.padding):
             return None
         if (step.padding_mode, step.padding_value) != (fill.padding_mode, fill.padding_value):
             return "the merged conv would pad in another way"
         if seen.nothing:
             return None
+        if first.upscale and not self.unseen(step, first):
+            return "the op that enlarges the map crops it, or looks at several pixels"
         for own, pads, stride, kernel, dilation in zip(
             step.padding, first.padding, first.stride, first.kernel_size, first.dilation, strict=True
         ):
             extent, same = dilation * (kernel - 1), True
+            if first.upscale:
+                continue
             if step.padding_mode == "zeros":
                 same = (own[0] <= 0 or extent < stride + pads[0]) and (own[1] <= 0 or extent <= pads[1])
             elif max(own) > 0 and step.padding_mode == "circular":
@@ -151,10 +187,25 @@ class _Walk:
         if step.padding_mode != "zeros":
             return None
         if seen.outside is None:
-            return "a vector from the side is added before it"
+            return "what the ops before it give there depends on the input, or on the pixel"
         if not torch.allclose(seen.outside, torch.full_like(seen.outside, step.padding_value), rtol=1e-12, atol=0):
             return "there is a bias, or a norm that shifts, before it"
         return None
+
+    def unseen(self, step: ConvConfig, first: ConvConfig) -> bool:
+        """Whether what an op that enlarges its map gives outside of it is of no input, where `step` pads."""
+        extra = output_padding(first) if first.window else (0,) * len(first.cut)
+        for i, (before, after) in enumerate(step.padding):
+            if first.window:
+                padding = first.window[i][2]
+                crops = padding > 0, padding > extra[i]
+            else:
+                (lo, hi), stride = first.padding[i], first.stride[i]
+                extent = first.dilation[i] * (first.kernel_size[i] - 1)
+                crops = extent >= stride + lo, extent > hi or first.cut[i] > 0
+            if (before > 0 and crops[0]) or (after > 0 and crops[1]):
+                return False
+        return True
 
 
 def _sums(module: nn.Module, channels: int, ndim: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal
 
 __all__ = [
@@ -69,6 +70,27 @@ class ConvConfig:
     groups: int = 1
     padding_mode: PaddingMode = "zeros"
     padding_value: float = 0.0
+    # What makes a map larger (see `enlarge`): the conv's channels become blocks of pixels, of which some are cut off at
+    # the end, or the same is written as one transposed conv: (taps, dilation, padding) in each dimension.
+    upscale: tuple[int, ...] = field(default=(), metadata={"optional": True})
+    cut: tuple[int, ...] = field(default=(), metadata={"optional": True})
+    window: tuple[tuple[int, int, int], ...] = field(default=(), metadata={"optional": True})
+    biased: bool = field(default=False, compare=False, repr=False)  # an op that it stands for adds constants
+
+    @property
+    def conv_channels(self) -> int:
+        """The output channels of the conv itself, before they become pixels."""
+        return self.out_channels * prod(self.upscale)
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The kernel as it is written: that of the transposed conv where it is one."""
+        return tuple(taps for taps, _, _ in self.window) or self.kernel_size
+
+    @property
+    def taps(self) -> float:
+        """Multiply-adds for each output pixel, output channel, and input channel of a group."""
+        return prod(self.written) / prod(self.upscale if self.window else ())
 
     @property
     def pads(self) -> bool:
@@ -83,6 +105,8 @@ class ConvConfig:
     @property
     def even(self) -> bool:
         """Whether a torch convolution has this padding of its own: zeros, as many before as after, no crop."""
+        if self.window:
+            return True
         zeros = self.padding_mode == "zeros" and self.padding_value == 0
         return not self.pads or (zeros and all(lo == hi >= 0 for lo, hi in self.padding))
 
@@ -92,12 +116,15 @@ class ConvConfig:
 
     def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial output size for a spatial input size."""
-        return tuple(
+        sizes = tuple(
             (n + lo + hi - d * (k - 1) - 1) // s + 1
             for n, (lo, hi), d, k, s in zip(
                 size, self.padding, self.dilation, self.kernel_size, self.stride, strict=True
             )
         )
+        if not self.upscale:
+            return sizes
+        return tuple(u * m - c for m, u, c in zip(sizes, self.upscale, self.cut, strict=True))
 
 
 @dataclass(frozen=True)
@@ -232,6 +259,8 @@ class Candidate:
                 parts.append("d" + "x".join(map(str, c.dilation)))
             if c.padding_mode != "zeros" or c.padding_value:
                 parts.append(c.padding_mode if c.padding_mode != "zeros" else f"pad{c.padding_value:g}")
+            if c.upscale:
+                parts.append(("t" if c.window else "u") + "x".join(map(str, c.upscale)))
         if self.post_norm is not None:
             parts.append("post")
         if self.calls:

@@ -146,10 +146,19 @@ class Network:
             return identity_config(channels, ndim)  # a vector that is added from the side
         return module_config(self.module(name), channels, ndim)
 
+    def enlarging(self, layers: tuple[Layer, ...]) -> str | None:
+        """The first node of these layers, branches included, that `enlarge` writes: a transposed conv, a shuffle."""
+        for name in (n for layer in layers for n in layer.all_nodes() if layer.opaque is None):
+            if self.nodes[name].op == "call_module" and ops.enlarges(self.module(name)):
+                return name
+        return None
+
     def reducible(self, layer: Layer) -> bool:
         """Whether the layer's conv may be pruned, with all the layer's affine ops: the layer becomes the identity."""
         config = self.config(layer)
         if layer.conv is None or isinstance(config, Refusal) or self.shape(layer.entry) != self.shape(layer.exit):
+            return False
+        if config.upscale:
             return False
         return all(s == 1 for s in config.stride) and config.in_channels == config.out_channels and same_size(config)
 
@@ -176,7 +185,7 @@ class Network:
         if layer.conv is not None:
             return (layer.conv,), (layer.conv,)
         called = [n for n in layer.nodes if layer.opaque is not None and self.nodes[n].op == "call_module"]
-        inside = tuple(n for n in called if ops.plain_in(self.module(n), ops.CONVS))
+        inside = tuple(n for n in called if ops.plain_in(self.module(n), (*ops.CONVS, *ops.TRANSPOSED)))
         return inside, inside
 
     def meeting(self, value: fx.Node, reader: fx.Node) -> Refusal | None:
@@ -213,6 +222,8 @@ class Network:
         if isinstance(own, Refusal):
             step = module_config(self.module(layer.conv), before[1], len(before) - 2) if layer.conv else None
             own = step if step is not None else identity_config(before[1], len(before) - 2)
+        if own.upscale:
+            return None  # no convolution's rule
         if layer.parallel is None:
             return own
         joined = self._joined_geometry(layer.parallel)

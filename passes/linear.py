@@ -38,6 +38,8 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from .enlarge import compose_config
+from .enlarged import from_shuffle, from_transposed, lowered_op, raised, small_op
 from .errors import OptionError
 from .ir import ConvConfig
 from .linear_op import (
@@ -55,7 +57,7 @@ from .linear_op import (
     taps,
     to_conv,
 )
-from .shapes import add_configs, branch_crops, cat_configs, compose_config, extent
+from .shapes import add_configs, branch_crops, cat_configs, extent
 
 __all__ = [
     "LinearOp",
@@ -73,8 +75,10 @@ __all__ = [
     "from_conv",
     "from_linear",
     "from_pad",
+    "from_shuffle",
     "from_slice",
     "from_space_to_depth",
+    "from_transposed",
     "identity",
     "select",
     "spread",
@@ -86,6 +90,11 @@ __all__ = [
 def compose(first: LinearOp, second: LinearOp) -> LinearOp:
     """The op that does `first`, then `second`, with all padding moved to the front (module docstring)."""
     config = compose_config(first.config, second.config)
+    if first.upscale:
+        small = compose(small_op(first), lowered_op(second, first.upscale, first.cut))
+        return raised(small, config)
+    if second.upscale:
+        return raised(compose(first, small_op(second)), config)
     if first.groups % second.groups and second.groups % first.groups:
         first, second = densify(first, config.groups), densify(second, config.groups)
     g2 = second.groups

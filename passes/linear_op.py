@@ -2,7 +2,8 @@
 
 A `LinearOp` is ``y = conv(pad(x, p), W, stride s, dilation d, groups g) + b`` in up to 3 spatial dimensions, with the
 zeros before (left, top) and after (right, bottom) kept apart. A vector is a map without spatial dimensions, so
-nn.Linear is an op with an empty kernel. `linear` has the algebra.
+nn.Linear is an op with an empty kernel. `linear` has the algebra. An op that makes its map larger is a convolution
+too, whose channels become blocks of pixels (`enlarge`): `weight` and `bias` are those of the convolution.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from .errors import ModelError, OptionError
 from .ir import ConvConfig
+from .modules import DepthToSpace
 from .shapes import Pads
 
 __all__ = [
@@ -57,6 +59,9 @@ class LinearOp:
     padding: Pads
     dilation: tuple[int, ...]
     groups: int = 1
+    upscale: tuple[int, ...] = ()
+    cut: tuple[int, ...] = ()
+    window: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         n = self.weight.ndim - 2
@@ -67,7 +72,8 @@ class LinearOp:
                 f"stride {self.stride}, padding {self.padding} and dilation {self.dilation} need {n} entries each, "
                 f"one for a spatial dimension of the weight {tuple(self.weight.shape)}"
             )
-        if self.bias.shape != (self.out_channels,) or self.out_channels % self.groups:
+        rows = self.weight.shape[0]
+        if self.bias.shape != (rows,) or rows % self.groups or rows % prod(self.upscale):
             raise OptionError(
                 f"weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)} and groups {self.groups} disagree; "
                 "the bias has one entry an output channel and groups divide the channels"
@@ -86,7 +92,7 @@ class LinearOp:
     @property
     def out_channels(self) -> int:
         """Output channels."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] // prod(self.upscale)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
@@ -104,6 +110,9 @@ class LinearOp:
             self.padding,
             self.dilation,
             self.groups,
+            upscale=self.upscale,
+            cut=self.cut,
+            window=self.window,
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -111,7 +120,13 @@ class LinearOp:
         if self.ndim == 0:
             return F.linear(x.to(self.weight.dtype), densify(self).weight, self.bias)
         x = F.pad(x.to(self.weight.dtype), _torch_pads(self.padding))
-        return _CONV_FN[self.ndim](x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        y: Tensor = _CONV_FN[self.ndim](x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        if not self.upscale:
+            return y
+        y = DepthToSpace(self.upscale)(y)
+        for i, c in enumerate(self.cut):
+            y = y.narrow(i + 2, 0, y.shape[i + 2] - c)
+        return y
 
     def response(self) -> Tensor:
         """The sum over taps, (out, in): how a constant input reaches the output, away from the edges."""

@@ -11,6 +11,8 @@ branches meet, each is given the crop of its input that its own padding would ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -19,11 +21,23 @@ from torch import Tensor, nn
 
 from . import linear, ops
 from .copies import leaf_copy
+from .enlarged import raised, small_op, to_modules
 from .ir import ConvConfig
 from .linear import LinearOp
+from .shapes import Pads
 from .sides import Maps, SideAdd, SideConv, merge_maps, side_conv, through
 
-__all__ = ["Branches", "Chain", "Crop", "LinearSpan", "affine_op", "fill_pad", "pad_module", "without_padding"]
+__all__ = [
+    "Branches",
+    "Chain",
+    "Crop",
+    "EnlargingSpan",
+    "LinearSpan",
+    "affine_op",
+    "fill_pad",
+    "pad_module",
+    "without_padding",
+]
 
 
 class Chain(nn.Sequential):
@@ -165,6 +179,10 @@ def affine_op(module: nn.Module, channels: int, ndim: int, device: torch.device 
         return linear.from_slice(module.amounts, module.steps, channels, device)
     if isinstance(module, ops.SpaceToDepth):
         return linear.from_space_to_depth(module.factors, channels, device)
+    if isinstance(module, ops.TRANSPOSED):
+        return linear.from_transposed(module)
+    if (factors := ops.shuffled_blocks(module)) is not None:
+        return linear.from_shuffle(factors, channels, device)
     raise TypeError(f"{type(module).__name__} in a LinearSpan is not affine")
 
 
@@ -266,3 +284,58 @@ class LinearSpan(nn.Module):
         return (
             f"{c.in_channels}, {c.out_channels}, kernel_size={c.kernel_size}, stride={c.stride}, padding={self.padding}"
         )
+
+
+class EnlargingSpan(LinearSpan):
+    """A span with a transposed conv or a pixel shuffle in it.
+
+    Its body's modules have no padding of their own where convs have none in a span; `pads` says what each of them, or
+    a pad or a crop in the place of an `nn.Identity`, pads. There is no padding in front that would stand for all of
+    it, so the span always runs as the merged op, computed anew from its modules: as trainable as they are, with norms
+    that keep their statistics.
+    """
+
+    def __init__(self, body: Chain, pads: Sequence[Pads], config: ConvConfig) -> None:
+        super().__init__(body, config.padding, config)
+        self.pads = tuple(pads)
+
+    def forward(self, x: Tensor, *sides: Tensor) -> Tensor:
+        op = self.linear_op()
+        return replace(op, weight=op.weight.to(x.device, x.dtype), bias=op.bias.to(x.device, x.dtype))(x)
+
+    def linear_op(self) -> LinearOp:
+        """The span as one op in float64, padding included."""
+        like = next(self.parameters(), None)
+        device = None if like is None else like.device
+        op = linear.identity(self.config.in_channels, len(self.padding), device)
+        for module, pads in zip(self.body, self.pads, strict=True):
+            if isinstance(module, ops.ChannelSelect):
+                op = _selected(op, module.index)
+                continue
+            if isinstance(module, nn.Identity):
+                step = linear.identity(op.out_channels, op.ndim, device)
+            else:
+                step = affine_op(module, op.out_channels, op.ndim, device)
+            if not ops.enlarges(module):
+                step = replace(step, padding=pads)
+            op = linear.compose(op, step)
+        return replace(op, window=self.config.window)
+
+    def reparameterize(self) -> nn.Module:
+        """The merged op: a transposed conv, or a conv with a shuffle after it, beside a pad or a slice it may need."""
+        if not self.config.upscale:
+            return super().reparameterize()
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        to = (None, None) if like is None else (like.dtype, like.device)
+        with torch.no_grad():
+            modules = to_modules(self.linear_op(), *to)
+        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+def _selected(op: LinearOp, index: Sequence[int]) -> LinearOp:
+    """The op, then channels of the map that it gives."""
+    pixels = prod(op.upscale)
+    if pixels == 1:
+        return linear.select(op, index)
+    rows = [c * pixels + r for c in index for r in range(pixels)]
+    return raised(linear.select(small_op(op), rows), op.config)

@@ -5,6 +5,7 @@
     ChannelLayerNorm  nn.LayerNorm over dimension 1
     PixelSlice        y[:, :, i] = x[:, :, start + step i]     a crop, a stride, or both
     SpaceToDepth      nn.PixelUnshuffle in any number of dimensions, with a factor for each
+    DepthToSpace      nn.PixelShuffle in any number of dimensions, with a factor for each
 
 A selection runs as cheaply as what it was written as: a range is a view of its input, and anything else a gather, which
 for a shuffle is faster than to transpose a view (`benchmarks/layouts.py`).
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import OptionError
 
-__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelSelect", "PixelSlice", "SpaceToDepth"]
+__all__ = ["ChannelAffine", "ChannelLayerNorm", "ChannelSelect", "DepthToSpace", "PixelSlice", "SpaceToDepth"]
 
 
 class ChannelAffine(nn.Module):
@@ -125,6 +126,26 @@ class SpaceToDepth(nn.Module):
         split = x.reshape(x.shape[0], x.shape[1], *blocks)
         moved = split.permute(0, 1, *range(3, 2 * n + 2, 2), *range(2, 2 * n + 2, 2))
         return moved.flatten(1, n + 1)
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.factors))
+
+
+class DepthToSpace(nn.Module):
+    """Channels next to each other become the pixels of a block of `factors` pixels."""
+
+    def __init__(self, factors: Sequence[int]) -> None:
+        super().__init__()
+        self.factors = tuple(int(f) for f in factors)
+        if min(self.factors, default=0) < 1:
+            raise OptionError(f"blocks need a size of 1 or more in each dimension, not {self.factors}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = len(self.factors)
+        split = x.reshape(x.shape[0], -1, *self.factors, *x.shape[2:])
+        order = [axis for i in range(n) for axis in (n + 2 + i, 2 + i)]
+        size = [m * f for m, f in zip(x.shape[2:], self.factors, strict=True)]
+        return split.permute(0, 1, *order).reshape(x.shape[0], split.shape[1], *size)
 
     def extra_repr(self) -> str:
         return "x".join(map(str, self.factors))

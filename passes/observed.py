@@ -68,7 +68,7 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
 
 _ON_MAPS = (
     *(*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.MAX_POOLS, *ops.PADS, nn.GroupNorm, nn.Upsample),
-    *(ops.PixelSlice, ops.SpaceToDepth, nn.PixelUnshuffle, nn.PixelShuffle),
+    *(ops.PixelSlice, ops.SpaceToDepth, nn.PixelUnshuffle, nn.PixelShuffle, ops.DepthToSpace, *ops.TRANSPOSED),
 )
 
 

@@ -1,8 +1,8 @@
 """What lmfx knows of single operations: which modules are convs, affine, activations, and how functions map to them.
 
-    conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding
+    conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding, transposed ones (`enlarge`)
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, pads and crops
-                 pixels that move                 slices of pixels, space-to-depth
+                 pixels that move                 slices of pixels, space-to-depth, pixel shuffles
     selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
     activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it. A norm whose
                                                   statistics come from the map (GroupNorm) is treated like one
@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .errors import OptionError
-from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect, PixelSlice, SpaceToDepth
+from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect, DepthToSpace, PixelSlice, SpaceToDepth
 
 __all__ = [
     "ACTIVATIONS",
@@ -36,14 +36,17 @@ __all__ = [
     "MAX_POOLS",
     "MIRRORS",
     "PADS",
+    "TRANSPOSED",
     "ChannelAffine",
     "ChannelLayerNorm",
     "ChannelSelect",
+    "DepthToSpace",
     "PixelSlice",
     "SpaceToDepth",
     "activation_of",
     "blocks_of",
     "conv_class",
+    "enlarges",
     "has_hooks",
     "is_plain",
     "normalizes",
@@ -53,6 +56,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS: tuple[type[nn.Module], ...] = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 AVG_POOLS: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -78,7 +82,7 @@ MIRRORS: tuple[type[nn.Module], ...] = (
 )
 AFFINE: tuple[type[nn.Module], ...] = (
     *(*BATCH_NORMS, *AVG_POOLS, *PADS, ChannelAffine, ChannelSelect),
-    *(PixelSlice, SpaceToDepth, nn.PixelUnshuffle),
+    *(PixelSlice, SpaceToDepth, nn.PixelUnshuffle, DepthToSpace, nn.PixelShuffle),
 )
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU,
@@ -192,9 +196,11 @@ def mirror_mode(module: nn.Module) -> Literal["zeros", "reflect", "replicate", "
 def rank(module: nn.Module) -> int:
     """The rank of the batched maps that a conv, norm, pool or pad of so many dimensions takes: 4 for nn.Conv2d."""
     mirrors = (MIRRORS[:3], MIRRORS[3:6], MIRRORS[6:])
-    if isinstance(module, nn.PixelUnshuffle):
+    if isinstance(module, (nn.PixelUnshuffle, nn.PixelShuffle)):
         return 4
-    for kinds in (CONVS, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:], *mirrors):
+    if isinstance(module, DepthToSpace):
+        return len(module.factors) + 2
+    for kinds in (CONVS, TRANSPOSED, BATCH_NORMS, AVG_POOLS, MAX_POOLS, PADS[:3], PADS[3:], *mirrors):
         for i, kind in enumerate(kinds):
             if isinstance(module, kind):
                 return i + 3
@@ -206,6 +212,18 @@ def blocks_of(module: nn.Module, ndim: int) -> tuple[int, ...] | None:
     if isinstance(module, SpaceToDepth):
         return module.factors
     return (module.downscale_factor,) * ndim if is_plain(module, nn.PixelUnshuffle) else None  # type: ignore[return-value]
+
+
+def shuffled_blocks(module: nn.Module) -> tuple[int, ...] | None:
+    """The size of the blocks of pixels that a pixel shuffle makes of channels, or None if it is none."""
+    if isinstance(module, DepthToSpace):
+        return module.factors
+    return (module.upscale_factor,) * 2 if is_plain(module, nn.PixelShuffle) else None  # type: ignore[return-value]
+
+
+def enlarges(module: nn.Module) -> bool:
+    """Whether a module is written by `enlarge`: a transposed conv or a pixel shuffle."""
+    return plain_in(module, TRANSPOSED) or shuffled_blocks(module) is not None
 
 
 def keeps_shape(module: nn.Module) -> bool:
@@ -226,7 +244,7 @@ def affine_refusal(module: nn.Module) -> str | None:
     """None if the module is affine with the constants it has, else the reason why it is not."""
     if has_hooks(module):
         return "the module has forward hooks"
-    if plain_in(module, CONVS):
+    if plain_in(module, (*CONVS, *TRANSPOSED)):
         return None
     if plain_in(module, BATCH_NORMS):
         return None if getattr(module, "running_mean", None) is not None else "the norm keeps no running statistics"
@@ -241,8 +259,8 @@ def affine_refusal(module: nn.Module) -> str | None:
     if plain_in(module, MIRRORS):
         pad: Any = module
         return "the pad crops, and fills from the map itself" if min(pad.padding) < 0 else None
-    if plain_in(module, (*PADS, nn.PixelUnshuffle)) or isinstance(
-        module, (ChannelAffine, ChannelSelect, PixelSlice, SpaceToDepth)
+    if plain_in(module, (*PADS, nn.PixelUnshuffle, nn.PixelShuffle)) or isinstance(
+        module, (ChannelAffine, ChannelSelect, PixelSlice, SpaceToDepth, DepthToSpace)
     ):
         return None
     return f"{type(module).__name__} is not affine"

@@ -236,4 +236,4 @@ def carries_conv(gm: fx.GraphModule, item: Item) -> bool:
     module = gm.get_submodule(str(item.target))
     if isinstance(module, nn.Linear):
         return len(item.meta["shape"]) == 2
-    return any(isinstance(m, ops.CONVS) for m in module.modules())
+    return any(isinstance(m, (*ops.CONVS, *ops.TRANSPOSED)) for m in module.modules())

@@ -45,7 +45,7 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
     module = gm.get_submodule(str(node.target))
     if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, node.meta["shape"]):
         return "activation"
-    return "conv" if ops.plain_in(module, (*ops.CONVS, nn.Linear)) else "affine"
+    return "conv" if ops.plain_in(module, (*ops.CONVS, *ops.TRANSPOSED, nn.Linear)) else "affine"
 
 
 def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
@@ -69,7 +69,10 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, shape):
         return None
     reason = ops.affine_refusal(module)
-    kinds = (*ops.CONVS, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS, *ops.MIRRORS, nn.PixelUnshuffle)
+    if reason is None and ops.enlarges(module) and (len(node.args) > 1 or node.kwargs):
+        reason = f"{type(module).__name__} is asked for an output size"
+    kinds = (*ops.CONVS, *ops.TRANSPOSED, *ops.BATCH_NORMS, *ops.AVG_POOLS, *ops.PADS, *ops.MIRRORS)
+    kinds = (*kinds, nn.PixelUnshuffle, nn.PixelShuffle, ops.DepthToSpace)
     ranked = ops.plain_in(module, kinds)
     if reason is None and ranked and ops.rank(module) != len(shape):
         reason = f"{type(module).__name__} runs on an unbatched value of shape {shape}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import linear, ops
 from .after import activated
@@ -26,11 +27,12 @@ from .identity import fingerprint, is_of
 from .ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
 from .layers import Network
 from .limits import limits_of, set_limits
-from .linear_span import Branches, Chain, Crop, LinearSpan, without_padding
+from .linear_span import Branches, Chain, Crop, EnlargingSpan, LinearSpan, without_padding
 from .norms import moved_norm
 from .one_pixel import vector_limits
 from .placing import is_attribute
 from .regroup import regrouped
+from .shapes import Pads
 from .sides import SideAdd, SideConv, side_vector
 from .states import is_dropped, side_inputs
 from .verify import check_graph, drop_unread
@@ -109,10 +111,21 @@ def rewrite(
 
 def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
     """A call of `module` behind `node`, which all readers of `node` read instead."""
-    while is_attribute(gm, name):
-        name += "_"
+    name = _free(gm, name)
     set_submodule(gm, name, module)
     return _call_after(gm, node, name)
+
+
+def _free(gm: fx.GraphModule, name: str) -> str:
+    """The name, or the next one that no layer of the model has."""
+    while is_attribute(gm, name):
+        name += "_"
+    return name
+
+
+def _kind(part: nn.Module) -> str:
+    """What a module beside a merged conv is called."""
+    return "slice" if isinstance(part, ops.PixelSlice) else "shuffle" if ops.enlarges(part) else "pad"
 
 
 def _call_after(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
@@ -158,7 +171,8 @@ def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
 
 
 def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule:
-    """The deploy form: a copy in which every `LinearSpan` is one conv (behind a pad node if its padding is uneven).
+    """The deploy form: a copy in which every `LinearSpan` is one conv (after a pad node if its padding is uneven, and
+    before a shuffle where it enlarges its map and is no transposed conv).
 
     `share_tensors` as in `rewrite`.
     """
@@ -173,16 +187,21 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
         conv = span.reparameterize().train(module.training)
         _merge_sides(gm, nodes, span)
         if isinstance(conv, nn.Sequential):
-            pad_name = f"{name}_pad"
-            while is_attribute(gm, pad_name):  # a layer of the model's own
-                pad_name += "_"
-            set_submodule(gm, pad_name, conv[0])
+            parts = list(conv)
+            main = next(i for i, part in enumerate(parts) if isinstance(part, _ConvNd))
+            names = {part: _free(gm, f"{name}_{_kind(part)}") for part in parts[:main] + parts[main + 1 :]}
+            for part, own in names.items():
+                set_submodule(gm, own, part.train(module.training))
             for node in nodes:
-                with gm.graph.inserting_before(node):
-                    pad = gm.graph.create_node("call_module", pad_name, node.args, {}, name=pad_name.replace(".", "_"))
-                pad.meta = {**node.meta, "shape": None, "path": pad_name}
-                node.args = (pad,)
-            conv = conv[1]
+                for part in reversed(parts[main + 1 :]):
+                    _call_after(gm, node, names[part]).meta["shape"] = None
+                for part in parts[:main]:
+                    own = names[part]
+                    with gm.graph.inserting_before(node):
+                        pad = gm.graph.create_node("call_module", own, node.args, {}, name=own.replace(".", "_"))
+                    pad.meta = {**node.meta, "shape": None, "path": own}
+                    node.args = (pad,)
+            conv = parts[main]
         set_submodule(gm, name, conv)
     _clean(gm)
     check_graph(gm)
@@ -334,15 +353,22 @@ class _Builder:
         self.kept = kept
         self.surrogates = surrogates
         self.sides: tuple[str, ...] = ()
+        self.enlarging = False
+        self.pads: list[Pads] = []  # of the modules of the outermost chain, which is made last
 
     def span(self, layers: tuple[Layer, ...], config: ConvConfig) -> LinearSpan:
         self.sides = side_inputs(self.network, layers, self.kept)
+        self.enlarging = self.network.enlarging(layers) is not None
         chain, seen = self.chain(layers, linearize_last=False)
+        if self.enlarging:
+            return EnlargingSpan(chain, self.pads, config)
         return LinearSpan(chain, seen.padding, seen, self.sides)
 
     def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
         modules: list[nn.Module] = []
+        pads: list[Pads] = []
         shape = self.network.shape(layers[0].entry)
+        none = ((0, 0),) * (len(shape) - 2)
         config = identity_config(shape[1], len(shape) - 2)
         for i, layer in enumerate(layers):
             if layer.conv is not None and layer.conv not in self.kept:
@@ -352,21 +378,29 @@ class _Builder:
                 config = linear.compose_config(config, joined)
                 if branches is not None:
                     modules.append(branches)
+                    pads.append(joined.padding)
             for name in self.network.affine_nodes(layer):
-                config = linear.compose_config(config, self.network.step(name, config))
+                step = self.network.step(name, config)
+                config = linear.compose_config(config, step)
                 side = side_vector(self.network.nodes[name])
                 if side is not None:
                     vector, sign = side
                     modules.append(SideAdd(self.sides.index(vector.name), config.out_channels, sign))
+                    pads.append(none)
                     continue
                 module = self.network.module(name)
                 bare = without_padding(module)
+                if bare is None and self.enlarging and not linearize_last:
+                    bare = nn.Identity()  # in the place of what it pads
                 if bare is not None:
                     modules.append(bare)
+                    pads.append(step.padding)
             last = i == len(layers) - 1 and not linearize_last
             surrogate = None if last or layer.activation is None else self.surrogate(layer.activation)
             if surrogate is not None:
                 modules.append(surrogate)
+                pads.append(none)
+        self.pads = pads
         return Chain(modules), config
 
     def surrogate(self, activation: str) -> nn.Module | None:

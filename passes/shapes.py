@@ -127,6 +127,8 @@ def _common_window(configs: Sequence[ConvConfig]) -> tuple[tuple[int, ...], Pads
     if not configs:
         raise OptionError("no branches; a join needs at least one")
     first = configs[0]
+    if any(c.upscale for c in configs):
+        raise OptionError("a branch enlarges the map")
     if any(c.stride != first.stride or c.in_channels != first.in_channels for c in configs):
         seen = [(c.in_channels, c.stride) for c in configs]
         raise OptionError(f"branches need equal input channels and strides, not {seen} (channels, stride)")

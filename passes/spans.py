@@ -31,7 +31,7 @@ from .norms import last_norm
 from .observed import follows
 from .ops import activation_of
 from .reduction import join_of
-from .states import State, States
+from .states import State, States, side_inputs
 
 __all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
 
@@ -266,11 +266,20 @@ class _Finder:
     ) -> None:
         if len(layers) == 1 and not self.folds_something(layers[0]):
             return
+        enlarging = self.network.enlarging(layers)
+        if enlarging is not None and side_inputs(self.network, layers, frozenset(every)):
+            reason = "a vector from the side is added beside an op that enlarges the map"
+            self.refusals.append(Refusal(reason, (enlarging,)))
+            return
+        if enlarging is not None and any(s.config.padding_mode != "zeros" or s.config.padding_value for s in states):
+            reason = "beside an op that enlarges the map only zeros can be padded"
+            self.refusals.append(Refusal(reason, (enlarging,)))
+            return
         best: dict[tuple[object, ...], State] = {}
         for state in states:
             if not state.kept and is_identity_config(state.config):
                 continue  # that is `drop`
-            key = (state.config.kernel_size, state.config.dilation, state.config.groups)
+            key = (state.config.kernel_size, state.config.dilation, state.config.groups, state.config.written)
             if key not in best or state.score > best[key].score:
                 best[key] = state
         order = {name: i for i, name in enumerate(every)}
@@ -327,6 +336,9 @@ class _Finder:
         config = self.network.config(layer)
         own = self.network.nodes[layer.conv]
         conv_only = [n for n in self.network.affine_nodes(layer) if n != own.name]
+        if self.network.enlarging((layer,)) is not None:  # no runtime is sure to fold a norm there
+            shuffles = (n for n in conv_only if self.network.nodes[n].op == "call_module")
+            return any(ops.shuffled_blocks(self.network.module(n)) is None for n in shuffles)
         return isinstance(config, ConvConfig) and any(self.changes_window(n) for n in conv_only)
 
     def changes_window(self, name: str) -> bool:

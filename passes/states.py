@@ -11,7 +11,7 @@ is dropped, so that a residual block becomes its skip and not `2x`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -88,13 +88,18 @@ class States:
     def layer_states(self, layer: Layer) -> list[State] | Refusal:
         """The states of one layer, or why it has none."""
         if id(layer) not in self._known:
-            self._known[id(layer)] = self._states_of(layer)
+            found = self._states_of(layer)
+            if layer.activation is not None and not isinstance(found, Refusal):  # what stands for it may add constants
+                found = [replace(s, config=replace(s.config, biased=True)) for s in found]
+            self._known[id(layer)] = found
         return self._known[id(layer)]
 
     def _states_of(self, layer: Layer) -> list[State] | Refusal:
         config = self.network.config(layer)
         if isinstance(config, Refusal):
             return config
+        if config.upscale and side_inputs(self.network, (layer,), frozenset(self.network.convs((layer,))[1])):
+            return Refusal("a vector from the side is added beside an op that enlarges the map", layer.nodes)
         if layer.parallel is not None:
             joined = self.joined(layer.parallel)
             if isinstance(joined, Refusal):
@@ -143,6 +148,9 @@ class States:
         if not branch.layers:
             shape = self.network.shape(branch.entry)
             return [State(identity_config(shape[1], len(shape) - 2), 0.0, (), False)]
+        enlarging = self.network.enlarging(branch.layers)
+        if enlarging is not None:
+            return Refusal("a branch enlarges the map", (enlarging,))
         states: list[State] | Refusal | None = None
         for layer in branch.layers:
             states = self.extend(states, layer)

@@ -267,6 +267,7 @@ class Sources(TorchFunctionMode):
 
 _UNDERSTOOD = (
     *ops.CONVS,
+    *ops.TRANSPOSED,
     *ops.AFFINE,
     *ops.ACTIVATIONS,
     *ops.MAX_POOLS,

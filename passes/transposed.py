@@ -2,8 +2,8 @@
 
     y[o] += W[i, o, t] x[i, n + p - d t]      ->      W'[o, i, j] = W[i, o, k - 1 - j]      p' = d (k - 1) - p
 
-With groups this holds within each. Where the padding would be negative (it crops) or the stride is larger (it makes the
-map larger than any convolution does) it stays what it is.
+With groups this holds within each. Where the padding would be negative (it crops) or the stride is larger it stays what
+it is: `enlarge` knows it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from . import ops
 
-__all__ = ["TRANSPOSED", "as_conv"]
-
-TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+__all__ = ["as_conv"]
 
 
 def as_conv(module: nn.Module) -> nn.Module | None:
     """The equal convolution of a transposed one, with a weight of its own; None if there is none."""
-    if not isinstance(module, _ConvTransposeNd) or not ops.plain_in(module, TRANSPOSED):
+    if not isinstance(module, _ConvTransposeNd) or not ops.plain_in(module, ops.TRANSPOSED):
         return None
     extents = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     cropped: Any = module.padding

@@ -299,7 +299,12 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, Any], str, str]] = {
         "does not count its padding",
     ),
     "crop": (lambda m, x: m.p(m.a(x)), {"p": nn.ReflectionPad2d((-1, 1, 0, 0))}, "p", "the pad crops, and fills"),
-    "transposed conv": (lambda m, x: m.p(m.a(x)), {"p": nn.ConvTranspose2d(4, 4, 2, 2)}, "p", "ConvTranspose2d is not"),
+    "size that is asked for": (
+        lambda m, x: m.p(m.a(x), output_size=[16, 13]),
+        {"p": nn.ConvTranspose2d(4, 4, 2, 2)},
+        "p",
+        "ConvTranspose2d is asked for an output size",
+    ),
     "softmax": (lambda m, x: torch.softmax(m.a(x), 1), {}, "softmax", "softmax is not an affine op"),
     "adaptive pool": (
         lambda m, x: F.adaptive_avg_pool2d(m.a(x), 2),

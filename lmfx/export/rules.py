@@ -15,7 +15,16 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.builder import Builder, UnsupportedOp
-from lmfx.passes.ops import MIRRORS, ChannelAffine, ChannelLayerNorm, ChannelSelect, PixelSlice, SpaceToDepth
+from lmfx.passes.ops import (
+    MIRRORS,
+    TRANSPOSED,
+    ChannelAffine,
+    ChannelLayerNorm,
+    ChannelSelect,
+    DepthToSpace,
+    PixelSlice,
+    SpaceToDepth,
+)
 
 __all__ = ["FUNCTION_RULES", "MODULE_RULES"]
 
@@ -52,6 +61,24 @@ def _conv(e: Builder, node: fx.Node, m: Any) -> str:
         strides=list(_tuple(m.stride, n)),
         pads=pads,
         dilations=list(_tuple(m.dilation, n)),
+        group=m.groups,
+    )
+
+
+def _transposed(e: Builder, node: fx.Node, m: Any) -> str:
+    if len(node.args) > 1 or node.kwargs:
+        raise UnsupportedOp(f"{node.name} is asked for an output size; give output_padding instead")
+    operands = [e.value(node.args[0]), e.tensor(m.weight)]
+    if m.bias is not None:
+        operands.append(e.tensor(m.bias))
+    return e.node(
+        "ConvTranspose",
+        *operands,
+        kernel_shape=list(m.kernel_size),
+        strides=list(m.stride),
+        pads=[*m.padding, *m.padding],
+        dilations=list(m.dilation),
+        output_padding=list(m.output_padding),
         group=m.groups,
     )
 
@@ -243,6 +270,19 @@ def _blocks(e: Builder, node: fx.Node, factors: Sequence[int]) -> str:
     return e.node("Reshape", value, e.ints(e.shape(node)))
 
 
+def _depth_to_space(e: Builder, node: fx.Node, m: DepthToSpace) -> str:
+    """Channels as the pixels of a block. ONNX's DepthToSpace has two dimensions and one factor."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    n = len(m.factors)
+    batch, channels, *size = e.shape(source)
+    if n == 2 and m.factors[0] == m.factors[1]:
+        return e.node("DepthToSpace", e.value(source), blocksize=m.factors[0], mode="CRD")
+    value = e.node("Reshape", e.value(source), e.ints([batch, channels // math.prod(m.factors), *m.factors, *size]))
+    value = e.node("Transpose", value, perm=[0, 1, *(axis for i in range(n) for axis in (n + 2 + i, 2 + i))])
+    return e.node("Reshape", value, e.ints(e.shape(node)))
+
+
 def _affine(e: Builder, node: fx.Node, m: ChannelAffine) -> str:
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -320,6 +360,7 @@ def _cat(e: Builder, node: fx.Node, tensors: Sequence[Any], dim: int = 0) -> str
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODULE_RULES: dict[type[nn.Module], Callable[[Builder, fx.Node, Any], str]] = {
     **dict.fromkeys(_CONVS, _conv),
+    **dict.fromkeys(TRANSPOSED, _transposed),
     **dict.fromkeys((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _pad),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), _pad),
     **dict.fromkeys(MIRRORS[:3], _mirror("reflect")),
@@ -336,6 +377,7 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Builder, fx.Node, Any], str]] = {
     ChannelSelect: _select,
     PixelSlice: _pixel_slice,
     SpaceToDepth: _space_to_depth,
+    DepthToSpace: _depth_to_space,
     nn.PixelUnshuffle: lambda e, node, m: _blocks(e, node, (m.downscale_factor,) * 2),
     nn.PixelShuffle: lambda e, node, m: e.node(
         "DepthToSpace", e.value(node.args[0]), blocksize=m.upscale_factor, mode="CRD"

@@ -65,6 +65,8 @@ def _bounds(network: Network, d: Candidate, c: Candidate) -> bool:
         return False
     if c.realization == d.realization == "compose" and not set(c.kept) & set(d.all_convs) <= set(d.kept):
         return False
+    if any(e.conv is not None and e.conv.upscale for e in (c, d)):
+        return False  # their kernels are those of a smaller map
     if c.conv is None or d.conv is None or len(c.conv.kernel_size) != len(d.conv.kernel_size):
         return False
     if d.conv.groups > 1 and c.conv.groups % d.conv.groups:

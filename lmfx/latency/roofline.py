@@ -24,16 +24,17 @@ from lmfx.latency.base import KIND, Measurement, Prune, Whole, check_rounds, sto
 from lmfx.latency.store import Store
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError
-from lmfx.passes.modules import ChannelSelect, PixelSlice, SpaceToDepth
+from lmfx.passes.modules import ChannelSelect, DepthToSpace, PixelSlice, SpaceToDepth
 
 __all__ = ["RooflineBackend"]
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 _FREE = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-_MOVES = (*_PADS, ChannelSelect, PixelSlice, SpaceToDepth, nn.PixelShuffle, nn.PixelUnshuffle)
+_MOVES = (*_PADS, ChannelSelect, PixelSlice, SpaceToDepth, DepthToSpace, nn.PixelShuffle, nn.PixelUnshuffle)
 _JOINS = (torch.add, torch.sub, torch.mul, operator.add, operator.sub, operator.mul)
 
 
@@ -54,7 +55,7 @@ class RooflineBackend:
         """Backend, formula version and the three numbers of the machine."""
         return {
             "backend": self.name,
-            "version": 1,
+            "version": 2,
             "device": f"{self.peak_gflops:g} GFLOP/s, {self.bandwidth_gbs:g} GB/s, {self.overhead_us:g} us",
             "threads": 1,
         }
@@ -150,6 +151,9 @@ def _flops(module: nn.Module | None, shapes: dict[fx.Node, tuple[int, ...]], nod
     out = math.prod(shapes[node])
     if isinstance(module, _CONVS):
         return 2.0 * out * math.prod(module.kernel_size) * module.in_channels / module.groups
+    if isinstance(module, _TRANSPOSED):
+        read = math.prod(shapes[node.all_input_nodes[0]]) if node.all_input_nodes[0] in shapes else out
+        return 2.0 * read * math.prod(module.kernel_size) * module.out_channels / module.groups
     if isinstance(module, nn.Linear):
         return 2.0 * out * module.in_features
     if isinstance(module, _POOLS):

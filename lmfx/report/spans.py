@@ -24,8 +24,9 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
     """A candidate as plain values; None for a kept layer without a convolution."""
     span, config = candidate.span, candidate.conv
     ndim = len(network.shape(span.entry)) - 2
+    upscale = () if config is None else config.upscale
     if config is not None:
-        kernel, stride, groups = config.kernel_size, config.stride, config.groups
+        kernel, stride, groups = config.written, config.stride, config.groups
         channels = config.in_channels, config.out_channels
     elif candidate.realization == "drop":
         width = network.shape(span.entry)[1]
@@ -33,7 +34,7 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
     elif len(candidate.convs) == 1:  # kept, and not to be merged: shared with another call, say
         conv: Any = network.gm.get_submodule(candidate.convs[0])
         found = module_config(conv, 0, 0)
-        kernel, stride, groups = found.kernel_size, found.stride, found.groups
+        kernel, stride, groups, upscale = found.written, found.stride, found.groups, found.upscale
         channels = found.in_channels, found.out_channels
     else:
         return None
@@ -49,6 +50,7 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         "calls": len(candidate.spans),
         "kernel_size": list(kernel),
         "stride": list(stride),
+        "upscale": list(upscale),
         "groups": groups,
         "depthwise": groups > 1 and groups == channels[0] == channels[1],
         "in_channels": channels[0],
@@ -63,7 +65,8 @@ def spans_table(spans: SpanSet) -> str:
     for d in found:
         grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
         shape = size(d["kernel_size"]) + grouping
-        key = (f"{d['series']}:{d['start']}-{d['stop']}", short(d["convs"]), size(d["stride"]))
+        stride = f"1/{size(d['upscale'])}" if d["upscale"] else size(d["stride"])
+        key = (f"{d['series']}:{d['start']}-{d['stop']}", short(d["convs"]), stride)
         ways = grouped.setdefault(key, {})
         ways.setdefault(d["realization"], []).append("" if d["realization"] in ("keep", "drop") else shape)
     rows = [(*key, "; ".join(f"{w} {short(s)}".strip() for w, s in ways.items())) for key, ways in grouped.items()]

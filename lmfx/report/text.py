@@ -11,7 +11,7 @@ from torch import fx
 
 from lmfx.caller_state import entry
 from lmfx.latency import Calibration, LatencyTable
-from lmfx.passes.ir import Candidate, Refusal
+from lmfx.passes.ir import Candidate, ConvConfig, Refusal
 from lmfx.passes.limits import limits_of
 from lmfx.reading import in_one_line, printable
 from lmfx.result import Result, result_of
@@ -183,7 +183,7 @@ def _spans(result: Result, full: bool) -> str:
         return ""
     shown = named if full else named[:ROWS]
     rows = [
-        (name, short(c.convs, full), _kept_of(c), size(c.conv.kernel_size), size(c.conv.stride), c.realization)
+        (name, short(c.convs, full), _kept_of(c), size(c.conv.written), stride_of(c.conv), c.realization)
         for name, c in shown
         if c.conv is not None
     ]
@@ -197,6 +197,11 @@ def _kept_of(candidate: Candidate) -> str:
     return (
         f"{len(candidate.kept)} of {total}" if candidate.realization == "compose" else f"fitted for {total}"
     ) + calls
+
+
+def stride_of(config: ConvConfig) -> str:
+    """The stride as people read it: `2`, and `1/2` for an op that makes its map twice as large."""
+    return f"1/{size(config.upscale)}" if config.upscale else size(config.stride)
 
 
 def size(values: Sequence[int]) -> str:
