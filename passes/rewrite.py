@@ -11,6 +11,7 @@ stay, dead modules and parameters go, and both results are ordinary GraphModules
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -361,6 +362,8 @@ class _Builder:
         self.enlarging = self.network.enlarging(layers) is not None
         chain, seen = self.chain(layers, linearize_last=False)
         if self.enlarging:
+            if replace(seen, window=config.window) != config or config.window not in ((), seen.window):
+                raise PlanError(f"the plan's conv {config} is not what this graph gives, {seen}: solve again")
             return EnlargingSpan(chain, self.pads, config)
         return LinearSpan(chain, seen.padding, seen, self.sides)
 

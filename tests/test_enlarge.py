@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.passes import enlarged, linear
-from lmfx.passes.errors import OptionError
+from lmfx.passes.errors import OptionError, PlanError
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.linear_span import EnlargingSpan
 from lmfx.passes.rewrite import build_span, merge, rewrite
@@ -294,6 +294,16 @@ def test_a_shuffle_and_back_is_a_plain_conv() -> None:
     assert candidate.exact
     net = check_rewrite(model, x, lambda s: [candidate], after=["Conv2d"])
     assert distance(net, model, x) < 1e-12
+
+
+def test_a_plan_that_says_another_window_is_refused() -> None:
+    model = double(nn.Sequential(nn.ConvTranspose2d(4, 5, 3, 2, 1), nn.BatchNorm2d(5)))
+    spans = composed(model, torch.randn(1, 4, 5, 4, dtype=torch.float64))
+    (candidate,) = [c for c in spans if c.realization == "compose"]
+    assert candidate.conv is not None
+    forged = replace(candidate, conv=replace(candidate.conv, window=((4, 1, 1), (3, 1, 1))))
+    with pytest.raises(PlanError, match="is not what this graph gives"):
+        rewrite(spans.network.gm, MergePlan((forged,)))
 
 
 # --- the trainable form -----------------------------------------------------------------------------------------------

@@ -475,8 +475,17 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "ranks": (lambda d: _first(d)["conv"].update(stride=[1]), "other numbers of strides"),
     "zero stride": (lambda d: _first(d)["conv"].update(stride=[0, 1]), "a size below 1"),
     "padding": (
-        lambda d: _first(d)["conv"].update(padding=[[0, -1], [0, 0]], padding_mode="reflect"),
+        lambda d: _first(d)["conv"].update(padding=[[0, -1], [0, 1]], padding_mode="reflect"),
         "negative padding",
+    ),
+    "blocks": (lambda d: _first(d)["conv"].update(upscale=[2], cut=[0]), "in other dimensions than it has"),
+    "blocks without a cut": (lambda d: _first(d)["conv"].update(upscale=[2, 2]), "in other dimensions than it has"),
+    "window alone": (lambda d: _first(d)["conv"].update(window=[[2, 1, 0]] * 2), "does not enlarge its map"),
+    "window of two": (lambda d: _first(d)["conv"].update(window=[[2, 1]] * 2), "is not a list of 3"),
+    "no blocks": (lambda d: _first(d)["conv"].update(upscale=[0, 2], cut=[0, 0]), "by a size below 1"),
+    "no taps": (
+        lambda d: _first(d)["conv"].update(upscale=[2, 2], cut=[0, 0], window=[[0, 1, 0]] * 2),
+        "by a size below 1",
     ),
     "pairs": (lambda d: _first(d)["conv"].update(padding=[[0], [0]]), "is not a list of 2"),
     "groups": (lambda d: _first(d)["conv"].update(groups=5), "5 groups for 3 and 8 channels"),
