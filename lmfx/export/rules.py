@@ -66,8 +66,6 @@ def _conv(e: Builder, node: fx.Node, m: Any) -> str:
 
 
 def _transposed(e: Builder, node: fx.Node, m: Any) -> str:
-    if len(node.args) > 1 or node.kwargs:
-        raise UnsupportedOp(f"{node.name} is asked for an output size; give output_padding instead")
     operands = [e.value(node.args[0]), e.tensor(m.weight)]
     if m.bias is not None:
         operands.append(e.tensor(m.bias))
