@@ -95,7 +95,7 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
 def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
     """The merged network of a plan with arbitrary values in its new convs: all that a timing needs."""
     plain = tuple(
-        replace(c, realization="fit") if c.realization == "compose" and c.conv is not None else c
+        replace(c, realization="fit") if c.realization == "compose" and c.conv is not None and not c.conv.upscale else c
         for c in plan.candidates
     )
     return merge(rewrite(graph, replace(plan, candidates=plain), share_tensors=True), share_tensors=True)

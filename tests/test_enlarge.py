@@ -18,6 +18,7 @@ from lmfx.passes.ir import MergePlan
 from lmfx.passes.linear_span import EnlargingSpan
 from lmfx.passes.rewrite import build_span, merge, rewrite
 from lmfx.passes.spans import SpanSet
+from lmfx.wholes import timing_form
 from tests.helpers import check_rewrite, double, ops_of, run, spans_of
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -389,3 +390,14 @@ def test_simplify_merges_a_crop_with_a_conv_that_does_not_pad() -> None:
     x = torch.randn(1, 3, 9, 8, dtype=torch.float64)
     net = lmfx.simplify(model, x, growth=math.inf)
     assert ops_of(net) == ["Conv2d"] and distance(net, model, x) < 1e-12
+
+
+def test_what_is_timed_of_a_plan_has_the_sizes_of_the_network_that_comes_out() -> None:
+    model = double(Decoder())
+    x = torch.randn(1, 3, 7, 9, dtype=torch.float64)
+    spans = composed(model, x)
+    graph = spans.network.gm
+    for candidate in (c for c in spans if c.realization == "compose"):
+        timed = timing_form(graph, MergePlan((candidate,)))
+        assert run(timed, x).shape == run(model, x).shape
+        assert ops_of(timed) == ops_of(merge(rewrite(graph, MergePlan((candidate,)))))
