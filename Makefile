@@ -14,10 +14,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-# The benchmarks, cheap ones first, then any other script of benchmarks/ (random_plans, plain_networks,
-# small_networks, short_training and zoo_* are modules, fuzz has its own target). What each one shows is in docs/benchmarks.md.
-BENCHMARKS := paper_table solver trace_time kill_resume estimator accuracy budget exactness zoo
-FOUND := $(filter-out random_plans plain_networks small_networks short_training zoo_% fuzz,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+# The benchmarks by folder, cheap ones first, then the others; `fuzz` has its own target, `mutation` needs mutmut. Which one
+# shows what is in benchmarks/README.md.
+BENCHMARKS := paper/paper_table speed/solver speed/trace_time promises/kill_resume promises/estimator promises/accuracy \
+  promises/budget promises/exactness zoo/zoo
+FOUND := $(filter-out promises/fuzz promises/mutation,$(patsubst benchmarks/%.py,%,$(shell grep -l __main__ benchmarks/[a-z]*/*.py)))
 ARGS ?=
 N ?= 1000
 
@@ -73,7 +74,7 @@ bench: install ## every benchmark, one after the other (see docs/benchmarks.md)
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 fuzz: install ## N random networks in all, see docs/fuzz.md: make fuzz N=20000 ARGS="--jobs 2"
-	PYTHONPATH=. $(PY) benchmarks/fuzz.py -n $(N) $(ARGS)
+	PYTHONPATH=. $(PY) benchmarks/promises/fuzz.py -n $(N) $(ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -44,6 +44,14 @@ EXTRAS["dev"] = sorted(
     }
 )
 
+# Every folder of lmfx/ and of passes/ is a package; a test compares this list with the folders.
+PASSES = ("algebra", "canonical", "fit", "graph", "identity", "model", "rewrite", "solve", "spans", "trace")
+FOLDERS = (
+    *("calibration", "cli", "environment", "export", "importance", "latency", "latency.backends"),
+    *("planning", "report", "store", "training"),
+)
+PACKAGES = ["lmfx", *(f"lmfx.{name}" for name in FOLDERS), "lmfx.passes", *(f"lmfx.passes.{name}" for name in PASSES)]
+
 setup(
     name="lmfx",
     version=version(),
@@ -57,11 +65,11 @@ setup(
     extras_require=EXTRAS,
     # `passes/` is a top-level folder and a package only under the name lmfx.passes. The symlink lmfx/passes serves
     # runs without an install; it is never packaged, so each file is in the wheel once.
-    packages=["lmfx", "lmfx.export", "lmfx.importance", "lmfx.latency", "lmfx.passes", "lmfx.report"],
-    package_dir={"lmfx.passes": "passes"},
+    packages=PACKAGES,
+    package_dir={"lmfx.passes": "passes", **{f"lmfx.passes.{name}": f"passes/{name}" for name in PASSES}},
     package_data={"lmfx": ["py.typed"]},
     include_package_data=False,
-    entry_points={"console_scripts": ["lmfx = lmfx.cli:main"]},
+    entry_points={"console_scripts": ["lmfx = lmfx.cli.main:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

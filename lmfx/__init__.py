@@ -9,12 +9,10 @@ Importing lmfx imports torch and numpy and no optional backend.
 from lmfx._version import __version__
 from lmfx.budget import Budget
 from lmfx.compress import compress
-from lmfx.distill import distill
 from lmfx.export import build_engine, export_onnx
-from lmfx.frontier import Frontier
 from lmfx.importance import Finetune, ImportanceTable
+from lmfx.importance.on_demand import OnDemand, score_on_demand
 from lmfx.latency import LatencyTable, Measurement
-from lmfx.on_demand import OnDemand, score_on_demand
 from lmfx.passes.errors import (
     BudgetError,
     DeviceError,
@@ -33,12 +31,14 @@ from lmfx.passes.errors import (
     VerifyError,
 )
 from lmfx.passes.ir import Candidate, MergePlan, Refusal
-from lmfx.plan_json import load_plan, save_plan
+from lmfx.planning.frontier import Frontier
+from lmfx.planning.plan_file import load_plan, save_plan
+from lmfx.planning.saved_networks import load, save
 from lmfx.report import report
 from lmfx.result import Result, result_of
 from lmfx.simplify import simplify
 from lmfx.stages import merge, merge_siblings, profile, rewrite, score, solve, spans, trace
-from lmfx.store import load, save
+from lmfx.training.distillation import distill
 
 __all__ = [
     "Budget",

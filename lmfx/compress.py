@@ -10,26 +10,26 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from lmfx.budget import Budget
-from lmfx.calibration import Calibration, as_calibration
-from lmfx.caller_state import entry
-from lmfx.carried import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
-from lmfx.checks import check_run_options, span_options
-from lmfx.frontier import solve_spans
+from lmfx.calibration.images import Calibration, as_calibration
+from lmfx.calibration.model_checks import check_run_options, span_options
+from lmfx.environment.caller_state import entry
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
-from lmfx.latency.wholes_read import time_wholes
-from lmfx.passes.bare import bare
+from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
+from lmfx.latency.profiling import profile_spans
+from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import InfeasibleBudget, OptionError
+from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Realization
-from lmfx.passes.layers import Network
-from lmfx.passes.rewrite import merge as merge_spans
-from lmfx.passes.rewrite import span_names
-from lmfx.passes.spans import Method, Norm, SpanSet, enumerate_spans
-from lmfx.passes.trace import example_arguments, fingerprint
-from lmfx.profiling import profile_spans
+from lmfx.passes.rewrite.trainable import merge as merge_spans
+from lmfx.passes.rewrite.trainable import span_names
+from lmfx.passes.spans.enumeration import Method, Norm, SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.tracing import example_arguments, fingerprint
+from lmfx.planning.frontier import solve_spans
+from lmfx.planning.search import Found, find_loss_free, find_plan
 from lmfx.result import Result
-from lmfx.search import Found, find_loss_free, find_plan
 from lmfx.stages import default_backend, rewrite, trace, worth_scoring
 
 __all__ = ["compress"]

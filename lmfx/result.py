@@ -8,11 +8,11 @@ from typing import Any
 from torch import fx
 
 from lmfx.budget import Budget
-from lmfx.caller_state import entry
-from lmfx.frontier import Frontier
+from lmfx.environment.caller_state import entry
 from lmfx.latency import Calibration
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import MergePlan, Refusal
+from lmfx.planning.frontier import Frontier
 
 __all__ = ["Result", "result_of"]
 

@@ -1,12 +1,13 @@
 """`simplify`: every merge that loses nothing, chosen by count; no budget, no calibration and no measurement.
 
 trace          the network in canonical form, of layers of one op each (`MergePlan.fine`)
-spans          composed candidates that are the same function as their span (`passes/exact.py`), with sums added up in
-               another order where that costs less (`passes/regroup.py`)
-solve          the set of them that costs least (`passes/costs.py`), by the exact dynamic program
+spans          composed candidates that are the same function as their span (`passes/spans/exact.py`), with sums added
+up in
+               another order where that costs less (`passes/rewrite/regrouped_sums.py`)
+solve          the set of them that costs least (`passes/spans/costs.py`), by the exact dynamic program
 rewrite        merged in float64 and rounded, its nodes named as a new trace names them: simplified again, it is the
                same graph
-check          in float64, against the model on the example and at another size (`lmfx/equal.py`)
+check          in float64, against the model on the example and at another size (`lmfx/planning/equality.py`)
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from typing import Any
 
 from torch import fx, nn
 
-from lmfx.caller_state import entry
-from lmfx.checks import span_options
-from lmfx.equal import check_equal, in_double, merged_form, rounded
-from lmfx.passes.costs import kept_cost, layer_cost, merged_cost, merged_ops, span_ops
+from lmfx.calibration.model_checks import span_options
+from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import OptionError
-from lmfx.passes.identity import Origin
+from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
-from lmfx.passes.layers import Network
-from lmfx.passes.regroup import groups, regrouped
-from lmfx.passes.rewrite import span_names
-from lmfx.passes.solve import Chain, Entry, solve_chains
-from lmfx.passes.spans import SpanSet, enumerate_spans
-from lmfx.passes.trace import fingerprint
+from lmfx.passes.rewrite.regrouped_sums import groups, regrouped
+from lmfx.passes.rewrite.trainable import span_names
+from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
+from lmfx.passes.spans.costs import kept_cost, layer_cost, merged_cost, merged_ops, span_ops
+from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.tracing import fingerprint
+from lmfx.planning.equality import check_equal, in_double, merged_form, rounded
 from lmfx.result import Result
 from lmfx.stages import trace
 

@@ -10,30 +10,30 @@ from typing import Any
 
 from torch import fx, nn
 
-from lmfx.calibration import as_calibration
-from lmfx.caller_state import entry, ordinary
-from lmfx.carried import check_table
-from lmfx.checks import check_batched, check_graph, check_model, check_run_options, span_options
-from lmfx.fitting import fit_plan
-from lmfx.frontier import Frontier, solve_spans
+from lmfx.calibration.fitting import fit_plan
+from lmfx.calibration.images import as_calibration
+from lmfx.calibration.model_checks import check_batched, check_graph, check_model, check_run_options, span_options
+from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.environment.caller_state import entry, ordinary
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.base import check_made_for
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
+from lmfx.latency.carried_table import check_table
+from lmfx.latency.profiling import profile_spans
+from lmfx.latency.whole_networks import calibrate_table
 from lmfx.passes.errors import InputError, PlanError, TableError
-from lmfx.passes.identity import Origin
+from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.passes.layers import Network
-from lmfx.passes.regroup import regrouped
-from lmfx.passes.rewrite import merge as merge_spans
-from lmfx.passes.rewrite import rewrite as rewrite_graph
-from lmfx.passes.siblings import merge_siblings as merge_sibling_convs
-from lmfx.passes.spans import SpanSet, enumerate_spans
-from lmfx.passes.trace import trace as trace_graph
-from lmfx.profiling import profile_spans
+from lmfx.passes.rewrite.regrouped_sums import regrouped
+from lmfx.passes.rewrite.siblings import merge_siblings as merge_sibling_convs
+from lmfx.passes.rewrite.trainable import merge as merge_spans
+from lmfx.passes.rewrite.trainable import rewrite as rewrite_graph
+from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.tracing import trace as trace_graph
+from lmfx.planning.frontier import Frontier, solve_spans
 from lmfx.result import Result
-from lmfx.surrogates import affine_surrogates
-from lmfx.wholes import calibrate_table
 
 __all__ = [
     "default_backend",

@@ -226,7 +226,8 @@ class Candidate:
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves behind the merged conv (`norms`).
     `calls` are the spans of all other calls of the same layers (`calls.py`): what the candidate makes, they share.
-    `exact` says that the candidate is the same function as its span (`passes/exact.py`), so that it loses nothing.
+    `exact` says that the candidate is the same function as its span (`passes/spans/exact.py`), so that it loses
+    nothing.
     """
 
     span: Span

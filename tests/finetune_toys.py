@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from toys import images
+
+from tests.toys import images
 
 CENTRES = images(5, seed=3)
 

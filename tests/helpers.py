@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.passes.canonical import op_name
+from lmfx.passes.algebra.linear_span import LinearSpan
+from lmfx.passes.canonical.canonical_form import op_name
+from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.passes.layers import Network
-from lmfx.passes.linear_span import LinearSpan
-from lmfx.passes.rewrite import merge, rewrite
-from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
-from lmfx.passes.states import is_dropped
-from lmfx.passes.trace import fingerprint, trace
-from lmfx.passes.verify import relative_error
+from lmfx.passes.rewrite.trainable import merge, rewrite
+from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.spans.pruning import is_dropped
+from lmfx.passes.trace.tracing import fingerprint, trace
 
 Picker = Callable[[SpanSet], Iterable[Candidate]]
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 BARE = """
 import sys, types
-for name, folder in (("lmfx", "lmfx"), ("lmfx.latency", "lmfx/latency")):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [sys.argv[1] + "/" + folder]
+sys.modules["lmfx"] = types.ModuleType("lmfx")
+sys.modules["lmfx"].__path__ = [sys.argv[1] + "/lmfx"]
 del sys.argv[1]
-from lmfx.latency.share import Share
-from lmfx.latency.store import Store
+from lmfx.store.shared_rows import Share
+from lmfx.store.rows import Store
 assert "torch" not in sys.modules
 """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from helpers import double
 from torch import Tensor, fx, nn
 
 import lmfx
+from tests.helpers import double
 
 
 class Block(nn.Module):

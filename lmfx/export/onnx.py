@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from lmfx.caller_state import entry, one_line
+from lmfx.environment.caller_state import entry, one_line
 from lmfx.export.builder import PROTO_LIMIT, require_onnx
 from lmfx.export.specs import eval_mode
-from lmfx.passes.bare import bare
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
-from lmfx.passes.interface import plain_face, plain_output
-from lmfx.passes.limits import limits_of
-from lmfx.passes.quiet import quiet, tracing
+from lmfx.passes.graph.tensor_inputs import bare
+from lmfx.passes.model.interface import plain_face, plain_output
+from lmfx.passes.model.quiet import quiet, tracing
+from lmfx.passes.model.size_limits import limits_of
 
 __all__ = ["export_onnx", "quiet_export"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.builder import Builder, UnsupportedOp
-from lmfx.passes.ops import (
+from lmfx.passes.graph.ops import (
     MIRRORS,
     TRANSPOSED,
     ChannelAffine,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lmfx.passes.observed import fake_shapes
+from lmfx.passes.graph.map_shapes import fake_shapes
 
 __all__ = ["InputSpec", "eval_mode", "eval_shapes", "input_specs", "off_meta"]
 

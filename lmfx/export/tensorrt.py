@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmfx.caller_state import entry
-from lmfx.export.atomic import atomic_write
+from lmfx.environment.atomic_files import atomic_write
+from lmfx.environment.caller_state import entry
 from lmfx.export.precision import convert_bytes
 from lmfx.passes.errors import ExportError, MissingExtra, OptionError
 

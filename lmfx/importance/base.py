@@ -8,15 +8,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import fx
 
-from lmfx.calibration import Calibration
+from lmfx.calibration.images import Calibration
 from lmfx.importance.pool import ExecutorLike
-from lmfx.latency.row_values import check_value, score_of
-from lmfx.latency.store import Store
+from lmfx.latency.profiling import digest
 from lmfx.passes.errors import StoreError, TableError
-from lmfx.passes.identity import Identity, identify
+from lmfx.passes.identity.fingerprint import Identity, identify
 from lmfx.passes.ir import Candidate
-from lmfx.passes.spans import SpanSet
-from lmfx.profiling import digest
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.store.row_values import check_value, score_of
+from lmfx.store.rows import Store
 
 __all__ = [
     "Estimator",

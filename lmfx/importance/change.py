@@ -1,7 +1,8 @@
 """How far the output moves with one candidate: to second order, or by running the rest of the network.
 
 The network runs once on the scoring images, with what candidates read and give kept. A fit is made from sampled pixels
-of the other images (`lmfx.fitting`). Then the candidate alone is applied to the kept values, and its change of the
+of the other images (`lmfx.calibration.fitting`). Then the candidate alone is applied to the kept values, and its
+change of the
 value at its span's end is weighted with the output's gradients there, or sent on to the output.
 """
 
@@ -17,18 +18,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lmfx.calibration import Calibration
-from lmfx.fitting import FitGroup, FittedOp, fit_groups
-from lmfx.importance.after import After
+from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.recording import Replaced, batches_for, flat_output, output_rows, record, record_batches, resume
+from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.importance.added_activations import After
+from lmfx.passes.algebra.linear import LinearOp
+from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.errors import InputError, ModelError
 from lmfx.passes.ir import Candidate
-from lmfx.passes.linear import LinearOp
-from lmfx.passes.linear_span import LinearSpan, fill_pad
-from lmfx.passes.norms import moved_norm
-from lmfx.passes.rewrite import build_span, span_sides
-from lmfx.passes.spans import SpanSet
-from lmfx.surrogates import affine_surrogates
-from lmfx.values import Replaced, batches_for, flat_output, output_rows, record, record_batches, resume
+from lmfx.passes.rewrite.trainable import build_span, span_sides
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.moved_norms import moved_norm
 
 __all__ = ["Judging", "Scorer"]
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmfx.passes.ir import Candidate
-from lmfx.passes.layers import Network
+from lmfx.passes.spans.layers import Network
 
 __all__ = ["bounded_by", "violations"]
 

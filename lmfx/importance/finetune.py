@@ -24,21 +24,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.calibration import Calibration
-from lmfx.fitting import fit_plan
+from lmfx.calibration.fitting import fit_plan
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.jobs import Evaluate, Job, Outcome, PackedNetwork, Train, isolated, run_job
 from lmfx.importance.objective import Metric, Objective, ObjectiveName, importances
 from lmfx.importance.pool import ExecutorLike, run_jobs
-from lmfx.latency.store import Store
+from lmfx.latency.profiling import digest
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate, Layer, MergePlan
-from lmfx.passes.layers import Network
-from lmfx.passes.rewrite import rewrite
-from lmfx.passes.spans import SpanSet
-from lmfx.profiling import digest
-from lmfx.progress import progress as progress_bar
-from lmfx.surrogates import affine_surrogates
+from lmfx.passes.rewrite.trainable import rewrite
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.layers import Network
+from lmfx.store.rows import Store
 
 __all__ = ["Finetune"]
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmfx.calibration import Calibration
+from lmfx.calibration.images import Calibration
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike
-from lmfx.latency.store import Store
+from lmfx.latency.profiling import digest
 from lmfx.passes.ir import Candidate
-from lmfx.passes.layers import Network
-from lmfx.passes.spans import SpanSet
-from lmfx.profiling import digest
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.layers import Network
+from lmfx.store.rows import Store
 
 __all__ = ["Magnitude"]
 

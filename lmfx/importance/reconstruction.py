@@ -26,18 +26,18 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
-from lmfx.calibration import Calibration
+from lmfx.calibration.images import Calibration
+from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.change import Scorer
 from lmfx.importance.pool import ExecutorLike, opened
-from lmfx.latency.share import Share
-from lmfx.latency.store import Store
+from lmfx.latency.profiling import digest
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Candidate
-from lmfx.passes.layers import Network
-from lmfx.passes.spans import SpanSet
-from lmfx.profiling import digest
-from lmfx.progress import progress as progress_bar
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.layers import Network
+from lmfx.store.rows import Store
+from lmfx.store.shared_rows import Share
 
 __all__ = ["Reconstruction"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmfx.latency.base import Backend, Measurement, Prune, Whole
-from lmfx.latency.store import Store, default_cache_dir
+from lmfx.latency.backend import Backend, Measurement, Prune, Whole
 from lmfx.latency.table import Calibration, LatencyTable, calibrate
 from lmfx.latency.workload import Workload, signature
 from lmfx.passes.errors import OptionError
+from lmfx.store.rows import Store, default_cache_dir
 
 __all__ = [
     "BACKENDS",
@@ -48,13 +48,13 @@ def get_backend(backend: str | Backend = "onnxruntime", **options: Any) -> Backe
         return backend
     kind: Any
     if backend == "onnxruntime":
-        from lmfx.latency.onnxruntime import OnnxRuntimeBackend as kind
+        from lmfx.latency.backends.onnxruntime import OnnxRuntimeBackend as kind
     elif backend == "torch":
-        from lmfx.latency.torch_backend import TorchBackend as kind
+        from lmfx.latency.backends.torch_backend import TorchBackend as kind
     elif backend == "roofline":
-        from lmfx.latency.roofline import RooflineBackend as kind
+        from lmfx.latency.backends.roofline import RooflineBackend as kind
     elif backend == "tensorrt":
-        from lmfx.latency.tensorrt import TensorRTBackend as kind
+        from lmfx.latency.backends.tensorrt import TensorRTBackend as kind
     else:
         raise OptionError(f"unknown latency backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     import inspect

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lmfx.export.atomic import atomic_write
-from lmfx.latency.base import Measurement
-from lmfx.latency.row_values import check_value
+from lmfx.environment.atomic_files import atomic_write
+from lmfx.environment.bounded_reading import parse_json, read_bounded
+from lmfx.latency.backend import Measurement
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.reading import parse_json, read_bounded
+from lmfx.store.row_values import check_value
 
 __all__ = ["Calibration", "LatencyTable", "calibrate", "kendall_tau"]
 

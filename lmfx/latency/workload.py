@@ -6,7 +6,8 @@
 
 Names and the values of weights do not matter for the time, so they are not in it; nor are a norm's eps, momentum and
 in-place flags. All else is: constants of functions, attributes, and of modules that neither torch nor lmfx knows the
-code, and where what they do depends on values, these too (`lmfx.passes.content`). A workload that can not be told from
+code, and where what they do depends on values, these too (`lmfx.passes.identity.content`). A workload that can not be
+told from
 all others that way has a signature that no other one has: it shares no measurement, and is not stored.
 """
 
@@ -23,9 +24,9 @@ import torch
 from torch import fx, nn
 
 from lmfx.export.specs import InputSpec, input_specs
-from lmfx.passes.content import Describer, is_foreign
-from lmfx.passes.identity import node_text
-from lmfx.passes.quiet import quiet
+from lmfx.passes.identity.content import Describer, is_foreign
+from lmfx.passes.identity.fingerprint import node_text
+from lmfx.passes.model.quiet import quiet
 
 __all__ = ["Workload", "sentinel_workload", "signature"]
 

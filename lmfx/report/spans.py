@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from lmfx.passes.configs import module_config
+from lmfx.environment.bounded_reading import in_one_line
+from lmfx.passes.graph.conv_configs import module_config
 from lmfx.passes.ir import Candidate, Refusal
-from lmfx.passes.layers import Network
-from lmfx.passes.spans import SpanSet
-from lmfx.reading import in_one_line
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.layers import Network
 from lmfx.report.text import group_refusals, short, size, table
 
 __all__ = ["candidate_rows", "candidate_to_dict", "refusals_list", "spans_table"]

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from lmfx.caller_state import entry
+from lmfx.environment.bounded_reading import in_one_line, printable
+from lmfx.environment.caller_state import entry
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, ConvConfig, Refusal
-from lmfx.passes.limits import limits_of
-from lmfx.reading import in_one_line, printable
+from lmfx.passes.model.size_limits import limits_of
+from lmfx.planning.saved_networks import is_merged
 from lmfx.result import Result, result_of
-from lmfx.store import is_merged
 
 __all__ = ["Report", "calibration_text", "group_refusals", "report", "short", "size", "table"]
 

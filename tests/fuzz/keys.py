@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmfx.latency.candidate_workloads import Workloads
 from lmfx.passes.errors import LmfxError
-from lmfx.passes.identity import Origin, fingerprint, identify
-from lmfx.passes.layers import Network
-from lmfx.passes.spans import enumerate_spans
-from lmfx.passes.trace import trace
-from lmfx.workloads import Workloads
+from lmfx.passes.identity.fingerprint import Origin, fingerprint, identify
+from lmfx.passes.spans.enumeration import enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.tracing import trace
 from tests.fuzz.compare import Wrong, call, distance, leaves, structure
 from tests.fuzz.program import Program
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.ir import Candidate, Layer
-from lmfx.passes.layers import Network
-from lmfx.passes.linear_span import LinearSpan
-from lmfx.passes.rewrite import build_span
-from lmfx.passes.states import is_dropped
+from lmfx.passes.rewrite.trainable import build_span
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.spans.pruning import is_dropped
 from tests.fuzz.compare import Wrong
 
 __all__ = ["check_span"]

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import lmfx
-from benchmarks.random_plans import random_plan
-from lmfx.passes import ops
+from benchmarks.shared.random_plans import random_plan
 from lmfx.passes.errors import ExportError, LmfxError, SizeError, TraceError, VerifyError
+from lmfx.passes.graph import ops
 from lmfx.passes.ir import MergePlan
-from lmfx.passes.layers import Network
-from lmfx.passes.rewrite import merge, rewrite
-from lmfx.passes.spans import SpanOptions, SpanSet, enumerate_spans
-from lmfx.passes.trace import trace
+from lmfx.passes.rewrite.trainable import merge, rewrite
+from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.tracing import trace
 from tests.fuzz.compare import Wrong, call, check_same, check_untouched, clones, leaves, noise_of, state_of, structure
 from tests.fuzz.keys import check_keys
 from tests.fuzz.oracle import check_span

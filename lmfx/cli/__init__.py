@@ -1,0 +1,1 @@
+"""The command line: the stages of `lmfx.compress` by their names. `lmfx.cli.main.main` is the `lmfx` command."""

@@ -1,0 +1,193 @@
+"""`solve`: tables -> every Pareto-optimal plan of a network, in the latency of the whole network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lmfx.budget import Budget
+from lmfx.importance import ImportanceTable
+from lmfx.latency import Calibration as Line
+from lmfx.latency import LatencyTable
+from lmfx.passes.errors import InfeasibleBudget, MissingExtra
+from lmfx.passes.ir import Candidate, MergePlan, Series
+from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
+from lmfx.passes.solve.dynamic_program import Frontier as RawFrontier
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.trace.tracing import fingerprint
+
+__all__ = ["Frontier", "Point", "solve_spans"]
+
+IDENTITY = Line(0.0, 1.0, 0.0, float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One Pareto-optimal choice: predicted latency of the whole network in ms, importance, and its plan."""
+
+    latency: float
+    importance: float
+    plan: MergePlan
+
+
+class Frontier:
+    """Every Pareto-optimal plan, fastest first. `len()`, iteration and indexing give `Point`s."""
+
+    def __init__(
+        self,
+        spans: SpanSet,
+        raw: RawFrontier,
+        original: float,
+        line: Line = IDENTITY,
+        surrogate: Literal["identity", "affine"] = "identity",
+    ) -> None:
+        self.spans = spans
+        self.raw = raw
+        self.original_sum = original
+        self.line = line
+        self.surrogate = surrogate
+        self._fingerprint = fingerprint(spans.network.gm)
+        self._order = {name: i for i, name in enumerate(spans.network.nodes)}
+
+    @property
+    def latency(self) -> np.ndarray:
+        """Predicted latency of the whole network at each point, ms, ascending."""
+        return np.asarray(self.line.a + self.line.b * self.raw.latency)
+
+    @property
+    def importance(self) -> np.ndarray:
+        """Importance at each point, ascending; 0 is the original network."""
+        return self.raw.importance
+
+    @property
+    def original(self) -> float:
+        """Predicted latency of the original network, ms."""
+        return self.line(self.original_sum)
+
+    def calibrated(self, line: Line) -> Frontier:
+        """The same frontier with another relation between sums of rows and whole networks."""
+        return Frontier(self.spans, self.raw, self.original_sum, line, self.surrogate)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, index: int) -> Point:
+        index = range(len(self))[index]
+        return Point(float(self.latency[index]), float(self.importance[index]), self.plan(index))
+
+    def __iter__(self) -> Iterator[Point]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Frontier({len(self)} points, {self.latency[0]:.4g} to {self.latency[-1]:.4g} ms)"
+
+    def plan(self, index: int) -> MergePlan:
+        """The plan of one point."""
+        chosen = [c for c in self.raw.choice(index) if isinstance(c, Candidate) and c.realization != "keep"]
+        chosen.sort(key=lambda c: self._order[c.span.exit])
+        return MergePlan(
+            tuple(chosen),
+            self._fingerprint,
+            float(self.latency[index]),
+            float(self.importance[index]),
+            self.surrogate,
+            activation_after=self.spans.options.activation_after,
+        )
+
+    def index_at(self, budget: Any) -> int:
+        """The best point whose predicted latency is within a budget: 0.6, "60%", "4.5ms", "2x" or a `Budget`.
+
+        A relative budget counts from the predicted latency of the original. Raises `InfeasibleBudget` with the fastest
+        predicted latency if there is none.
+        """
+        wanted = Budget.parse(budget)
+        limit = wanted.resolve(self.original)
+        latency = self.latency
+        index = int(np.searchsorted(latency, limit * (1 + 1e-12), side="right")) - 1
+        if index < 0:
+            raise InfeasibleBudget(
+                f"no plan reaches {limit:.4g} ms (budget {wanted}, original {self.original:.4g} ms): the fastest is "
+                f"predicted at {latency[0]:.4g} ms. Ask for that or more, or allow more with realize=, "
+                "max_kernel_size= or fewer exclude=",
+                float(latency[0]),
+                self.original,
+            )
+        return index
+
+    def at(self, budget: Any) -> MergePlan:
+        """The best plan within a budget; see `index_at`."""
+        return self.plan(self.index_at(budget))
+
+    def plot(self, path: str | os.PathLike[str] | None = None, ax: Any = None, mark: Any = None) -> Any:
+        """Draw importance over latency with matplotlib, save it to `path` if given, and return the axes.
+
+        `mark` is a budget to mark. Raises `MissingExtra` without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtra('plots need matplotlib: pip install "lmfx[plot]"') from error
+        if ax is None:
+            ax = Figure(figsize=(6, 4), layout="constrained").subplots()
+        ax.step(self.latency, self.importance, where="post", label=f"{len(self)} Pareto-optimal plans")
+        ax.axvline(self.original, color="0.6", linestyle=":", label="original")
+        if mark is not None:
+            index = self.index_at(mark)
+            ax.plot(self.latency[index], self.importance[index], "o", label=f"budget {mark}")
+        ax.set_xlabel("predicted latency (ms)")
+        ax.set_ylabel("importance")
+        ax.set_yscale("symlog", linthresh=1e-3)
+        ax.legend()
+        if path is not None:
+            ax.figure.savefig(path, dpi=120)
+        return ax
+
+
+def solve_spans(
+    spans: SpanSet,
+    latency: LatencyTable,
+    importance: ImportanceTable,
+    line: Line | None = None,
+    surrogate: Literal["identity", "affine"] = "identity",
+) -> Frontier:
+    """Every budget from one exact solve. Candidates without a row in both tables can not be chosen.
+
+    What is the same function as its span has importance 0, whatever a table says, and is taken where another choice has
+    the same latency and importance. Latencies are those of whole networks by `line`, by default the table's calibration
+    if it has one.
+    """
+    line = line or latency.calibration or IDENTITY
+    by_series: dict[str, list[Candidate]] = {}
+    for c in spans:
+        by_series.setdefault(c.span.series, []).append(c)
+    total = 0.0
+
+    calls = spans.network.calls
+
+    def kept(c: Candidate) -> float:
+        others = calls.others(c.span.series, c.span.start, c.span.stop)
+        return latency.ms(c.key) + sum(latency.ms(f"{name}:{i}-{j}:keep") for name, i, j in others)
+
+    def chain(series: Series) -> Chain:
+        nonlocal total
+        # A run that is called before is decided there, with the latencies of all calls.
+        entries = [Entry(start, stop, 0.0, 0.0, None) for start, stop in calls.passed(series.name)]
+        for c in sorted(by_series.get(series.name, []), key=lambda c: not (c.exact or c.realization == "keep")):
+            if calls.role(series.name, c.span.start, c.span.stop) == "other":
+                continue
+            if c.realization == "keep":
+                parallel = series.layers[c.span.start].parallel
+                branches = tuple(chain(b) for b in parallel.branches) if parallel else ()
+                total += kept(c)
+                entries.append(Entry(c.span.start, c.span.stop, kept(c), 0.0, c, branches))
+            elif c.key in latency and (c.exact or c.key in importance):
+                value = 0.0 if c.exact else importance[c.key]
+                entries.append(Entry(c.span.start, c.span.stop, latency.ms(c.key), value, c))
+        return Chain(entries, len(series.layers))
+
+    chains = [chain(region.series) for region in spans.network.regions]
+    return Frontier(spans, solve_chains(chains), total, line, surrogate)

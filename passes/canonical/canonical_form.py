@@ -1,0 +1,223 @@
+"""Functions and methods become plain torch.nn modules; what is the identity in eval mode is gone.
+
+    before                                                    after
+    %w = get_attr[conv.weight]                                %c = call_module[conv](%x)       plain nn.Conv2d
+    %c = conv2d(%x, %w, None, 1, 1)                           %r = call_module[relu](%c)       plain nn.ReLU
+    %r = call_method[relu](%c)                                %s = call_module[mul](%r)        ChannelAffine
+    %d = dropout(%r, 0.1, False)
+    %s = mul(%d, 0.5)
+
+`x * sigmoid(x)` is nn.SiLU.
+
+Joins are normalised to torch.add, torch.sub, torch.mul and torch.cat over values; constants are folded into a
+`ChannelAffine`. A node that fits no rule stays as it is (opaque for the later passes).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..graph import ops
+from ..graph.graph_edit import bypass, place, set_submodule
+from ..graph.raw_nodes import op_name, tensor_of
+from .arithmetic import SCALAR, arithmetic, concatenation
+from .cats import share_prefixes
+from .functional import global_pool, module_of
+from .layouts import channels_first
+from .pixels import slice_pixels
+from .selections import select_channels
+from .transposed import as_conv
+from .written_borders import pads_before
+
+__all__ = ["canonicalize", "op_name", "set_submodule"]
+
+_EXPORTED_NORM = "_native_batch_norm_legit_no_training"
+
+
+def canonicalize(gm: fx.GraphModule) -> int:
+    """Rewrite the graph of `gm` (the caller's own copy) in place; returns the number of nodes changed.
+
+    Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor), and `meta["same"]` if its
+    value is its first operand itself.
+    """
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed = 0
+    for node in list(gm.graph.nodes):
+        if node.op == "call_module":
+            changed += _module(gm, node)
+        elif node.op in ("call_function", "call_method"):
+            changed += _function(gm, node)
+    changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += pads_before(gm)
+    changed += channels_first(gm)
+    changed += slice_pixels(gm)
+    changed += select_channels(gm)
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    changed += share_prefixes(gm)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return changed
+
+
+def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target))
+    if ops.plain_in(module, ops.IDENTITIES) or type(module).__name__ in ops.IDENTITY_NAMES:
+        if ops.has_hooks(module) or len(node.all_input_nodes) != 1:
+            return False
+        return bypass(node)
+    plain = as_conv(module) or _local_norm(module, node.meta.get("shape"))
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target] if plain else []
+    if plain is not None and all(len(n.args) == 1 and not n.kwargs and _rank(n) == _rank(node) for n in calls):
+        set_submodule(gm, str(node.target), plain.train(False))
+        return True
+    if node.kwargs and not node.args and len(node.kwargs) == 1:  # self.conv(input=x)
+        node.args, node.kwargs = tuple(node.kwargs.values()), {}
+        return True
+    return False
+
+
+def _rank(node: fx.Node) -> int | None:
+    shape = node.meta.get("shape")
+    return None if shape is None else len(shape)
+
+
+def _local_norm(module: nn.Module, shape: tuple[int, ...] | None) -> nn.Module | None:
+    """The BatchNorm that a SyncBatchNorm is when no statistics are collected, with the same tensors; else None."""
+    if shape is None or not 2 <= len(shape) <= 5 or not isinstance(module, nn.SyncBatchNorm):
+        return None
+    if not ops.is_plain(module, nn.SyncBatchNorm) or module.running_mean is None:
+        return None
+    norm = ops.BATCH_NORMS[max(len(shape) - 3, 0)](0, eps=module.eps, momentum=module.momentum)
+    norm.affine, norm.num_features = module.affine, module.num_features  # type: ignore[assignment]
+    norm._parameters, norm._buffers = module._parameters, module._buffers
+    return norm
+
+
+def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
+    name = op_name(node)
+    if name in ops.IDENTITY_FUNCTIONS:
+        return _drop_identity(node)
+    if name == _EXPORTED_NORM:
+        return _exported_norm(gm, node)
+    if _is_copy(gm, node, name):
+        return bypass(node)
+    if name in ops.CASTS and node.meta.get("same"):
+        return bypass(node)
+    if node.meta.get("shape") is None:
+        return False
+    if name in ("view", "_unsafe_view"):
+        return _reshape(node)
+    if name in ("cat", "concat", "concatenate"):
+        return concatenation(node)
+    if name == "mul" and (value := _times_ones(gm, node)) is not None:
+        node.replace_all_uses_with(value)
+        node.graph.erase_node(node)
+        return True
+    if name in SCALAR:
+        return arithmetic(gm, node, name)
+    if name == "mean":
+        return _mean(gm, node)
+    module = module_of(gm, node, name)
+    if module is None:
+        return False
+    if isinstance(module, (*ops.PADS, *ops.MIRRORS)) and not any(module.padding):  # type: ignore[arg-type]
+        return bypass(node)
+    place(gm, node, module, name)
+    return True
+
+
+def _times_ones(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The operand of a product with ones of its own shape, a constant that a tracer made for the example's batch."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    for value, other in (node.args, node.args[::-1]):
+        if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or other.op != "get_attr":
+            continue
+        if any(value.meta.get(key) != node.meta.get(key) for key in ("shape", "dtype")):
+            continue
+        ones = tensor_of(gm, other)
+        if ones is None or isinstance(ones, nn.Parameter) or ones.shape != node.meta["shape"]:
+            continue
+        if bool((ones == 1).all()):
+            return value
+    return None
+
+
+def _swish(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """x * sigmoid(x) is one activation, not a product of two branches."""
+    if op_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
+        return False
+    for value, gate in (node.args, node.args[::-1]):
+        if not isinstance(gate, fx.Node) or gate.op != "call_module" or gate.args != (value,):
+            continue
+        if ops.is_plain(gm.get_submodule(str(gate.target)), nn.Sigmoid):
+            place(gm, node, nn.SiLU(), "silu", value)  # type: ignore[arg-type]
+            return True
+    return False
+
+
+def _drop_identity(node: fx.Node) -> bool:
+    training = node.kwargs.get("training")
+    if training is None:
+        flags = [a for a in node.args[1:] if isinstance(a, bool)]
+        last = op_name(node).startswith("drop_block")  # (..., inplace, eps, training)
+        training = flags[-1 if last else 0] if flags else op_name(node) != "drop_path"
+    p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else None)
+    if (training and p != 0) or not isinstance(node.args[0] if node.args else None, fx.Node):
+        return False
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+    return True
+
+
+def _reshape(node: fx.Node) -> bool:
+    """A view is a reshape in a graph where nothing is in place, and a reshape asks nothing of its operand's memory."""
+    if node.kwargs or len(node.args) < 2 or any(isinstance(a, torch.dtype) for a in node.args):
+        return False
+    if node.op == "call_function" and len(node.args) != 2:
+        return False
+    node.target = "reshape" if node.op == "call_method" else torch.reshape
+    return True
+
+
+def _mean(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """x.mean((2, 3)) of a map is a pool to one pixel, flattened."""
+    pool = global_pool(node)
+    if pool is None:
+        return False
+    source, shape = node.all_input_nodes[0], node.meta["shape"]
+    if len(shape) > 2:
+        place(gm, node, pool, "mean")
+        return True
+    with gm.graph.inserting_before(node):
+        pooled = gm.graph.call_function(torch.mean, (source,))
+    pooled.meta = {**node.meta, "shape": (*shape, *(1,) * (len(source.meta["shape"]) - 2))}
+    node.args, node.kwargs = (pooled,), {}
+    place(gm, pooled, pool, "mean")
+    place(gm, node, nn.Flatten(), "flatten")
+    return True
+
+
+def _is_copy(gm: fx.GraphModule, node: fx.Node, name: str) -> bool:
+    """Whether a node only gives its operand a memory of its own, which no reader needs."""
+    if name == "clone":
+        return len(node.args) == 1
+    readers = (gm.get_submodule(str(n.target)) for n in node.users if n.op == "call_module")
+    known = (type(m).__module__.startswith("torch.nn.") or isinstance(m, ops.AFFINE) for m in readers)
+    return name == "contiguous" and all(known)  # a module that nobody knows may ask for contiguous memory
+
+
+def _exported_norm(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """torch.export's eval-mode norm gives three values, of which a network reads the first."""
+    if not all(op_name(user) == "getitem" and user.args[1] == 0 for user in node.users):
+        return False
+    first, *others = node.users
+    weight, bias, mean, var, momentum, eps = node.args[1:]
+    for user in (first, *others):
+        user.target, user.args = torch.nn.functional.batch_norm, (node.args[0], mean, var, weight, bias, False)
+        user.kwargs = {"momentum": momentum, "eps": eps}
+        _function(gm, user)
+    return True

@@ -1,0 +1,47 @@
+"""A transposed convolution of stride 1 is a convolution, with its kernel turned around.
+
+    y[o] += W[i, o, t] x[i, n + p - d t]      ->      W'[o, i, j] = W[i, o, k - 1 - j]      p' = d (k - 1) - p
+
+With groups this holds within each. Where the padding would be negative (it crops) or the stride is larger it stays what
+it is: `enlarge` knows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from ..graph import ops
+
+__all__ = ["as_conv"]
+
+
+def as_conv(module: nn.Module) -> nn.Module | None:
+    """The equal convolution of a transposed one, with a weight of its own; None if there is none."""
+    if not isinstance(module, _ConvTransposeNd) or not ops.plain_in(module, ops.TRANSPOSED):
+        return None
+    extents = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    cropped: Any = module.padding
+    padding = tuple(e - p for e, p in zip(extents, cropped, strict=True))
+    if any(s != 1 for s in module.stride) or any(module.output_padding) or min(padding) < 0:
+        return None
+    ndim, groups = len(extents), module.groups
+    conv = nn.utils.skip_init(
+        ops.conv_class(ndim),
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        padding=padding,
+        dilation=module.dilation,
+        groups=groups,
+        bias=module.bias is not None,
+    )
+    inner, outer = module.in_channels // groups, module.out_channels // groups
+    blocks = module.weight.detach().reshape(groups, inner, outer, *module.kernel_size).transpose(1, 2)
+    turned = blocks.flip(tuple(range(3, 3 + ndim))).reshape(module.out_channels, inner, *module.kernel_size)
+    conv.weight = nn.Parameter(turned.contiguous(), requires_grad=module.weight.requires_grad)
+    if module.bias is not None:
+        conv.bias = module.bias
+    return conv

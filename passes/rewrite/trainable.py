@@ -1,0 +1,442 @@
+"""MergePlan -> trainable GraphModule -> merged GraphModule.
+
+    before     x ─ conv1 ─ bn1 ─ relu ─ conv2 ─ bn2 ─┐                    trainable  x ─ LinearSpan ─ relu
+               └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
+
+`rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
+nothing. A norm that moves behind the merged conv (`norms`), or an activation that is put behind it (`after`), is a
+module of its own in both forms. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules
+stay, dead modules and parameters go, and both results are ordinary GraphModules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..algebra import linear
+from ..algebra.linear_span import Branches, Chain, Crop, EnlargingSpan, LinearSpan, without_padding
+from ..algebra.side_vectors import SideAdd, SideConv, side_vector
+from ..canonical.canonical_form import set_submodule
+from ..errors import PlanError
+from ..graph import ops
+from ..graph.conv_configs import identity_config
+from ..graph.graph_edit import is_attribute
+from ..graph.shapes import Pads
+from ..graph.verify import check_graph, drop_unread
+from ..identity.fingerprint import fingerprint, is_of
+from ..ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
+from ..model.model_copy import deep_copy
+from ..model.size_limits import limits_of, set_limits
+from ..spans.layers import Network
+from ..spans.moved_norms import moved_norm
+from ..spans.pruning import is_dropped, side_inputs
+from .added_activations import activated
+from .one_pixel_vectors import vector_limits
+from .regrouped_sums import regrouped
+
+__all__ = ["build_span", "merge", "rewrite", "span_names", "span_sides"]
+
+
+def rewrite(
+    graph: fx.GraphModule,
+    plan: MergePlan,
+    surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    share_tensors: bool = False,
+) -> fx.GraphModule:
+    """The trainable form of `graph` under `plan`; `graph` is not changed.
+
+    `surrogates` maps activation nodes to (scale, bias) of shape (channels,) that linearize them; without it every
+    linearized activation is the identity, and every linearized norm its own scale and bias. Fitted convs have values
+    drawn as torch draws those of a new conv, so the result computes nothing useful until a fit has set them:
+    `lmfx.rewrite` with calibration data does, and this function never.
+
+    With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
+    that only is to be timed. Raises `PlanError` if the plan was made for another graph.
+    """
+    if plan.fingerprint and not is_of(plan.fingerprint, graph):
+        raise PlanError(
+            f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
+            "trace the same model with an example of the same rank, or solve again"
+        )
+    graph = regrouped(graph, plan.sums)
+    network = Network(graph, fine=plan.fine)
+    gm = _copy(graph, share_tensors)
+    nodes = {n.name: n for n in gm.graph.nodes}
+    placed: dict[str, str] = {}
+    like = next(graph.parameters(), None)
+    vectors: set[str] = set()
+    for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
+        _check(network, candidate)
+        if candidate.realization == "keep":
+            continue
+        sides: tuple[fx.Node, ...] = ()
+        norm: str | None = None
+        if candidate.realization != "drop":
+            module = build_span(network, candidate, surrogates)
+            sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
+            vectors |= set(module.sides) if isinstance(module, LinearSpan) else set()
+            set_submodule(gm, name, module.train(graph.training) if like is None else module.to(like.device))
+            placed[name] = candidate.key
+        for number, span in enumerate(candidate.spans):
+            entry, output = nodes[span.entry], nodes[span.output]
+            if candidate.realization == "drop":
+                output.replace_all_uses_with(entry)
+                nodes[span.output] = entry  # the next span may begin here
+                continue
+            with gm.graph.inserting_after(output):
+                new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
+            new.meta = {**output.meta, "path": name, "call": number}
+            output.replace_all_uses_with(new)
+            if candidate.post_norm is not None and norm is None:
+                new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))
+                norm = str(new.target)
+            elif norm is not None:
+                new = _call_after(gm, new, norm)
+            nodes[span.output] = new
+    if plan.activation_after is not None:
+        for place, keys in activated(network, plan).items():
+            name = next(n for n, key in placed.items() if key in keys)
+            _append(gm, nodes[place], f"{name}_act", ops.activation_of(plan.activation_after))
+    _clean(gm)
+    limits = [limit for limit in vector_limits(graph, vectors) if limit not in limits_of(gm)]
+    if limits:
+        set_limits(gm, (*limits_of(gm), *limits))
+    gm.meta["lmfx_spans"] = placed
+    check_graph(gm)
+    return gm
+
+
+def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """A call of `module` behind `node`, which all readers of `node` read instead."""
+    name = _free(gm, name)
+    set_submodule(gm, name, module)
+    return _call_after(gm, node, name)
+
+
+def _free(gm: fx.GraphModule, name: str) -> str:
+    """The name, or the next one that no layer of the model has."""
+    while is_attribute(gm, name):
+        name += "_"
+    return name
+
+
+def _kind(part: nn.Module) -> str:
+    """What a module beside a merged conv is called."""
+    return "slice" if isinstance(part, ops.PixelSlice) else "shuffle" if ops.enlarges(part) else "pad"
+
+
+def _call_after(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
+    """A call of the module `name` after `node`, which all readers of `node` read instead."""
+    with gm.graph.inserting_after(node):
+        new = gm.graph.create_node("call_module", name, (), {}, name=name.replace(".", "_"))
+    node.replace_all_uses_with(new)
+    new.args = (node,)
+    new.meta = {**node.meta, "path": name}
+    return new
+
+
+def _post_norm(network: Network, candidate: Candidate) -> nn.Module:
+    name, conv = candidate.post_norm, candidate.conv
+    known = name is not None and name in network.nodes and network.nodes[name].op == "call_module"
+    norm = moved_norm(network.module(str(name)), conv.out_channels) if known and conv is not None else None
+    if norm is None:
+        raise PlanError(f"the plan moves the norm {name} behind {candidate.key}, and the graph has no such norm")
+    return norm
+
+
+def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
+    """The module name that each candidate's merged conv gets, `layer1.0.merged` beside the span's first conv.
+
+    In a plan of single ops a conv that only takes in what is beside it keeps its name.
+    """
+    taken: set[str] = set()
+    names = []
+    for candidate in plan.candidates:
+        if plan.fine and len(candidate.all_convs) == 1:
+            names.append(candidate.all_convs[0])
+            taken.add(names[-1])
+            continue
+        parent = candidate.convs[0].rpartition(".")[0] if candidate.convs else ""
+        base = f"{parent}.merged" if parent else "merged"
+        name, i = base, 0
+        while name in taken or is_attribute(graph, name):
+            i += 1
+            name = f"{base}_{i}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule:
+    """The deploy form: a copy in which every `LinearSpan` is one conv (after a pad node if its padding is uneven, and
+    before a shuffle where it enlarges its map and is no transposed conv).
+
+    `share_tensors` as in `rewrite`.
+    """
+    gm = _copy(module, share_tensors)
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), LinearSpan):
+            calls.setdefault(str(node.target), []).append(node)
+    for name, nodes in calls.items():
+        span = gm.get_submodule(name)
+        assert isinstance(span, LinearSpan)
+        conv = span.reparameterize().train(module.training)
+        _merge_sides(gm, nodes, span)
+        if isinstance(conv, nn.Sequential):
+            parts = list(conv)
+            main = next(i for i, part in enumerate(parts) if isinstance(part, _ConvNd))
+            names = {part: _free(gm, f"{name}_{_kind(part)}") for part in parts[:main] + parts[main + 1 :]}
+            for part, own in names.items():
+                set_submodule(gm, own, part.train(module.training))
+            for node in nodes:
+                for part in reversed(parts[main + 1 :]):
+                    _call_after(gm, node, names[part]).meta["shape"] = None
+                for part in parts[:main]:
+                    own = names[part]
+                    with gm.graph.inserting_before(node):
+                        pad = gm.graph.create_node("call_module", own, node.args, {}, name=own.replace(".", "_"))
+                    pad.meta = {**node.meta, "shape": None, "path": own}
+                    node.args = (pad,)
+            conv = parts[main]
+        set_submodule(gm, name, conv)
+    _clean(gm)
+    check_graph(gm)
+    return gm
+
+
+def _merge_sides(gm: fx.GraphModule, nodes: list[fx.Node], span: LinearSpan) -> None:
+    """Add the 1 x 1 convolution of each vector from the side after the merged conv's nodes."""
+    names = []
+    for i, conv in enumerate(span.side_convs()):
+        names.append(f"{nodes[0].target}_side{i}")
+        set_submodule(gm, names[-1], conv.train(gm.training))
+    for node in nodes:
+        value, sides = node.args[0], node.args[1:]
+        node.args = (value,)
+        last = node
+        for name, vector in zip(names, sides, strict=True):
+            with gm.graph.inserting_after(last):
+                seen = gm.graph.create_node("call_module", name, (vector,), {}, name=name.replace(".", "_"))
+            with gm.graph.inserting_after(seen):
+                total = gm.graph.call_function(torch.add, (last, seen))
+            for user in [u for u in last.users if u is not total]:
+                user.replace_input_with(last, total)
+            seen.meta = {**node.meta, "shape": None, "path": name}
+            total.meta = dict(node.meta)
+            last = total
+
+
+def _check(network: Network, candidate: Candidate) -> None:
+    for span in candidate.spans:
+        series = network.series.get(span.series)
+        found = series.layers[span.start : span.stop] if series is not None else ()
+        whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
+        if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
+            raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
+        if candidate.conv is not None and candidate.realization != "keep":
+            _check_conv(network, candidate.key, span, candidate.conv)
+    own = candidate.span
+    calls = network.calls.others(own.series, own.start, own.stop) if candidate.calls else ()
+    if tuple((s.series, s.start, s.stop) for s in candidate.calls) != calls:
+        raise PlanError(
+            f"the calls of the plan's span {candidate.key} are not those of one run of layers in this graph"
+        )
+
+
+def _check_conv(network: Network, key: str, span: Span, conv: ConvConfig) -> None:
+    """A plan may come from a file, and says how much memory its convs take: as much as the span's shapes ask for."""
+    before, after = network.shape(span.entry), network.shape(span.output)
+    expected = (before[1], after[1], len(before) - 2)
+    seen = (conv.in_channels, conv.out_channels, len(conv.kernel_size))
+    if seen != expected:
+        raise PlanError(
+            f"the plan has a conv of {seen[0]} to {seen[1]} channels in {seen[2]}d for {key}, and the span has "
+            f"{expected[0]} to {expected[1]} in {expected[2]}d: compress again"
+        )
+
+
+def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:
+    tensors = [*gm.parameters(), *gm.buffers()] if share_tensors else []
+    copied: fx.GraphModule = deep_copy(gm, {id(t): t for t in tensors})
+    return copied
+
+
+def _clean(gm: fx.GraphModule) -> None:
+    """Remove what is dead, and activations that repeat the one right before them."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    for node in list(gm.graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        here, before = gm.get_submodule(str(node.target)), gm.get_submodule(str(source.target))
+        if type(here) is type(before) and type(here) in ops.IDEMPOTENT and here.extra_repr() == before.extra_repr():
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    drop_unread(gm)
+    gm.graph.lint()
+    gm.recompile()
+
+
+# --- candidates as modules --------------------------------------------------------------------------------------------
+
+
+def build_span(
+    network: Network, candidate: Candidate, surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> nn.Module:
+    """The trainable module of a composed or fitted candidate, with copies of the network's weights."""
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    assert candidate.conv is not None
+    if candidate.realization == "compose":
+        bare = candidate.post_norm is not None  # the norm behind the conv undoes a scale: nothing stands for what goes
+        kept = kept_nodes(network, candidate)
+        return _Builder(network, kept, None if bare else surrogates or {}).span(layers, candidate.conv)
+    return fitted_conv(network, candidate.conv, span_sides(network, candidate))
+
+
+def span_sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
+    """The nodes whose vectors a composed or fitted candidate takes from the side, in the order of the graph."""
+    if candidate.realization not in ("compose", "fit") or not network.vectors:
+        return ()
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    kept = kept_nodes(network, candidate) if candidate.realization == "compose" else network.convs(layers)[1]
+    return side_inputs(network, layers, frozenset(kept))
+
+
+def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
+    """The conv nodes that a composed candidate keeps."""
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    return frozenset(n for n in network.convs(layers)[1] if network.path(n) in set(candidate.kept))
+
+
+def fitted_conv(network: Network, config: ConvConfig, sides: tuple[str, ...] = ()) -> nn.Module:
+    """A conv (or Linear) of this configuration in the network's dtype, initialised as torch does it.
+
+    Where `sides` are nodes of vectors it is a `LinearSpan`, which adds each of them by a matrix that begins as zeros.
+    """
+    like = next(p for p in network.gm.parameters() if p.is_floating_point())
+    if not config.kernel_size:
+        return nn.Linear(config.in_channels, config.out_channels, dtype=like.dtype, device=like.device)
+    symmetric = config.even and not sides
+    make: Any = ops.conv_class(len(config.kernel_size))
+    conv: nn.Module = make(
+        config.in_channels,
+        config.out_channels,
+        config.kernel_size,
+        config.stride,
+        tuple(lo for lo, _ in config.padding) if symmetric else 0,
+        config.dilation,
+        config.groups,
+        dtype=like.dtype,
+        device=like.device,
+    )
+    if symmetric:
+        return conv
+    op = linear.from_conv(conv)
+    added = [SideConv(i, network.shape(n)[1], config.out_channels, op.bias.to(like)) for i, n in enumerate(sides)]
+    return LinearSpan(
+        Chain([conv, *added]),
+        config.padding,
+        linear.LinearOp(op.weight, op.bias, op.stride, config.padding, op.dilation, op.groups).config,
+        sides,
+    )
+
+
+class _Builder:
+    def __init__(
+        self, network: Network, kept: frozenset[str], surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
+    ) -> None:
+        self.network = network
+        self.kept = kept
+        self.surrogates = surrogates
+        self.sides: tuple[str, ...] = ()
+        self.enlarging = False
+        self.pads: list[Pads] = []  # of the modules of the outermost chain, which is made last
+
+    def span(self, layers: tuple[Layer, ...], config: ConvConfig) -> LinearSpan:
+        self.sides = side_inputs(self.network, layers, self.kept)
+        self.enlarging = self.network.enlarging(layers) is not None
+        chain, seen = self.chain(layers, linearize_last=False)
+        if self.enlarging:
+            if replace(seen, window=config.window) != config or config.window not in ((), seen.window):
+                raise PlanError(f"the plan's conv {config} is not what this graph gives, {seen}: solve again")
+            return EnlargingSpan(chain, self.pads, config)
+        return LinearSpan(chain, seen.padding, seen, self.sides)
+
+    def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
+        modules: list[nn.Module] = []
+        pads: list[Pads] = []
+        shape = self.network.shape(layers[0].entry)
+        none = ((0, 0),) * (len(shape) - 2)
+        config = identity_config(shape[1], len(shape) - 2)
+        for i, layer in enumerate(layers):
+            if layer.conv is not None and layer.conv not in self.kept:
+                continue  # pruned with its norms and its activation: the identity
+            if layer.parallel is not None:
+                branches, joined = self.branches(layer.parallel)
+                config = linear.compose_config(config, joined)
+                if branches is not None:
+                    modules.append(branches)
+                    pads.append(joined.padding)
+            for name in self.network.affine_nodes(layer):
+                step = self.network.step(name, config)
+                config = linear.compose_config(config, step)
+                side = side_vector(self.network.nodes[name])
+                if side is not None:
+                    vector, sign = side
+                    modules.append(SideAdd(self.sides.index(vector.name), config.out_channels, sign))
+                    pads.append(none)
+                    continue
+                module = self.network.module(name)
+                bare = without_padding(module)
+                if bare is None and self.enlarging and not linearize_last:
+                    bare = nn.Identity()  # in the place of what it pads
+                if bare is not None:
+                    modules.append(bare)
+                    pads.append(step.padding)
+            last = i == len(layers) - 1 and not linearize_last
+            surrogate = None if last or layer.activation is None else self.surrogate(layer.activation)
+            if surrogate is not None:
+                modules.append(surrogate)
+                pads.append(none)
+        self.pads = pads
+        return Chain(modules), config
+
+    def surrogate(self, activation: str) -> nn.Module | None:
+        """What stands for an activation inside the span; without a fitted one a norm keeps its own scale and bias.
+
+        Without surrogates at all nothing stands for it.
+        """
+        if self.surrogates is None:
+            return None
+        if activation in self.surrogates:
+            return ops.ChannelAffine(*self.surrogates[activation])
+        module: Any = self.network.module(activation)
+        scale, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not ops.normalizes(module, self.network.shape(activation)) or scale is None:
+            return None
+        return ops.ChannelAffine(scale, torch.zeros_like(scale) if bias is None else bias)
+
+    def branches(self, parallel: Parallel) -> tuple[nn.Module | None, ConvConfig]:
+        chains, configs, signs = [], [], []
+        for i, branch in enumerate(parallel.branches):
+            if is_dropped(self.network, parallel, self.kept, i):
+                continue
+            if branch.layers:
+                chain, config = self.chain(branch.layers, linearize_last=True)
+            else:
+                shape = self.network.shape(branch.entry)
+                chain, config = Chain([]), identity_config(shape[1], len(shape) - 2)
+            chains.append(chain)
+            configs.append(config)
+            signs.append(-1.0 if parallel.join == "sub" and i > 0 else 1.0)
+        if len(chains) == 1 and parallel.join != "cat":
+            return (chains[0] if len(chains[0]) else None), configs[0]
+        crops = [Crop(c) for c in linear.branch_crops(configs)]
+        whole = linear.cat_configs(configs) if parallel.join == "cat" else linear.add_configs(configs)
+        return Branches(parallel.join, chains, crops, signs), whole

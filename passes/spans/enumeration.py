@@ -1,0 +1,431 @@
+"""Regions -> candidates and refusals: for every series and every span, what it could become, or why it can not.
+
+compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
+          the kept set of the largest L1 norm that holds every irreducible conv (`states`).
+fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
+          that follows the span's own size rule.
+drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
+
+`method` narrows this down to what the published baselines consider, with the same tables and the same solver:
+
+layermerge   all of the above                                              (Kim et al., ICML 2024)
+depth        activations are removed, every conv of a span is composed     (Kim et al., ICML 2023)
+layeronly    convs are removed one by one, nothing is merged: the drops of single layers, whose activation stays
+exact        nothing is removed: the composed convs that are the same function as their span (`exact`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ..errors import OptionError
+from ..graph import ops
+from ..graph.conv_configs import is_identity_config
+from ..graph.map_shapes import follows
+from ..graph.ops import activation_of
+from ..graph.reduction import join_of
+from ..ir import Candidate, ConvConfig, Layer, Realization, Refusal, Series, Span
+from .exact import inexact
+from .globs import Globs
+from .layers import Network
+from .moved_norms import last_norm
+from .pruning import State, States, side_inputs
+
+__all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
+
+MAX_FIT_KERNEL = 7
+Method = Literal["layermerge", "depth", "layeronly", "exact"]
+Norm = Literal["affine", "post"]
+# What each method may realize, and which realizations of a caller's say that the method was misunderstood.
+_METHODS: dict[str, frozenset[str]] = {
+    "layermerge": frozenset({"compose", "fit", "drop", "keep"}),
+    "depth": frozenset({"compose"}),
+    "layeronly": frozenset({"drop"}),
+    "exact": frozenset({"compose"}),
+}
+
+
+@dataclass(frozen=True)
+class SpanOptions:
+    """What may be enumerated."""
+
+    realize: tuple[Realization, ...] = ("compose", "fit")
+    max_kernel_size: int | None = 7  # None: unbounded for compose, 7 for fit
+    max_span_convs: int | None = None  # a span may hold at most this many convs of the main path
+    max_fit_convs: int | None = 12  # the same for spans that are fitted
+    max_fit_unknowns: int | None = 5000  # input channels times taps of a fit; more ask for more data than is usual
+    include: tuple[str, ...] = ()  # module name globs (`globs`); empty means everything
+    exclude: tuple[str, ...] = ()
+    method: Method = "layermerge"
+    norm: Norm = "affine"  # what becomes of a norm inside a composed span whose statistics come from the map
+    activation_after: str | None = None  # behind a merged conv whose span ended without an activation
+
+    def __post_init__(self) -> None:
+        unknown = set(self.realize) - {"compose", "fit", "drop", "keep"}
+        if unknown:
+            raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of 'compose', 'fit', 'drop'")
+        for name, values in (("method", tuple(_METHODS)), ("norm", ("affine", "post"))):
+            if getattr(self, name) not in values:
+                raise OptionError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, values))}")
+        self._check_method()
+        if self.activation_after is not None:
+            activation_of(self.activation_after)
+        if self.max_kernel_size is not None and (
+            not isinstance(self.max_kernel_size, int)
+            or isinstance(self.max_kernel_size, bool)
+            or self.max_kernel_size < 1
+        ):
+            raise OptionError(f"max_kernel_size={self.max_kernel_size!r}: use a whole number from 1, or None")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise OptionError(f"{name}={getattr(self, name)!r}: pass a tuple of globs, like ({name!r},)")
+
+    def _check_method(self) -> None:
+        if self.method in ("depth", "exact") and "compose" not in self.realize:
+            raise OptionError(
+                f"method={self.method!r} composes all convs of a span, and realize={self.realize!r} has no 'compose': "
+                "leave realize out, or use method='layermerge'"
+            )
+        if self.method == "layeronly" and not {"compose", "drop"} & set(self.realize):
+            raise OptionError(
+                f"method='layeronly' removes convs and merges nothing, and realize={self.realize!r} asks for something "
+                "else: leave realize out, or use method='layermerge'"
+            )
+        if self.method == "layeronly" and (self.norm != "affine" or self.activation_after is not None):
+            raise OptionError(
+                "method='layeronly' merges nothing, so norm= and activation_after= say nothing: leave them out"
+            )
+
+    @property
+    def allowed(self) -> frozenset[str]:
+        """The realizations that are enumerated: what `realize` asks for, as far as the method has it."""
+        if self.method == "layermerge":
+            drop = {"drop"} if {"fit", "compose"} & set(self.realize) else set()
+            return frozenset(self.realize) | drop
+        return _METHODS[self.method]
+
+
+@dataclass(frozen=True)
+class SpanSet:
+    """All that was found in one graph."""
+
+    network: Network
+    options: SpanOptions
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[Refusal, ...] = ()
+    by_key: dict[str, Candidate] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_key", {c.key: c for c in self.candidates})
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.candidates)
+
+
+def enumerate_spans(network: Network, options: SpanOptions | None = None) -> SpanSet:
+    """Candidates and refusals of every series, in the order of the graph; deterministic."""
+    finder = _Finder(network, options or SpanOptions())
+    finder.check_globs()
+    for region in network.regions:
+        for series in region.series.walk():
+            finder.series(series)
+    finder.refuse_boundaries()
+    return SpanSet(network, finder.options, tuple(finder.candidates), tuple(dict.fromkeys(finder.refusals)))
+
+
+class _Finder:
+    def __init__(self, network: Network, options: SpanOptions) -> None:
+        self.network = network
+        self.options = options
+        self.candidates: list[Candidate] = []
+        self.refusals: list[Refusal] = []
+        self.allowed = options.allowed
+        self.states = States(network, options.max_kernel_size, prune=options.method not in ("depth", "exact"))
+        self.globs = Globs(network.gm, options.include, options.exclude)
+
+    # --- the loop over spans -----------------------------------------------------------------------------------------
+
+    def series(self, series: Series) -> None:
+        first = len(self.candidates)
+        for start in range(len(series.layers)):
+            states: list[State] | Refusal | None = None
+            for stop in range(start + 1, len(series.layers) + 1):
+                layer = series.layers[stop - 1]
+                if stop > start + 1 and (self.options.method == "layeronly" or self.too_long(series, start, stop)):
+                    break
+                if stop > start + 1 and self.options.method == "exact" and series.layers[stop - 2].activation:
+                    break
+                states = self.states.extend(states, layer)
+                if stop == start + 1:
+                    self.keep(series, start, layer)
+                self.span(series, start, stop, states)
+        found = self.candidates[first:]
+        drops = {(c.span.start, c.span.stop): c.span for c in found if c.realization == "drop"}
+        self.candidates[first:] = [c for c in found if c.realization != "drop" or not self.falls_apart(c.span, drops)]
+
+    def span(self, series: Series, start: int, stop: int, states: list[State] | Refusal) -> None:
+        layers = series.layers[start:stop]
+        span = self.make_span(series, start, stop)
+        main, every = self.network.convs(layers)
+        refusal = self.refused(span, layers)
+        role = self.network.calls.role(series.name, start, stop)
+        if refusal is None and role == "torn":
+            reason = "a part of the span is called elsewhere as well, and the rest is not"
+            refusal = Refusal(reason, self.network.calls.torn(series.name, start, stop))
+        if refusal is not None:
+            self.refusals.append(refusal)
+            return
+        if role == "other":
+            return  # what the first call becomes
+        if isinstance(states, Refusal):
+            self.refusals.append(states)
+        elif main and "compose" in self.allowed:
+            self.compose(span, layers, states, main, every)
+        if not main:
+            return
+        if "drop" in self.allowed:
+            self.drop(span, layers, main, every)
+        if "fit" in self.allowed:
+            self.fit(span, series, layers, main, every)
+
+    def sites(self, span: Span) -> tuple[Span, ...]:
+        """The span, and those of all other calls of its layers."""
+        others = self.network.calls.others(span.series, span.start, span.stop)
+        return span, *(self.make_span(self.network.series[name], *at) for name, *at in others)
+
+    def add(self, candidate: Candidate) -> None:
+        """Take a candidate, for all calls of its span."""
+        calls = self.sites(candidate.span)[1:]
+        self.candidates.append(replace(candidate, calls=calls) if calls else candidate)
+
+    def too_long(self, series: Series, start: int, stop: int) -> bool:
+        limit = self.options.max_span_convs
+        return limit is not None and len(self.network.convs(series.layers[start:stop])[0]) > limit
+
+    def make_span(self, series: Series, start: int, stop: int) -> Span:
+        last = series.layers[stop - 1]
+        before = [n for n in last.nodes if n != last.activation]
+        output = before[-1] if before else last.entry
+        return Span(series.name, start, stop, series.layers[start].entry, last.exit, output, last.activation)
+
+    def refused(self, span: Span, layers: tuple[Layer, ...]) -> Refusal | None:
+        if span.output == span.entry:
+            return Refusal("nothing to merge: only an activation", tuple(n for lay in layers for n in lay.nodes))
+        if not (self.options.exclude or self.options.include):
+            return None
+        for node in (n for lay in layers for n in _inside(lay)):
+            if (path := self.globs.excluded(node)) is not None:
+                return Refusal(f"excluded: {path} matches exclude={self.options.exclude!r}", (span.entry, span.exit))
+            if (path := self.globs.omitted(node)) is not None:
+                return Refusal(f"not included: {path} matches nothing of include={self.options.include!r}", (node,))
+        return None
+
+    def check_globs(self) -> None:
+        regions = self.network.regions if self.options.include else ()
+        nodes = [n for r in regions for layer in r.series.layers for n in _inside(layer)]
+        self.globs.check([n for n in nodes if self.globs.weighted(n)])
+
+    def refuse_boundaries(self) -> None:
+        """Say why regions end where they end."""
+        for region in self.network.regions:
+            inside = {name for layer in region.series.layers for name in layer.all_nodes()}
+            for name in (region.entry, region.exit):
+                readers = self.network.nodes[name].users
+                if len(readers) > 1 and not inside.issuperset(u.name for u in readers):
+                    names = (name, *(u.name for u in readers))
+                    far = [u for u in readers if join_of(u) is not None]
+                    skip = f"; {far[-1].name} takes it as a long skip" if far else ""
+                    self.refusals.append(
+                        Refusal(f"the value of {name} is read by {len(readers)} ops that do not rejoin{skip}", names)
+                    )
+            for reader in self.network.nodes[region.exit].users:
+                refusal = self.network.meeting(self.network.nodes[region.exit], reader)
+                if refusal is not None:
+                    self.refusals.append(refusal)
+
+    # --- keep, compose, drop, fit ------------------------------------------------------------------------------------
+
+    def keep(self, series: Series, start: int, layer: Layer) -> None:
+        main, every = self.network.convs((layer,)) if layer.parallel is None else ((), ())
+        config = self.network.config(layer) if layer.conv is not None else None
+        conv = config if isinstance(config, ConvConfig) else None
+        self.candidates.append(
+            Candidate(self.make_span(series, start, start + 1), "keep", conv, *self.paths(main, every, every))
+        )
+
+    def paths(self, *groups: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(self.network.path(n) for n in names) for names in groups)
+
+    def compose(
+        self, span: Span, layers: tuple[Layer, ...], states: list[State], main: tuple[str, ...], every: tuple[str, ...]
+    ) -> None:
+        if len(layers) == 1 and not self.folds_something(layers[0]):
+            return
+        enlarging = self.network.enlarging(layers)
+        if enlarging is not None and side_inputs(self.network, layers, frozenset(every)):
+            reason = "a vector from the side is added beside an op that enlarges the map"
+            self.refusals.append(Refusal(reason, (enlarging,)))
+            return
+        if enlarging is not None and any(s.config.padding_mode != "zeros" or s.config.padding_value for s in states):
+            reason = "beside an op that enlarges the map only zeros can be padded"
+            self.refusals.append(Refusal(reason, (enlarging,)))
+            return
+        best: dict[tuple[object, ...], State] = {}
+        for state in states:
+            if not state.kept and is_identity_config(state.config):
+                continue  # that is `drop`
+            key = (state.config.kernel_size, state.config.dilation, state.config.groups, state.config.written)
+            if key not in best or state.score > best[key].score:
+                best[key] = state
+        order = {name: i for i, name in enumerate(every)}
+        post = last_norm(self.network, layers) if self.options.norm == "post" else None
+        for state in sorted(best.values(), key=lambda s: (s.config.kernel_size, s.config.groups)):
+            kept = sorted(state.kept, key=order.__getitem__)
+            if every and not kept:
+                continue
+            again = {self.network.path(n) for n in kept} & {self.network.path(n) for n in every if n not in state.kept}
+            if again:
+                continue  # one call of a conv is kept and another pruned, which a plan can not say
+            too_small = next(filter(None, (self.too_small(s, state.config) for s in self.sites(span))), None)
+            if too_small is not None:
+                self.refusals.append(too_small)
+                continue
+            lossy = self.lossy(span, layers, state, every, post)
+            if lossy is not None and self.options.method == "exact":
+                self.refusals.append(lossy)
+                continue
+            paths = self.paths(main, every, kept)
+            self.add(Candidate(span, "compose", state.config, *paths, post_norm=post, exact=lossy is None))
+
+    def lossy(
+        self, span: Span, layers: tuple[Layer, ...], state: State, every: tuple[str, ...], post: str | None
+    ) -> Refusal | None:
+        """Why a composed candidate is not the same function as its span; None if it is."""
+        if set(state.kept) != set(every) or post is not None:
+            gone = tuple(n for n in every if n not in state.kept) or (span.exit,)
+            return Refusal("convs are pruned, or a norm moves", gone)
+        kept = span.activation is not None and not ops.normalizes(
+            self.network.module(span.activation), self.network.shape(span.activation)
+        )
+        if self.options.activation_after is not None and len(every) > 1 and not kept:
+            return Refusal(f"activation_after={self.options.activation_after!r} follows the merged conv", (span.exit,))
+        return inexact(self.network, layers, state.config)
+
+    def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
+        """Why a map can not be padded from its own values, as torch does it."""
+        if config.padding_mode in ("zeros", "replicate"):
+            return None
+        least = 1 if config.padding_mode == "reflect" else 0
+        size = self.network.shape(span.entry)[2:]
+        if all(max(pads) + least <= n for pads, n in zip(config.padding, size, strict=True)):
+            return None
+        reason = f"all padding in front would be {config.padding} of a map of {size}, too much to {config.padding_mode}"
+        return Refusal(reason, (span.entry, span.exit))
+
+    def folds_something(self, layer: Layer) -> bool:
+        """Whether composing this one layer gives another graph than keeping it: a pool or a pad, or a parallel."""
+        if layer.parallel is not None:
+            return True
+        if layer.conv is None:
+            return False
+        config = self.network.config(layer)
+        own = self.network.nodes[layer.conv]
+        conv_only = [n for n in self.network.affine_nodes(layer) if n != own.name]
+        if self.network.enlarging((layer,)) is not None:  # no runtime is sure to fold a norm there
+            shuffles = (n for n in conv_only if self.network.nodes[n].op == "call_module")
+            return any(ops.shuffled_blocks(self.network.module(n)) is None for n in shuffles)
+        return isinstance(config, ConvConfig) and any(self.changes_window(n) for n in conv_only)
+
+    def changes_window(self, name: str) -> bool:
+        if self.network.nodes[name].op != "call_module":
+            return False
+        return not self.network.module(name)._get_name().startswith(("BatchNorm", "ChannelAffine"))
+
+    def drop(self, span: Span, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]) -> None:
+        net = self.network
+        geometry = net.series_geometry(net.series[span.series], layers)
+        if geometry is None or any(s != 1 for s in geometry.stride):
+            return
+        if all(net.shape(s.entry) == net.shape(s.output) for s in self.sites(span)):
+            self.add(Candidate(span, "drop", None, *self.paths(main, every, ())))
+
+    def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
+        """Whether two shorter drops give the same network: nothing stays at their cut, or what the end repeats."""
+        for middle in range(span.start + 1, span.stop):
+            before, after = drops.get((span.start, middle)), drops.get((middle, span.stop))
+            if before is not None and after is not None and self.repeats(before.activation, span.activation):
+                return True
+        return False
+
+    def repeats(self, first: str | None, second: str | None) -> bool:
+        if first is None or second is None:
+            return first is None
+        one, two = self.network.module(first), self.network.module(second)
+        return type(one) is type(two) and isinstance(one, ops.IDEMPOTENT) and one.extra_repr() == two.extra_repr()
+
+    def fit(
+        self, span: Span, series: Series, layers: tuple[Layer, ...], main: tuple[str, ...], every: tuple[str, ...]
+    ) -> None:
+        limit = self.options.max_fit_convs
+        if limit is not None and len(main) > limit:
+            return
+        geometry = self.network.series_geometry(series, layers)
+        before, after = self.network.shape(span.entry), self.network.shape(span.output)
+        sizes = [(self.network.shape(s.entry)[2:], self.network.shape(s.output)[2:]) for s in self.sites(span)]
+        if geometry is None or not self.network.sized(span.output) or not follows(geometry, before, after):
+            blockers = [lay for lay in layers if self.network.geometry(lay) is None] or layers
+            self.refusals.append(
+                Refusal("the output size follows no conv's rule, so nothing can be fitted", blockers[0].nodes)
+            )
+            return
+        as_it_is = self.network.config(layers[0]) if len(layers) == 1 and layers[0].conv else None
+        largest = min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) if len(before) > 2 else 1
+        for size in range(1, largest + 1, 2):
+            config = _centred(geometry, size, before[1], after[1])
+            if config is None or any(config.output_size(a) != b for a, b in sizes):
+                continue
+            depthwise = before[1] == after[1] > 1 and len(before) > 2
+            for groups in (1, before[1]) if depthwise else (1,):
+                unknowns = before[1] // groups * size ** len(config.kernel_size)
+                if self.options.max_fit_unknowns is not None and unknowns > self.options.max_fit_unknowns:
+                    continue
+                chosen = ConvConfig(*_fields(config), groups)
+                if chosen != as_it_is:
+                    self.add(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
+
+
+def _inside(layer: Layer) -> Iterator[str]:
+    """All nodes that go when a layer is replaced: its own, those of its branches, and those between branches."""
+    if layer.parallel is not None:
+        yield from layer.parallel.inner
+        for branch in layer.parallel.branches:
+            for inner in branch.layers:
+                yield from _inside(inner)
+    yield from layer.nodes
+
+
+def _fields(
+    config: ConvConfig,
+) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+    c = config
+    return c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation
+
+
+def _centred(geometry: ConvConfig, size: int, in_channels: int, out_channels: int) -> ConvConfig | None:
+    """A dense kernel of `size` on the centre of the geometry's window, with its size rule; None if it would crop."""
+    pads = []
+    for (lo, hi), k, d in zip(geometry.padding, geometry.kernel_size, geometry.dilation, strict=True):
+        extent = d * (k - 1)
+        before = lo - (extent - (size - 1) + 1) // 2 if extent >= size - 1 else lo + (size - 1 - extent) // 2
+        after = (lo + hi - extent) + (size - 1) - before
+        if before < 0 or after < 0:
+            return None
+        pads.append((before, after))
+    ones = (1,) * len(pads)
+    kernel = (size,) * len(pads)
+    return ConvConfig(in_channels, out_channels, kernel, geometry.stride, tuple(pads), ones, 1)

@@ -1,0 +1,387 @@
+"""nn.Module -> GraphModule in one canonical form.
+
+    def forward(self, x):                          %x     placeholder
+        y = F.conv2d(x, self.weight)               %conv  call_module   nn.Conv2d
+        y = self.bn(y).relu_()              ->     %bn    call_module   nn.BatchNorm2d
+        y = F.dropout(y, 0.1, self.training)       %relu  call_module   nn.ReLU
+        y += x                                     %add   call_function torch.add
+        return y                                   output
+
+The input is never changed: tracing works on a copy in eval mode, a fresh one for each tracer. Every node carries
+`meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and
+the graph is compared with the model on the example before it is returned.
+
+The first tracer whose graph hides nothing in opaque submodules and is right at every size is taken. Where there is
+none, the best one: fewest convolutions hidden, then fewest sizes fixed, then fewest other understood ops hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from ..canonical.canonical_form import canonicalize
+from ..canonical.constants import fold_constants
+from ..canonical.inplace import make_pure
+from ..errors import ModelError, TraceError
+from ..graph import ops
+from ..identity.fingerprint import changes_while_it_runs, fingerprint, states_of
+from ..model.autocast import FullPrecision
+from ..model.interface import Example, bind, plain_output
+from ..model.model_copy import eval_copy, unwrapped
+from ..model.other_sizes import Probes
+from ..model.quiet import quiet, tracing
+from ..model.random_ops import random_error
+from ..model.randomness import kept_random_state
+from ..model.size_limits import set_limits
+from ..model.stateful import run_unchanged
+from .exported import FixedSizes, trace_export, trace_free
+from .hidden import HiddenOps
+from .shape_tracer import trace_shapes
+from .tracers import Traced, first_line, trace_symbolic
+
+__all__ = ["TRACERS", "annotate", "example_arguments", "fingerprint", "trace"]
+
+TRACERS: dict[str, Callable[[nn.Module, Example], Traced]] = {
+    "symbolic": trace_symbolic,
+    "shapes": trace_shapes,
+    "export": trace_export,
+}
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# What fake tensors say when the values of the data decide, which torch.export can not know either.
+_DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
+
+
+def example_arguments(example_input: Any) -> Example:
+    """The positional and keyword arguments that an example stands for: a tensor, a tuple or list, or a dict."""
+    if isinstance(example_input, dict):
+        return (), dict(example_input)
+    if isinstance(example_input, (tuple, list)):
+        return tuple(example_input), {}
+    return (example_input,), {}
+
+
+def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple(TRACERS)) -> fx.GraphModule:
+    """A canonical GraphModule that computes what `model` computes in eval mode.
+
+    `example_input` is a tensor, a tuple of positional arguments or a dict of keyword arguments. Tracers are tried in
+    the order given (`symbolic`, `shapes`, `export`); of those whose graph agrees numerically with the model, the one
+    that understands most is taken (see above), and the first of equals. The graph takes what the model takes and gives
+    what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the reasons of opaque
+    submodules, how many convolutions run inside them, and the example's shapes. Global random states stay.
+
+    Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
+    forward does not take, and `ModelError` for a model that changes while it is run.
+    """
+    with kept_random_state():
+        return _Search(unwrapped(model), example_arguments(example_input)).run(list(tracers))
+
+
+@dataclass(frozen=True, order=True)
+class _Rank:
+    """What is wrong with a graph; the smaller the better."""
+
+    convs: int  # convolutions inside opaque submodules
+    fixed: int  # of batch and image size, those of the example only
+    known: int  # other understood ops inside opaque submodules
+
+
+_Attempt = tuple[str, Callable[[], Traced]]
+
+
+class _Search:
+    """Tries tracers one by one and keeps the best graph."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        bind(model, example)
+        self.model, self.example = model, example
+        with FullPrecision():
+            self.reference = run_unchanged(model, example)
+        self.probes = Probes(model, example)
+        self.reasons: list[str] = []
+        self.best: tuple[_Rank, fx.GraphModule] | None = None
+
+    def run(self, tracers: list[str]) -> fx.GraphModule:
+        """The best graph. Raises `TraceError` if there is none."""
+        late: list[_Attempt] = []  # only worth finishing if no other tracer does better
+        for name in tracers:
+            for attempt in self._export() if name == "export" else [(name, partial(_traced, name, *self._source()))]:
+                if self._try(*attempt, late if name != tracers[-1] else None):
+                    return self._found()
+        for attempt in late:
+            if self._try(*attempt, None):
+                break
+        return self._found()
+
+    def _source(self) -> tuple[nn.Module, Example]:
+        return self.model, self.example
+
+    def _export(self) -> Iterator[_Attempt]:
+        """torch.export with the example's sizes and, where a graph of these sizes only is found, with free sizes.
+
+        It takes seconds, so it is not asked for ops that another graph of all sizes hides, as long as no conv is one.
+        """
+        if any(kind in reason for kind in _DATA_DEPENDENT for reason in self.reasons):
+            self.reasons.append("export: not tried, because the control flow depends on data")
+            return
+        rank = self.best[0] if self.best else None
+        if rank is None or rank.convs:
+            before = self.best
+            yield "export", partial(_traced, "export", *self._source())
+            if self.best is before:
+                return
+        elif not rank.fixed:
+            return
+        kinds = ["both", "batch", "size"]
+        while kinds and self.best is not None and self.best[0].fixed:
+            kind = kinds.pop(0)
+            freed = self.probes.freed(kind)
+            if freed is None:
+                continue
+            before, fixed = self.best, _Fixed()
+            yield "export", partial(fixed.watch, partial(_quietly, trace_free, self.model, *freed))
+            if self.best is not before:
+                return
+            if fixed.seen is not None and kind == "both":
+                kinds = ["size"] * (not fixed.seen.size) + ["batch"] * (not fixed.seen.batch)
+
+    def _try(self, name: str, make: Callable[[], Traced], late: list[_Attempt] | None) -> bool:
+        """Whether the graph that `make` traces leaves nothing to be wished for."""
+        try:
+            traced = make()
+            if late is not None and _holds_convs(traced):
+                late.append((name, lambda: traced))
+                return False
+            words = _words(traced)
+            gm, hidden = _graph_of(name, traced, self.example, self.reference)
+            rank = _Rank(hidden.convs, self._sized(gm, name, words), hidden.known)
+        except _Differs as error:
+            _check_repeats(self.model, self.example, self.reference)  # another tracer would not agree with it either
+            self.reasons.append(f"{name}: {type(error).__name__.lstrip('_')}: {first_line(error)}")
+            return False
+        except ModelError:
+            raise
+        except Exception as error:  # any tracer may fail in any way; the next one is tried
+            self.reasons.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+            return False
+        if self.best is None or rank < self.best[0]:
+            self.best = rank, gm
+        return rank == _Rank(0, 0, 0)
+
+    def _sized(self, gm: fx.GraphModule, name: str, words: list[str]) -> int:
+        """How many of batch and image size are the example's only; the graph refuses others from now on."""
+        with quiet():
+            verdict = self.probes.verdict(gm, thorough=name != "symbolic")
+            if name == "shapes":
+                kinds = [kind for kind, state in verdict.states.items() if state == "any"]
+                verdict = self.probes.fixed(verdict, [kind for kind in kinds if self._differs_far_away(kind, words)])
+        gm.meta["lmfx"]["sizes"] = verdict.states
+        if verdict.limits:
+            set_limits(gm, verdict.limits)
+        return verdict.fixed
+
+    def _differs_far_away(self, kind: str, words: list[str]) -> bool:
+        """Whether the shape tracer decides otherwise for many images, or for large ones: by a branch on a size, say."""
+        example = self.probes.far(kind)
+        try:
+            return example is not None and _words(_quietly(trace_shapes, self.model, example)) != words
+        except Exception:  # a model need not run there
+            return False
+
+    def _found(self) -> fx.GraphModule:
+        if self.best is not None:
+            return self.best[1]
+        detail = "\n  ".join(self.reasons)
+        raise TraceError(
+            f"{type(self.model).__name__} could not be traced:\n  {detail}\n"
+            "Pass the traceable part of the model (its backbone), or make the data-dependent part a module of its own."
+        )
+
+
+class _Fixed:
+    """Remembers which sizes torch.export could not leave free."""
+
+    seen: FixedSizes | None = None
+
+    def watch(self, make: Callable[[], Traced]) -> Traced:
+        try:
+            return make()
+        except FixedSizes as error:
+            self.seen = error
+            raise
+
+
+def _words(traced: Traced) -> list[str]:
+    """What ops a raw graph has, in order."""
+    return [f"{n.op} {n.target}" for n in traced.gm.graph.nodes if n.op.startswith("call_")]
+
+
+class _Differs(TraceError):
+    """A graph whose output is not the model's."""
+
+
+def _check_repeats(model: nn.Module, example: Example, reference: Any) -> None:
+    """Raises `ModelError`, which names the op, if the model itself gives another output for the same input."""
+    with FullPrecision():
+        again = run_unchanged(model, example)
+    if _difference(reference, again) is not None:
+        raise random_error(eval_copy(model), _clone(example))
+
+
+def _traced(name: str, model: nn.Module, example: Example) -> Traced:
+    return _quietly(TRACERS[name], model, example)
+
+
+def _quietly(tracer: Callable[..., Traced], *args: Any) -> Traced:
+    with quiet(), tracing():
+        return tracer(*args)
+
+
+def _holds_convs(traced: Traced) -> bool:
+    """Whether there are convolution modules in what the tracer could not follow."""
+    modules = dict(traced.gm.named_modules())
+    opaque = [modules[name] for name in traced.opaque if name in modules]
+    return any(isinstance(m, _ConvNd) for module in opaque for m in module.modules())
+
+
+def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tuple[fx.GraphModule, HiddenOps]:
+    """(the canonical graph of what a tracer gave, what it hides). Raises what an op raises, or `TraceError`."""
+    gm = traced.gm
+    gm.train(False)
+    make_pure(gm)
+    before = states_of(gm)
+    annotate(gm, example)
+    fold_constants(gm)
+    canonicalize(gm)
+    runner = _Annotator(gm, frozenset(traced.opaque) | _unknown_norms(gm, traced))
+    difference = _difference(reference, runner.run(*_placeholder_values(gm, example)))
+    if difference is not None:
+        raise _Differs(f"the graph does not compute what the model computes ({difference})")
+    if runner.hidden.autocast:
+        raise ModelError(
+            f"one of {', '.join(traced.opaque)} has an autocast region, and can not be traced: take the region out, "
+            "and run the result under torch.autocast instead"
+        )
+    args, kwargs = example
+    gm.meta["lmfx"] = {
+        "tracer": name,
+        "opaque": traced.opaque,
+        "hidden_convs": runner.hidden.convs,
+        "volatile": changes_while_it_runs(before, gm),
+        "positional": [_spec(a) for a in args],
+        "keyword": {k: _spec(v) for k, v in kwargs.items()},
+    }
+    return gm, runner.hidden
+
+
+def _unknown_norms(gm: fx.GraphModule, traced: Traced) -> frozenset[str]:
+    """The norms that could not be traced, without those that are known as one op by what they are."""
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in traced.norms]
+    shapes = [(str(n.target), n.meta.get("shape") or ()) for n in calls]
+    return frozenset(name for name, shape in shapes if not ops.normalizes(gm.get_submodule(name), shape))
+
+
+def annotate(gm: fx.GraphModule, example: Example) -> Any:
+    """Run the example through the graph, note every node's shape, dtype and module path, and return the output."""
+    return _Annotator(gm).run(*_placeholder_values(gm, example))
+
+
+def _placeholder_values(gm: fx.GraphModule, example: Example) -> list[Any]:
+    args, kwargs = example
+    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return [_clone(given.get(name)) for name in names]
+
+
+def _clone(value: Any) -> Any:
+    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+class _Annotator(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, opaque: frozenset[str] = frozenset()) -> None:
+        super().__init__(gm)
+        self.opaque = opaque
+        self.hidden = HiddenOps()
+        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*args, enable_io_processing=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        versions = {s: v._version for s in n.all_input_nodes if isinstance(v := self.env.get(s), Tensor)}
+        with self.hidden if n.op == "call_module" and n.target in self.opaque else contextlib.nullcontext():
+            value = super().run_node(n)
+        for source, version in versions.items():
+            self._check_mutation(n, source, version)
+        tensor = value if isinstance(value, Tensor) else None
+        n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
+        n.meta["dtype"] = tensor.dtype if tensor is not None else None
+        n.meta["device"] = tensor.device if tensor is not None else None
+        first = n.args[0] if n.args else None
+        n.meta["same"] = tensor is not None and isinstance(first, fx.Node) and self.env.get(first) is tensor
+        n.meta["floating"] = tensor is not None and tensor.is_floating_point()
+        if "path" not in n.meta:
+            stack = n.meta.get("nn_module_stack")
+            n.meta["path"] = (list(stack.values())[-1][0] if stack else "") or ""
+        return value
+
+    def _check_mutation(self, n: fx.Node, source: fx.Node, version: int) -> None:
+        """Refuse an op that still writes into a value (an opaque module, say) which is read again afterwards."""
+        mutated = self.env[source]
+        if mutated._version == version:
+            return
+        for node, value in self.env.items():
+            shared = isinstance(value, Tensor) and value._version == mutated._version and _same_memory(value, mutated)
+            if shared and any(self.order[user] > self.order[n] for user in node.users):
+                raise TraceError(f"{n.name} mutates {source.name} in place, and {node.name} is read afterwards")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _spec(value: Any) -> Any:
+    """What a saved network needs to know of an input: a tensor's shape and type, a constant as it is.
+
+    Containers say what they are, so that no dict is taken for a tensor and no tuple for a list.
+    """
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _spec(v) for k, v in value.items()}}
+    if isinstance(value, (tuple, list)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_spec(v) for v in value]}
+    return value
+
+
+def _difference(expected: Any, actual: Any) -> str | None:
+    """None if two outputs agree to the rounding of their dtype, else what differs."""
+    left = [v for v in pytree.tree_leaves(plain_output(expected)) if isinstance(v, Tensor)]
+    right = [v for v in pytree.tree_leaves(plain_output(actual)) if isinstance(v, Tensor)]
+    if len(left) != len(right):
+        return f"{len(left)} tensors became {len(right)}"
+    for a, b in zip(left, right, strict=True):
+        if a.dtype != b.dtype:
+            return f"dtype {a.dtype} became {b.dtype}"
+        if a.shape != b.shape:
+            return f"shape {tuple(a.shape)} became {tuple(b.shape)}"
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return "integer outputs differ"
+            continue
+        a64, b64 = a.double(), b.double()
+        error = float((a64 - b64).norm()) / (float(a64.norm()) or float(b64.norm()) or 1.0)
+        if not error <= _TOLERANCE.get(a.dtype, 1e-3) and not torch.equal(torch.isnan(a), torch.isnan(b)):
+            return f"relative error {error:.2e}"
+        if error > _TOLERANCE.get(a.dtype, 1e-3):
+            return f"relative error {error:.2e}"
+    return None
