@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 import lmfx
 from benchmarks.shared.short_training import ShortTraining
+from lmfx.calibration import as_calibration
 from lmfx.importance import Finetune, Magnitude, Reconstruction
 from lmfx.latency.table import kendall_tau
 from lmfx.passes.ir import Candidate
@@ -68,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, lmfx.latency.Store.open(args.cache or folder) as store:
         for name, estimator in estimators.items():
             start = time.perf_counter()
-            table = estimator.score(spans, chosen, lmfx.calibration.as_calibration(images, images[:1]), store, True)
+            table = estimator.score(spans, chosen, as_calibration(images, images[:1]), store, True)
             seconds[name] = time.perf_counter() - start
             rows[name] = np.array([table[c.key] for c in chosen])
     print(
