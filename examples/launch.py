@@ -50,7 +50,7 @@ class Launch:
     def share(self, batch: int) -> int:
         """The images of each process, for `batch` in all."""
         if batch % self.processes:
-            raise SystemExit(f"a batch of {batch} images can not be shared by {self.processes} processes: use --batch")
+            raise SystemExit(f"a batch of {batch} images cannot be shared by {self.processes} processes: use --batch")
         return batch // self.processes
 
     def total(self, *values: float) -> list[float]:

@@ -64,7 +64,7 @@ class Budget:
         if isinstance(value, str):
             return cls._parse_text(value)
         if isinstance(value, bool) or not isinstance(value, Real):
-            raise BudgetError(f"A budget can not be {value!r} ({type(value).__name__}). {_FORMS}")
+            raise BudgetError(f"A budget cannot be {value!r} ({type(value).__name__}). {_FORMS}")
         try:
             return cls("fraction", float(value))
         except OverflowError:

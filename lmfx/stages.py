@@ -109,7 +109,7 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     """`model` as a GraphModule in canonical form, checked against it on the example; `model` is not changed.
 
     `example_input` is a tensor, a tuple of positional or a dict of keyword arguments. Raises `ModelError`,
-    `InputError` or `DeviceError` for what can not be compressed, `TraceError` if no tracer gives an equal graph.
+    `InputError` or `DeviceError` for what cannot be compressed, `TraceError` if no tracer gives an equal graph.
     """
     example_input = ordinary(example_input)
     check_model(model, example_input)

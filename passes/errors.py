@@ -44,7 +44,7 @@ class InfeasibleBudget(LmfxError):
 
 
 class InputError(LmfxError, ValueError):
-    """An example input or calibration data that the model can not take."""
+    """An example input or calibration data that the model cannot take."""
 
 
 class SizeError(InputError):
@@ -52,11 +52,11 @@ class SizeError(InputError):
 
 
 class ModelError(LmfxError, ValueError):
-    """A model that can not be compressed as it is: no convolution, NaN weights, training mode, half on a CPU."""
+    """A model that cannot be compressed as it is: no convolution, NaN weights, training mode, half on a CPU."""
 
 
 class OptionError(LmfxError, ValueError):
-    """An option with a value that it can not have."""
+    """An option with a value that it cannot have."""
 
 
 class DeviceError(LmfxError, RuntimeError):
@@ -76,7 +76,7 @@ class PlanError(LmfxError, ValueError):
 
 
 class TableError(LmfxError, ValueError):
-    """Tables that can not be used together, or lack a row that is needed."""
+    """Tables that cannot be used together, or lack a row that is needed."""
 
 
 class StoreError(LmfxError, RuntimeError):

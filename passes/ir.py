@@ -43,7 +43,7 @@ Join = Literal["add", "sub", "cat", "mul", "mesh"]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something can not be merged: a reason for a person, and the names of the fx nodes that are in the way."""
+    """Why something cannot be merged: a reason for a person, and the names of the fx nodes that are in the way."""
 
     reason: str
     nodes: tuple[str, ...] = ()

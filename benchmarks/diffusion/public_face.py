@@ -131,7 +131,7 @@ def main() -> None:
                 told = (done.stderr.strip().splitlines() or ["?"])[-1]
                 refused = "InfeasibleBudget" in told
                 failed |= not refused
-                print(f"{name:12} {setting:15} {'can not be reached: ' if refused else ''}{told}", flush=True)
+                print(f"{name:12} {setting:15} {'cannot be reached: ' if refused else ''}{told}", flush=True)
                 continue
             r = json.loads(done.stdout.splitlines()[-1])
             failed |= r["error"] > 1e-5

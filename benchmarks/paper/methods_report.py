@@ -78,7 +78,7 @@ def _line(rows: dict[str, Any], seeds: list[str], name: str, label: str) -> str:
     least = median(r.get("infeasible", r.get("ratio", 1.0)) for r in there)
     fast = [r for s in seeds if "ratio" in (r := rows.get(f"{s} {name} {FASTEST}", {}))]
     if len(fast) < len(there):
-        return f"{head} can not be reached, least {least:.3f}"
+        return f"{head} cannot be reached, least {least:.3f}"
     return f"{head} *{_figures(fast)}"
 
 

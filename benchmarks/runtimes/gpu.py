@@ -110,7 +110,7 @@ def machine() -> dict[str, Any]:
 
 
 def runtimes(precision: str) -> dict[str, Callable[[], Any]]:
-    """Every runtime by its name, cheap ones first; what can not be made says why when it is called."""
+    """Every runtime by its name, cheap ones first; what cannot be made says why when it is called."""
     if not torch.cuda.is_available():
         return {"torch cpu": lambda: get_backend("torch"), "onnxruntime cpu": lambda: get_backend("onnxruntime")}
 

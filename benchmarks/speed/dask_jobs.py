@@ -5,7 +5,7 @@
 
 A job trains the digits network for a moment with one candidate (`Finetune`). The tables must be equal bit for bit, and
 every row must have been stored exactly once; the script fails if not. `speed-up` is wall time in one process over that
-on the workers, once they have started and loaded the data; it can not pass the number of processors that are free, and
+on the workers, once they have started and loaded the data; it cannot pass the number of processors that are free, and
 the process that prepares the jobs (with Dask its scheduler, too) needs a share of them. `a job` is the median.
 """
 

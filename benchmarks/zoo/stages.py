@@ -320,7 +320,7 @@ def _exact(row: dict[str, Any], state: dict[str, Any]) -> None:
     del model  # large ones hold a gigabyte
     same = merge(rewrite(graph, lmfx.MergePlan(), share_tensors=True), share_tensors=True)
     row["keep_error"] = relative_error(output, _call(same, example))
-    # A fit has its one conv in both forms, so it can not tell them apart.
+    # A fit has its one conv in both forms, so it cannot tell them apart.
     spans = enumerate_spans(Network(graph), SpanOptions(realize=("compose", "drop"), max_kernel_size=5))
     plan = random_plan(_bounded(spans), random.Random(zlib.crc32(state["name"].encode())), ("compose", "drop"))
     trainable = rewrite(graph, plan, share_tensors=True)

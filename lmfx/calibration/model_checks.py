@@ -81,7 +81,7 @@ def check_model(model: Any, example_input: Any) -> None:
         hint = "; call the class first: model = Model()" if isinstance(model, type) else ""
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module{hint}")
     if any(base.__name__ == "ScriptModule" for base in type(model).__mro__):
-        raise ModelError("the model is TorchScript, which torch.fx can not trace: pass the eager model")
+        raise ModelError("the model is TorchScript, which torch.fx cannot trace: pass the eager model")
     if model.training:
         raise ModelError("the model is in training mode: call model.eval() first, so that its norms are constants")
     for name, module in model.named_modules():
@@ -125,7 +125,7 @@ def _copied(model: nn.Module) -> nn.Module:
         return eval_copy(model)
     except Exception as error:  # an attribute of the user's may refuse in any way
         raise ModelError(
-            f"{type(model).__name__} can not be copied ({type(error).__name__}: {error}): lmfx works on a copy, so "
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): lmfx works on a copy, so "
             "copy.deepcopy(model) must work; remove the attribute that it stops at"
         ) from error
 

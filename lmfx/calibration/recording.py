@@ -189,6 +189,6 @@ def output_rows(gm: fx.GraphModule, calibration: Calibration) -> Rows:
     if all(dim is None for dim in rows):
         raise ModelError(
             f"the model's output of shape {', '.join(map(str, seen))} has no batch dimension (none that grows with the "
-            "batch), so its error can not be told by image: return one row an image, or use importance='magnitude'"
+            "batch), so its error cannot be told by image: return one row an image, or use importance='magnitude'"
         )
     return tuple(rows)

@@ -130,7 +130,7 @@ def _arrays(path: Path, what: str) -> Any:
         loaded = np.load(path, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else {"": loaded}
     except (OSError, ValueError, EOFError, AttributeError, MemoryError) as error:
-        raise InputError(f"can not read {what} {path}: {error}; save them with numpy.save or numpy.savez") from error
+        raise InputError(f"cannot read {what} {path}: {error}; save them with numpy.save or numpy.savez") from error
     tensors = {name: _tensor(array, f"{path} {name}".strip()) for name, array in arrays.items()}
     if path.suffix == ".npy":
         return tensors[""]

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("spans", _spans, "list what could be merged")
     model_options(made)
     made.add_argument("--json", action="store_true", help="print a JSON list, one object a candidate")
-    made.add_argument("--refused", action="store_true", help="list what can not be merged, and why")
+    made.add_argument("--refused", action="store_true", help="list what cannot be merged, and why")
     add(made, SpanOptions, SPAN_OPTIONS, max_kernel_size=None)
 
     made = command("profile", _profile, "measure the candidates that may pay")
@@ -271,7 +271,7 @@ def _frontier(args: argparse.Namespace) -> None:
             frontier.plot(args.plot)
         except (OSError, ValueError) as error:
             raise OptionError(
-                f"can not draw to {args.plot}: {error}; give a name that ends in .png, .svg or .pdf"
+                f"cannot draw to {args.plot}: {error}; give a name that ends in .png, .svg or .pdf"
             ) from error
         print(f"\nwrote {args.plot}", file=sys.stderr if args.json else sys.stdout)
 
@@ -376,7 +376,7 @@ def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
 def _check_folder(path: Path) -> None:
     """Said now and not after minutes of work."""
     if not path.absolute().parent.is_dir():
-        raise OptionError(f"can not write {path}: the folder {path.absolute().parent} does not exist; make it first")
+        raise OptionError(f"cannot write {path}: the folder {path.absolute().parent} does not exist; make it first")
 
 
 if __name__ == "__main__":

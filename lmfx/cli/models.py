@@ -158,7 +158,7 @@ def _load_weights(model: nn.Module, path: Path, spec: str) -> None:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(
-            f"can not read the weights {path}: {error}; give a safetensors file, made by "
+            f"cannot read the weights {path}: {error}; give a safetensors file, made by "
             "safetensors.torch.save_file(model.state_dict(), path)"
         ) from error
     try:

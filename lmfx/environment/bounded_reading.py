@@ -81,7 +81,7 @@ def printable(text: str) -> str:
 
 
 def in_one_line(text: str) -> str:
-    """`printable`, with line ends and tabs written out as well: a name can not pretend to be a line of its own."""
+    """`printable`, with line ends and tabs written out as well: a name cannot pretend to be a line of its own."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c
         for c in text

@@ -76,7 +76,7 @@ class Builder:
             return self.values[argument]
         if isinstance(argument, (int, float)) and not isinstance(argument, bool):
             return self.scalar(argument)
-        raise UnsupportedOp(f"the emitter can not read the argument {argument!r}")
+        raise UnsupportedOp(f"the emitter cannot read the argument {argument!r}")
 
 
 def onnx_type(onnx: Any, dtype: torch.dtype) -> int:
@@ -99,6 +99,6 @@ def require_onnx() -> Any:
         import onnx
     except ImportError as error:
         raise MissingExtra(
-            f'writing ONNX needs the package onnx, which can not be imported ({error}); pip install "lmfx[onnx]"'
+            f'writing ONNX needs the package onnx, which cannot be imported ({error}); pip install "lmfx[onnx]"'
         ) from error
     return onnx

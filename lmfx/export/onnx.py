@@ -56,9 +56,9 @@ def export_onnx(
     onnx = require_onnx()
     target = Path(path)
     if not target.parent.is_dir():
-        raise ExportError(f"can not write {target}: the folder {target.parent} does not exist; make it first")
+        raise ExportError(f"cannot write {target}: the folder {target.parent} does not exist; make it first")
     if target.is_dir():
-        raise ExportError(f"can not write {target}: it is a folder; give a file name such as net.onnx")
+        raise ExportError(f"cannot write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
     if dynamic_batch:
         _refuse_fixed_batch(net)
@@ -78,7 +78,7 @@ def export_onnx(
         try:
             onnx.save(model, temporary)
         except OSError as error:
-            raise ExportError(f"can not write {target}: {error}") from error
+            raise ExportError(f"cannot write {target}: {error}") from error
         if check:
             _check(net, args, kwargs, temporary, tolerance, dynamic_batch)
         os.replace(temporary, target)
@@ -98,7 +98,7 @@ def quiet_export(
         import onnxscript  # noqa: F401  (torch.onnx.export needs it)
     except ImportError as error:
         raise MissingExtra(
-            f'torch.onnx.export needs onnxscript, which can not be imported ({error}); pip install "lmfx[onnx]"'
+            f'torch.onnx.export needs onnxscript, which cannot be imported ({error}); pip install "lmfx[onnx]"'
         ) from error
     dynamic = None
     if dynamic_batch:
@@ -199,7 +199,7 @@ def _check(
         import onnxruntime
     except ImportError as error:
         raise MissingExtra(
-            f"checking the exported file needs onnxruntime, which can not be imported ({error}); "
+            f"checking the exported file needs onnxruntime, which cannot be imported ({error}); "
             'pip install "lmfx[ort]", or pass check=False'
         ) from error
     options = onnxruntime.SessionOptions()
@@ -208,7 +208,7 @@ def _check(
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime can not load the exported network: {one_line(error)}; pass check=False for another runtime"
+            f"ONNX Runtime cannot load the exported network: {one_line(error)}; pass check=False for another runtime"
         ) from error
     generator = torch.Generator().manual_seed(0)
     runs = [("the example input", None), ("a random input", generator)]
@@ -238,7 +238,7 @@ def _check(
             got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
         except Exception as error:  # ONNX Runtime has errors of its own, all of them about this file
             raise ExportError(
-                f"ONNX Runtime can not run the exported network on {what}: {one_line(error)}; no file was written. "
+                f"ONNX Runtime cannot run the exported network on {what}: {one_line(error)}; no file was written. "
                 "Pass check=False for another runtime"
             ) from error
         if len(got) != len(expected):

@@ -59,7 +59,7 @@ def convert_bytes(model: bytes, precision: str, *, keep_io: bool = False) -> byt
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's DecodeError, whose module has changed its name
-        raise ExportError(f"can not read the ONNX model: {error}") from error
+        raise ExportError(f"cannot read the ONNX model: {error}") from error
     return bytes(convert(proto, precision, keep_io=keep_io).SerializeToString())
 
 
@@ -79,7 +79,7 @@ def convert(model: onnx.ModelProto, precision: str, *, keep_io: bool = False) ->
     for node in model.graph.node:
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise ExportError(
-                f"the ONNX model has control flow ({node.op_type}), which can not be converted to {precision}; "
+                f"the ONNX model has control flow ({node.op_type}), which cannot be converted to {precision}; "
                 "export the network in that precision"
             )
     types = infer(onnx, model)

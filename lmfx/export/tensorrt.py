@@ -35,7 +35,7 @@ def import_tensorrt(package: str | None = None, ahead_of_time: bool = False) -> 
     """The Python module `package`; with None the first of `tensorrt` and `tensorrt_rtx` that can be imported, in the
     other order if it is to build `ahead_of_time`.
 
-    Raises `OptionError` for another name, and `MissingExtra` if it is not installed, can not be loaded or is too old.
+    Raises `OptionError` for another name, and `MissingExtra` if it is not installed, cannot be loaded or is too old.
     """
     if package is not None and package not in PACKAGES:
         raise OptionError(f"the TensorRT package is one of {', '.join(PACKAGES)}, not {package!r}")
@@ -59,7 +59,7 @@ def import_tensorrt(package: str | None = None, ahead_of_time: bool = False) -> 
     fix = " or ".join(f'pip install --upgrade --force-reinstall "lmfx[{EXTRA[n]}]"' for n in names)
     if all(absent for absent, _ in reasons):
         fix = " or ".join(f'pip install "lmfx[{EXTRA[n]}]"' for n in names)
-    raise MissingExtra(f"TensorRT can not be used: {'; '.join(told)}; {fix}")
+    raise MissingExtra(f"TensorRT cannot be used: {'; '.join(told)}; {fix}")
 
 
 @entry
@@ -86,7 +86,7 @@ def build_engine(
     if not source.is_file():
         raise ExportError(f"there is no ONNX file {source}; write one with lmfx.export_onnx")
     if not out.parent.is_dir():
-        raise ExportError(f"can not write {out}: the folder {out.parent} does not exist; make it first")
+        raise ExportError(f"cannot write {out}: the folder {out.parent} does not exist; make it first")
     trt = import_tensorrt(package, ahead_of_time=bool(targets))
     model = source.read_bytes()
     if precision is not None:
@@ -145,7 +145,7 @@ class _Parsed:
         self.parser = trt.OnnxParser(self.network, self.logger)
         if not self.parser.parse(model):
             told = [str(self.parser.get_error(i)) for i in range(self.parser.num_errors)]
-            raise ExportError(f"{trt.__name__} can not read the ONNX model: {'; '.join(told) or self.reasons()}")
+            raise ExportError(f"{trt.__name__} cannot read the ONNX model: {'; '.join(told) or self.reasons()}")
 
     def reasons(self) -> str:
         return "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
@@ -192,4 +192,4 @@ def _is_new_enough(module: Any) -> bool:
 
 
 def _broken(name: str, error: Exception) -> str:
-    return f"{name} is installed and can not be loaded ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{name} is installed and cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())})"

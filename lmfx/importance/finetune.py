@@ -9,7 +9,7 @@ ones with a conv fitted on the calibration images.
 Rows are independent jobs (`jobs`, `pool`) with the same random numbers in each: candidates are compared on the same
 batches. A row depends on the network, the calibration images and the options, not on the executor or on which others
 are scored, so tables are equal bit for bit however they are made. Rows are stored as they come, if `key` names the two
-functions: code can not be hashed, so without a name nothing is kept, rather than something wrong.
+functions: code cannot be hashed, so without a name nothing is kept, rather than something wrong.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Finetune:
     ) -> ImportanceTable:
         """See `Estimator.score`. `executor` may be a function that makes one, so that a broken pool can be replaced.
 
-        Candidates whose performance is NaN or infinite are worse than all others: they get no row, so they can not be
+        Candidates whose performance is NaN or infinite are worse than all others: they get no row, so they cannot be
         chosen, and are named in a warning and in the table's `unusable`.
         """
         measured = self.measure(spans, candidates, calibration, store, progress, executor)
@@ -144,7 +144,7 @@ class Finetune:
         if unusable:
             warnings.warn(
                 f"{len(unusable)} of {len(candidates)} candidates ended with a performance that is no finite number, "
-                f"and can not be chosen: {', '.join(unusable[:5])}{', ...' if len(unusable) > 5 else ''}. A lower "
+                f"and cannot be chosen: {', '.join(unusable[:5])}{', ...' if len(unusable) > 5 else ''}. A lower "
                 "learning rate in train(model) may help",
                 stacklevel=2,
             )
@@ -208,7 +208,7 @@ class Finetune:
         found = stored_scores(kept, identity, keys)
         todo = [k for k in keys if k not in found]
         jobs = self.jobs(spans, todo, wanted, {row: layer for row, layer in layers.values()}, calibration)
-        told = "no key=" if self.key is None else "nothing kept: the network can not be told from all others"
+        told = "no key=" if self.key is None else "nothing kept: the network cannot be told from all others"
         label = f"scoring ({self.name})" if kept is not None or store is None else f"scoring ({self.name}, {told})"
         with progress_bar(len(todo), label, progress and bool(todo)) as bar:
             for outcome in run_jobs(run_job, jobs, executor, name=_name, ahead=self.ahead, retries=self.retries):

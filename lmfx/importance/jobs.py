@@ -75,7 +75,7 @@ class PackedNetwork:
 
 
 def _frozen(structure: nn.Module) -> bytes:
-    """A structure as multiprocessing sends it, or as Dask does: with classes by value that workers can not import."""
+    """A structure as multiprocessing sends it, or as Dask does: with classes by value that workers cannot import."""
     try:
         import cloudpickle
     except ImportError:

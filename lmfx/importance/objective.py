@@ -66,7 +66,7 @@ class Objective:
     def importance(self, performance: float, original: float) -> float:
         """The paper's I of one performance, 1 for no change; NaN where the performance is no finite number.
 
-        Raises `InputError` if a relative difference to the original can not be told.
+        Raises `InputError` if a relative difference to the original cannot be told.
         """
         if self.metric == "loss":
             if not original > 0:

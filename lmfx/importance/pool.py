@@ -137,7 +137,7 @@ class _Runner:
         """Another pool, with all that was in flight in the broken one; yields what was finished there."""
         if self.factory is None:
             raise InputError(
-                f"a worker died and broke the {type(self.pool).__name__}, which can not be used again: pass a function "
+                f"a worker died and broke the {type(self.pool).__name__}, which cannot be used again: pass a function "
                 "that makes one, executor=lambda: ProcessPoolExecutor(2). Rows that were finished are kept"
             ) from error
         wait(self.pending)

@@ -85,7 +85,7 @@ class Reconstruction:
         executor: ExecutorLike = None,
     ) -> ImportanceTable:
         """See `Estimator.score`. Rows are stored as they are made, under all that the network and the calibration data
-        are; of those that can not be told from all others, none is."""
+        are; of those that cannot be told from all others, none is."""
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
         wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
@@ -139,7 +139,7 @@ class Reconstruction:
                         bar.update(1)
                         if not math.isfinite(value):
                             share.give_back([key])
-                            continue  # its arithmetic overflows: without a row it can not be chosen
+                            continue  # its arithmetic overflows: without a row it cannot be chosen
                         rows[key] = value
                         if store is not None:
                             store.put("importance", identity, key, value)

@@ -3,7 +3,7 @@
 A backend only says how to prepare one workload as a `Runner`; `TimedBackend.measure` does the rest:
 
     in the store already          not measured (only what is lasting is looked for there, and kept)
-    lower bound                   from FLOPs; `prune(signature, ms)` may say that the row can not be useful at that
+    lower bound                   from FLOPs; `prune(signature, ms)` may say that the row cannot be useful at that
                                   latency, and then the workload is not even made ready
     quick pass                    two runs, and `prune` is asked again
     interleaved rounds            `lmfx.latency.sampling`, in batches that share a sentinel
@@ -108,7 +108,7 @@ class TimedBackend:
         return self.prepare(workload)
 
     def lower_bound(self, module: nn.Module, workload: Workload, session: Session) -> float:
-        """ms that the workload can not be faster than; 0 if nothing is known."""
+        """ms that the workload cannot be faster than; 0 if nothing is known."""
         return 0.0
 
     def session(self) -> Session:
@@ -261,7 +261,7 @@ def is_finished(signature: str, row: Measurement, prune: Prune | None) -> bool:
 
 
 def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Sequence[str]) -> dict[str, Measurement]:
-    """The rows that the store has. Raises `StoreError` if one can not be read."""
+    """The rows that the store has. Raises `StoreError` if one cannot be read."""
     if store is None:
         return {}
     try:

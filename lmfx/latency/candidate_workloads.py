@@ -127,7 +127,7 @@ class Workloads:
         return bool(activated(self.network, MergePlan((candidate,), activation_after=self.activation_after)))
 
     def _texts(self, nodes: Iterable[str]) -> tuple[object, ...]:
-        """What nodes are, for the cache; one that can not be told from others is only equal to itself."""
+        """What nodes are, for the cache; one that cannot be told from others is only equal to itself."""
         return tuple(self._text(n) for n in nodes)
 
     def _text(self, name: str) -> object:

@@ -13,7 +13,7 @@ median, the spread the interquartile range, both in ms.
 Inside a network a row finds its input where the row before has just written it, and its weights and code where the rest
 of the network has left them. A row that is run in a loop finds everything in the nearest cache, and is too fast.
 So (`caches="network"`) a sample is a single run, right after the inputs were written, with all other rows and
-the sweep between two samples of a row. Runners that can not time a single run (GPU events) are looped until `min_ms`.
+the sweep between two samples of a row. Runners that cannot time a single run (GPU events) are looped until `min_ms`.
 """
 
 from __future__ import annotations

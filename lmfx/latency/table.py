@@ -180,7 +180,7 @@ class LatencyTable(Mapping[str, Measurement]):
         different = [k for k in {**self.identity, **theirs} if self.identity.get(k) != theirs.get(k)]
         if different:
             seen = "; ".join(f"{k}: {self.identity.get(k)!r} and {theirs.get(k)!r}" for k in different)
-            raise TableError(f"latencies of different identities can not be used together ({seen}); profile again")
+            raise TableError(f"latencies of different identities cannot be used together ({seen}); profile again")
 
     def merge(self, other: LatencyTable) -> LatencyTable:
         """Both tables' rows; where both have one, the other's. Raises `TableError` if they do not go together."""
@@ -200,7 +200,7 @@ class LatencyTable(Mapping[str, Measurement]):
         try:
             return atomic_write(target, json.dumps(body, indent=1).encode())
         except OSError as error:
-            raise TableError(f"can not write the latency table {target}: {error}") from error
+            raise TableError(f"cannot write the latency table {target}: {error}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
@@ -208,7 +208,7 @@ class LatencyTable(Mapping[str, Measurement]):
         try:
             body = parse_json(read_bounded(path))
         except OSError as error:
-            raise TableError(f"can not read the latency table {path}: {error}") from error
+            raise TableError(f"cannot read the latency table {path}: {error}") from error
         except ValueError as error:
             raise TableError(f"the latency table {path} is damaged ({error}); profile again") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -111,7 +111,7 @@ def measure_wholes(
 ) -> list[float]:
     """The latency of each plan's whole network in ms (an empty plan: the original), in the milliseconds of the rows.
 
-    Networks that the store has are not measured again. Those of a graph that can not be told from all others are not
+    Networks that the store has are not measured again. Those of a graph that cannot be told from all others are not
     stored.
     """
     store = store if identify(spans.network.gm).certain else None

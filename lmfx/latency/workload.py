@@ -6,7 +6,7 @@
 
 Names and the values of weights do not matter for the time, so they are not in it; nor are a norm's eps, momentum and
 in-place flags. All else is: constants of functions, attributes, and of modules that neither torch nor lmfx knows the
-code, and where what they do depends on values, these too (`lmfx.passes.identity.content`). A workload that can not be
+code, and where what they do depends on values, these too (`lmfx.passes.identity.content`). A workload that cannot be
 told from
 all others that way has a signature that no other one has: it shares no measurement, and is not stored.
 """
@@ -44,7 +44,7 @@ class Workload:
     """One thing to time. `build` makes the graph when it is needed (its parameters may be on the meta device).
 
     `inputs` are `(shape, dtype)` pairs. Two workloads with one `signature` are measured once. One that is not `lasting`
-    can not be told from others for sure: its signature is its own, and its measurement is not stored.
+    cannot be told from others for sure: its signature is its own, and its measurement is not stored.
     """
 
     signature: str

@@ -30,7 +30,7 @@ __all__ = ["check_equal", "in_double", "merged_form", "rounded"]
 GROWN = 13  # pixels that the second size of the check has more
 RELATIVE = 1e-9  # of the largest output, in float64
 INSIDE = 1e-12  # of the largest value anywhere in the network
-SINGLE = 1e-3  # of the largest output, where the network can not be run in float64
+SINGLE = 1e-3  # of the largest output, where the network cannot be run in float64
 
 
 def in_double(graph: fx.GraphModule) -> fx.GraphModule:

@@ -154,7 +154,7 @@ def solve_spans(
     line: Line | None = None,
     surrogate: Literal["identity", "affine"] = "identity",
 ) -> Frontier:
-    """Every budget from one exact solve. Candidates without a row in both tables can not be chosen.
+    """Every budget from one exact solve. Candidates without a row in both tables cannot be chosen.
 
     What is the same function as its span has importance 0, whatever a table says, and is taken where another choice has
     the same latency and importance. Latencies are those of whole networks by `line`, by default the table's calibration

@@ -68,7 +68,7 @@ def encode(value: Any) -> Any:
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    raise PlanError(f"a {type(value).__name__} can not be written to plan.json: use numbers, strings, lists and dicts")
+    raise PlanError(f"a {type(value).__name__} cannot be written to plan.json: use numbers, strings, lists and dicts")
 
 
 def decode(hint: Any, value: Any, where: str) -> Any:
@@ -216,11 +216,11 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
 
 @entry
 def save_plan(plan: MergePlan, path: str | os.PathLike[str]) -> Path:
-    """Write a plan as JSON; the file is complete or as it was before. Raises `PlanError` if it can not be written."""
+    """Write a plan as JSON; the file is complete or as it was before. Raises `PlanError` if it cannot be written."""
     try:
         return atomic_write(path, dumps(make_document(plan)).encode())
     except OSError as error:
-        raise PlanError(f"can not write the plan {path}: {error}") from error
+        raise PlanError(f"cannot write the plan {path}: {error}") from error
 
 
 @entry
@@ -241,6 +241,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise PlanError(f"{path} does not exist: give what lmfx.save wrote") from error
     except OSError as error:
-        raise PlanError(f"can not read {path}: {error}") from error
+        raise PlanError(f"cannot read {path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise damaged(str(path), error) from error

@@ -4,7 +4,7 @@
     out/model.safetensors   every weight in its own dtype, and in the header a copy of plan.json
 
 The network's code is not saved: `load` traces the model again, rewrites it by the plan, and fills in the weights. Two
-files can not be replaced in one step; because the weights carry their own copy of the plan, replacing them is the step
+files cannot be replaced in one step; because the weights carry their own copy of the plan, replacing them is the step
 that counts, and a save that is killed at any moment leaves the older save or the new one.
 """
 
@@ -68,7 +68,7 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     Both forms can be saved, trained further or not. Other files in the folder stay; an older save in it is replaced as
     a whole or not at all. `model` is the command line's name of the model, for `lmfx export`.
 
-    Raises `InputError` for a network that lmfx did not make, `PlanError` if it can not be written.
+    Raises `InputError` for a network that lmfx did not make, `PlanError` if it cannot be written.
     """
     plan, result, inputs = _provenance(net)
     merged = is_merged(net)
@@ -81,7 +81,7 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     target = Path(directory)
     try:
         if target.exists() and not target.is_dir():
-            raise PlanError(f"can not save to {target}: it is a file; give a folder")
+            raise PlanError(f"cannot save to {target}: it is a file; give a folder")
         where = target if target.is_dir() else target.absolute().parent
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".lmfx-", dir=where) as temporary:
@@ -98,7 +98,7 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         if isinstance(error, LmfxError):
             raise
-        raise PlanError(f"can not save to {target}: {error}") from error
+        raise PlanError(f"cannot save to {target}: {error}") from error
     return target
 
 
@@ -117,7 +117,7 @@ def _provenance(net: Any) -> tuple[MergePlan, Result | None, dict[str, Any]]:
     if isinstance(plan, MergePlan):
         return plan, None, {name: meta[name] for name in ("positional", "keyword")}
     raise InputError(
-        f"this {type(net).__name__} carries no plan of lmfx, so it can not be saved: pass what lmfx.compress, "
+        f"this {type(net).__name__} carries no plan of lmfx, so it cannot be saved: pass what lmfx.compress, "
         "lmfx.rewrite or lmfx.merge returned"
     )
 
@@ -131,7 +131,7 @@ def _tensors(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in net.state_dict().items():
         if not isinstance(value, Tensor):
             raise PlanError(
-                f"{name} is a {type(value).__name__}, not a tensor, and can not be saved without a pickle: save the "
+                f"{name} is a {type(value).__name__}, not a tensor, and cannot be saved without a pickle: save the "
                 "network before it is quantized, or keep what the module needs in buffers"
             )
         if value.is_meta:

@@ -33,7 +33,7 @@ HUNG_SECONDS = 900.0
 
 @functools.cache
 def this_place() -> str:
-    """Host, boot and pid namespace, within which a pid means something; empty where a process can not be looked up."""
+    """Host, boot and pid namespace, within which a pid means something; empty where a process cannot be looked up."""
     if not Path("/proc/self/stat").exists():
         return ""
     with contextlib.suppress(OSError):

@@ -53,7 +53,7 @@ class Store:
     """A key-value store of JSON values on one sqlite file, safe for several processes and for `kill -9`.
 
     A damaged file is moved aside with a `RuntimeWarning` that names both paths. Raises `StoreError` if the file is
-    foreign or of a newer lmfx (it is left as it is), can not be written, or is locked for longer than 30 s.
+    foreign or of a newer lmfx (it is left as it is), cannot be written, or is locked for longer than 30 s.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -244,9 +244,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(
-                f"can not make the folder {self.path.parent}: {error}; choose another cache_dir"
-            ) from error
+            raise StoreError(f"cannot make the folder {self.path.parent}: {error}; choose another cache_dir") from error
         aside, rescued = None, 0
         with folder_lock(self.path.parent, BUSY_SECONDS):
             try:

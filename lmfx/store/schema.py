@@ -58,7 +58,7 @@ MARK = _IDENTITIES.encode()
 
 
 class Damaged(Exception):
-    """The file is a store and can not be trusted; the text says why. Never leaves `lmfx.latency`."""
+    """The file is a store and cannot be trusted; the text says why. Never leaves `lmfx.latency`."""
 
 
 def dumps(value: Any) -> str:

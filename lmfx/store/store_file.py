@@ -61,8 +61,8 @@ def file_id(path: Path) -> tuple[int, int] | None:
 def folder_lock(folder: Path, seconds: float) -> Iterator[None]:
     """Only one process at a time is inside. The kernel gives it back when a process dies; no file stays behind.
 
-    Raises `StoreError` after `seconds`. Where folders can not be locked (Windows) there is no lock: an open file can
-    not be moved there.
+    Raises `StoreError` after `seconds`. Where folders cannot be locked (Windows) there is no lock: an open file
+    cannot be moved there.
     """
     try:
         import fcntl
@@ -109,7 +109,7 @@ def explain(path: Path, error: Exception, seconds: float) -> StoreError:
             "cache_dir"
         )
     if any(word in text for word in ("readonly", "unable to open", "disk")):
-        return StoreError(f"the store {path} can not be written ({text}); choose another cache_dir")
+        return StoreError(f"the store {path} cannot be written ({text}); choose another cache_dir")
     return StoreError(f"the store {path} does not work ({text}); {ADVICE}")
 
 
@@ -157,7 +157,7 @@ def _check_header(path: Path) -> bool:
     except FileNotFoundError:
         return True
     except OSError as error:
-        raise StoreError(f"the store {path} can not be read ({error}); choose another cache_dir") from error
+        raise StoreError(f"the store {path} cannot be read ({error}); choose another cache_dir") from error
     if not page:
         return True  # sqlite makes the file before it writes to it
     alike = sum(a == b for a, b in zip(page, _MAGIC, strict=False))
@@ -197,7 +197,7 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         if schema_of(db) != version:
             raise Damaged("its tables are not those of its version")
         found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.OperationalError as error:  # what it says of a table that it can not make sense of
+    except sqlite3.OperationalError as error:  # what it says of a table that it cannot make sense of
         if is_damage(error) or error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
             raise Damaged(str(error)) from error
         raise
@@ -214,7 +214,7 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
 def move_aside(path: Path) -> Path:
     """Renames a damaged file, with its -wal and -shm, to a name that is free, and returns that.
 
-    To be called under the folder's lock. Raises `StoreError` if the file can not be moved.
+    To be called under the folder's lock. Raises `StoreError` if the file cannot be moved.
     """
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     name = f"{path.name}.corrupt-{stamp}"
@@ -228,7 +228,7 @@ def move_aside(path: Path) -> Path:
                 os.rename(path.with_name(path.name + end), aside.with_name(aside.name + end))
         os.rename(path, aside)
     except OSError as error:
-        raise StoreError(f"the store {path} is damaged and can not be moved aside ({error}); {ADVICE}") from error
+        raise StoreError(f"the store {path} is damaged and cannot be moved aside ({error}); {ADVICE}") from error
     return aside
 
 

@@ -111,7 +111,7 @@ def entries(store: Store, selection: Selection = EVERYTHING) -> list[Entry]:
 def export_rows(store: Store, path: str | os.PathLike[str], selection: Selection = EVERYTHING) -> int:
     """Writes rows as JSON and returns how many; the file is complete or not there.
 
-    Raises `StoreError` if there are none, or if the file can not be written.
+    Raises `StoreError` if there are none, or if the file cannot be written.
     """
     identities, rows = _read(store, selection)
     if not any(row[0] != SENTINEL for row in rows):
@@ -128,7 +128,7 @@ def export_rows(store: Store, path: str | os.PathLike[str], selection: Selection
     try:
         atomic_write(path, json.dumps(body, indent=1, sort_keys=True).encode())
     except OSError as error:
-        raise StoreError(f"can not write {path}: {error}; give a file in a folder that exists") from error
+        raise StoreError(f"cannot write {path}: {error}; give a file in a folder that exists") from error
     return len(rows)
 
 
@@ -214,7 +214,7 @@ def _parse(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[tuple[str
     try:
         body = parse_json(read_bounded(path))
     except OSError as error:
-        raise StoreError(f"can not read {path}: {error}; give a file that lmfx cache export wrote") from error
+        raise StoreError(f"cannot read {path}: {error}; give a file that lmfx cache export wrote") from error
     except ValueError as error:
         raise StoreError(f"{path} is damaged or no JSON ({error}); export it again") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:

@@ -91,7 +91,7 @@ def load_training(
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise StoreError(
-            f"{file} can not be read ({str(error).splitlines()[0]}): delete it to start the training anew"
+            f"{file} cannot be read ({str(error).splitlines()[0]}): delete it to start the training anew"
         ) from error
     if about.get("version") != VERSION or about["run"] != run:
         theirs = about.get("run", {})

@@ -99,7 +99,7 @@ def distill(
         after_epoch: called with the number of finished epochs and the student in eval mode.
         progress: show a bar with the loss and the time that is left.
 
-    Raises `InputError` for batches that can not be used or a loss that is not finite, `OptionError` for options,
+    Raises `InputError` for batches that cannot be used or a loss that is not finite, `OptionError` for options,
     `MissingExtra` without Accelerate where it is needed, `StoreError` for a checkpoint of another training.
     """
     _check(student, teacher, distillation, loss, locals())

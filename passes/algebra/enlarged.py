@@ -137,7 +137,7 @@ def blank(
 def to_modules(
     op: LinearOp, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> list[nn.Module]:
-    """The modules of an op that enlarges its map. OptionError if a `window` can not say its biases."""
+    """The modules of an op that enlarges its map. OptionError if a `window` cannot say its biases."""
     config = op.config
     modules = blank(config)
     main: Any = next(m for m in modules if hasattr(m, "weight"))

@@ -141,7 +141,7 @@ def select(op: LinearOp, index: Sequence[int]) -> LinearOp:
     if tuple(index) == tuple(range(op.out_channels)):
         return op
     if not index or min(index) < 0 or max(index) >= op.out_channels:
-        raise OptionError(f"can not select the channels {list(index)} of the {op.out_channels} that an op gives")
+        raise OptionError(f"cannot select the channels {list(index)} of the {op.out_channels} that an op gives")
     rows = torch.tensor(index, device=op.weight.device)
     part = op.weight[rows]
     weight = part.new_zeros(len(rows), op.in_channels, *op.kernel_size)
@@ -153,7 +153,7 @@ def spread(op: LinearOp, index: Sequence[int], channels: int) -> LinearOp:
     """The op on the channels `index` of an input of `channels` channels. Dense, unless the index is the identity."""
     if len(index) != op.in_channels or min(index) < 0 or max(index) >= channels:
         raise OptionError(
-            f"an op of {op.in_channels} input channels can not read the channels {list(index)} of {channels}"
+            f"an op of {op.in_channels} input channels cannot read the channels {list(index)} of {channels}"
         )
     if tuple(index) == tuple(range(channels)):
         return op

@@ -136,7 +136,7 @@ class LinearOp:
 def densify(op: LinearOp, groups: int = 1) -> LinearOp:
     """The same op with fewer groups; `groups` divides `op.groups`."""
     if groups < 1 or op.groups % groups:
-        raise OptionError(f"{op.groups} groups can not be seen as {groups}; give a divisor")
+        raise OptionError(f"{op.groups} groups cannot be seen as {groups}; give a divisor")
     ratio = op.groups // groups
     if ratio == 1:
         return op
@@ -165,7 +165,7 @@ def from_conv(conv: nn.Module) -> LinearOp:
     if isinstance(conv, _ConvTransposeNd) or not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise ModelError(f"{type(conv).__name__} is not a plain convolution; only nn.Conv1d, Conv2d and Conv3d are")
     if conv.weight.is_complex():
-        raise ModelError("a convolution with complex weights can not be merged; split it into real ones")
+        raise ModelError("a convolution with complex weights cannot be merged; split it into real ones")
     if conv.padding == "same":  # torch puts the odd pixel after
         extents = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         pads: Pads = tuple((e // 2, e - e // 2) for e in extents)

@@ -79,9 +79,9 @@ def make_pure(graph_module: fx.GraphModule) -> int:
         if source is not None:
             base[node] = source
         if node.kwargs.get("out") is not None:
-            raise TraceError(f"{node.name} writes into out=, which fx can not express as a pure op")
+            raise TraceError(f"{node.name} writes into out=, which fx cannot express as a pure op")
         if name == "setitem":
-            raise TraceError(f"{node.name} writes into a part of a tensor, which fx can not express as a pure op")
+            raise TraceError(f"{node.name} writes into a part of a tensor, which fx cannot express as a pure op")
         if not (str(node.target) in inplace if node.op == "call_module" else _purify(node)):
             continue
         count += 1

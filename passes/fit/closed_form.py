@@ -123,7 +123,7 @@ def evaluate(
     taps = gram.sub(kernel, before, dilation)
     depthwise = weight.shape[1] == 1 and out == channels
     if gram.depthwise and not depthwise:
-        raise OptionError(f"sums of a depthwise fit can not judge a weight {tuple(weight.shape)}")
+        raise OptionError(f"sums of a depthwise fit cannot judge a weight {tuple(weight.shape)}")
     if not depthwise and weight.shape[1] != channels:
         ndim = len(kernel)
         grouped = LinearOp(

@@ -234,7 +234,7 @@ class System:
             if bool((info == 0).all() & sound.all()):
                 return factor, lam
         raise InputError(
-            f"the sums over calibration features can not be factorised with a damping of {damping:g}, nor with "
+            f"the sums over calibration features cannot be factorised with a damping of {damping:g}, nor with "
             f"{MORE[-1]:g} times their variance on top: look for calibration features that are not finite"
         )
 

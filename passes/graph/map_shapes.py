@@ -142,7 +142,7 @@ def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
 def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False) -> dict[fx.Node, tuple[int, ...]]:
     """The shape of every tensor in a graph (in eval mode), without computing anything.
 
-    `inputs` are `(shape, dtype)` pairs, or values that are no tensors. With `partial` values that can not be had for
+    `inputs` are `(shape, dtype)` pairs, or values that are no tensors. With `partial` values that cannot be had for
     these inputs are left out, with all that is computed from them; else what an op raises is raised.
     """
     runner = _ShapeRunner(gm, partial)

@@ -131,7 +131,7 @@ def normalizes(module: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether `module` is a norm of maps of this shape whose statistics come from the map itself.
 
     GroupNorm, InstanceNorm, and a LayerNorm over the channels of channels-first maps: a class of its own that overrides
-    what nn.LayerNorm computes, known by its size, where that can not be the last dimension's.
+    what nn.LayerNorm computes, known by its size, where that cannot be the last dimension's.
     """
     if has_hooks(module) or len(shape) < 3:
         return False

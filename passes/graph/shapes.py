@@ -13,7 +13,7 @@ dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k =
 
 All padding is filled as the first op that pads fills its own. A padding may be negative: then pixels are dropped, which
 is exact after any op (``p = p1 - s1 c`` drops what the second does not read). A filling that is taken from the map
-itself can not be told from the map once some of the same padding crops, so that is refused.
+itself cannot be told from the map once some of the same padding crops, so that is refused.
 
 **add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
 into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
@@ -41,7 +41,7 @@ Crops = tuple[tuple[int, int], ...]
 def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
     """The configuration of `compose` for two ops of these configurations. OptionError if they do not fit together."""
     if first.out_channels != second.in_channels or len(first.stride) != len(second.stride):
-        raise OptionError(f"can not compose: the first gives {_io(first)[1]}, the second takes {_io(second)[0]}")
+        raise OptionError(f"cannot compose: the first gives {_io(first)[1]}, the second takes {_io(second)[0]}")
     kernel, dilation, padding = [], [], []
     for k1, d1, s1, p1, k2, d2, p2 in zip(
         first.kernel_size, first.dilation, first.stride, first.padding,
@@ -78,7 +78,7 @@ def _fill(pads: Sequence[tuple[int, int]], mode: PaddingMode, value: float) -> t
 def add_configs(configs: Sequence[ConvConfig]) -> ConvConfig:
     """The configuration of `add`. OptionError if the branches differ in channels, stride, or always in output size."""
     if len({c.out_channels for c in configs}) > 1:
-        raise OptionError(f"can not add branches of {[c.out_channels for c in configs]} output channels")
+        raise OptionError(f"cannot add branches of {[c.out_channels for c in configs]} output channels")
     kernel, padding, dilation = _common_window(configs)
     first = configs[0]
     groups = gcd(*(c.groups for c in configs))

@@ -109,7 +109,7 @@ def is_of(wanted: str, gm: fx.GraphModule) -> bool:
     if wanted != _old_fingerprint(gm):
         return False
     warnings.warn(
-        "the plan was made by an older lmfx, which did not note constants: whether it is of just this model can not be "
+        "the plan was made by an older lmfx, which did not note constants: whether it is of just this model cannot be "
         "told, so check its outputs, and save it again",
         stacklevel=3,
     )

@@ -203,7 +203,7 @@ class _Flat:
         elif not (_number(latency) and _number(importance)):
             problem = "both must be finite numbers (below 1e60), so measure it again or leave it out"
         elif latency < 0:
-            problem = "a latency can not be negative, so measure it again or leave it out"
+            problem = "a latency cannot be negative, so measure it again or leave it out"
         else:
             return int(stop)
         raise TableError(f"{name} is ({start!r}, {stop!r}, latency {latency!r}, importance {importance!r}); {problem}")

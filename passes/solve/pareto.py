@@ -71,7 +71,7 @@ def thin(latency: FloatArray, importance: FloatArray, potential: FloatArray, poi
 class Graph:
     """A flat graph of entries from vertex 0 to the last; every edge leads upwards.
 
-    Edges that can not be on the frontier are left out: those from which the end can not be reached, and those that
+    Edges that cannot be on the frontier are left out: those from which the end cannot be reached, and those that
     another edge with the same ends dominates (of equal ones the first stays). `into[j]` and `out[i]` are edge indices.
     """
 

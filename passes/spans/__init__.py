@@ -1,4 +1,4 @@
-"""What of a traced network could become one convolution, and what can not, with the reason.
+"""What of a traced network could become one convolution, and what cannot, with the reason.
 
 In: a canonical GraphModule. Out: regions (series-parallel parts), their layers, and for every run of layers (a *span*)
 its candidates or a `Refusal`. Words: a *candidate* is one way to realize a span (`keep`, `compose`, `fit`, `drop`) with

@@ -65,7 +65,7 @@ def span_ops(network: Network, layers: tuple[Layer, ...]) -> int:
 
 
 def merged_ops(network: Network, candidate: Candidate) -> int:
-    """The ops that stand for a composed span: its conv, a pad where the conv can not do it, two for a side input."""
+    """The ops that stand for a composed span: its conv, a pad where the conv cannot do it, two for a side input."""
     assert candidate.conv is not None
     return 1 + pads_apart(candidate.conv) + _ops_after(candidate.conv) + 2 * len(_sides(network, candidate))
 

@@ -1,4 +1,4 @@
-"""Regions -> candidates and refusals: for every series and every span, what it could become, or why it can not.
+"""Regions -> candidates and refusals: for every series and every span, what it could become, or why it cannot.
 
 compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
           the kept set of the largest L1 norm that holds every irreducible conv (`states`).
@@ -290,7 +290,7 @@ class _Finder:
                 continue
             again = {self.network.path(n) for n in kept} & {self.network.path(n) for n in every if n not in state.kept}
             if again:
-                continue  # one call of a conv is kept and another pruned, which a plan can not say
+                continue  # one call of a conv is kept and another pruned, which a plan cannot say
             too_small = next(filter(None, (self.too_small(s, state.config) for s in self.sites(span))), None)
             if too_small is not None:
                 self.refusals.append(too_small)
@@ -317,7 +317,7 @@ class _Finder:
         return inexact(self.network, layers, state.config)
 
     def too_small(self, span: Span, config: ConvConfig) -> Refusal | None:
-        """Why a map can not be padded from its own values, as torch does it."""
+        """Why a map cannot be padded from its own values, as torch does it."""
         if config.padding_mode in ("zeros", "replicate"):
             return None
         least = 1 if config.padding_mode == "reflect" else 0

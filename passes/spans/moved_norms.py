@@ -3,7 +3,7 @@
     x ─ conv1 ─ norm ─ act ─ conv2 ─ add       trainable   x ─ LinearSpan ─ norm ─ add
                                                merged      x ─ conv ─────── norm ─ add
 
-Such a norm is not affine, so it can not stay between two convs that become one. With `norm="affine"` its
+Such a norm is not affine, so it cannot stay between two convs that become one. With `norm="affine"` its
 calibration-average affine stands for it. With `norm="post"` nothing stands for it, and one norm of its kind follows
 the merged conv, in the trainable form as in the merged one, so that merging is exact. Of several removed norms the last
 is kept: its statistics would undo the scale and shift of those before it. LayerMerge (ICML 2024) does this for its
@@ -57,7 +57,7 @@ def _norms(network: Network, layers: tuple[Layer, ...], end: str | None) -> list
 def moved_norm(module: nn.Module, channels: int) -> nn.Module | None:
     """A norm like `module` for maps of `channels` channels, with its weights where it has as many channels itself.
 
-    None for a class of norm that can not be made for another number of channels. A GroupNorm keeps its number of
+    None for a class of norm that cannot be made for another number of channels. A GroupNorm keeps its number of
     groups, or has one group a channel where that does not divide the channels (as the published code does).
     """
     own = getattr(module, "num_channels", None) or getattr(module, "num_features", None)

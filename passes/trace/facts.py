@@ -114,14 +114,14 @@ class Facts:
         try:
             seen = [self._fake(tensor, values) for values in (self.values, self.others)]
             sizes = {int(v.shape[dim]) for v in seen}
-        except Exception:  # an op that fake tensors can not run, here or at larger sizes: nothing is known
+        except Exception:  # an op that fake tensors cannot run, here or at larger sizes: nothing is known
             return UNKNOWN
         return sizes.pop() if len(sizes) == 1 else UNKNOWN
 
     def _of_tensor(self, node: fx.Node, name: Any, call: bool) -> Any:
         try:
             value = self._fake(node, self.values)
-        except Exception:  # an op that fake tensors can not run: nothing is known
+        except Exception:  # an op that fake tensors cannot run: nothing is known
             return UNKNOWN
         if not isinstance(value, Tensor):
             return UNKNOWN

@@ -209,7 +209,7 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Trace into a module, or record a call of it if that can not be done."""
+        """Trace into a module, or record a call of it if that cannot be done."""
         if threading.get_ident() != self.thread:  # torch.fx patches nn.Module for all threads: another one runs its own
             return forward(*args, **kwargs)
         try:
@@ -334,7 +334,7 @@ def record(kind: type[SymbolicTracer], model: nn.Module, example: Example) -> Tr
         if not tracer.failed:
             break
         if tracer.failed.keys() <= opaque.keys():
-            raise TraceError(f"{', '.join(tracer.failed)} can not be traced, not even as opaque modules")
+            raise TraceError(f"{', '.join(tracer.failed)} cannot be traced, not even as opaque modules")
         opaque |= tracer.failed
     for value in tracer.tensor_attrs:  # what a forward computes from trainable parameters is trainable
         if isinstance(value, Tensor) and value.is_floating_point() and tracer.sources.trainable(value):

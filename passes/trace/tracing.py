@@ -56,7 +56,7 @@ TRACERS: dict[str, Callable[[nn.Module, Example], Traced]] = {
     "export": trace_export,
 }
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# What fake tensors say when the values of the data decide, which torch.export can not know either.
+# What fake tensors say when the values of the data decide, which torch.export cannot know either.
 _DATA_DEPENDENT = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode")
 
 
@@ -267,7 +267,7 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tu
         raise _Differs(f"the graph does not compute what the model computes ({difference})")
     if runner.hidden.autocast:
         raise ModelError(
-            f"one of {', '.join(traced.opaque)} has an autocast region, and can not be traced: take the region out, "
+            f"one of {', '.join(traced.opaque)} has an autocast region, and cannot be traced: take the region out, "
             "and run the result under torch.autocast instead"
         )
     args, kwargs = example

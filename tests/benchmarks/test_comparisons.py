@@ -118,7 +118,7 @@ def test_the_table_says_what_can_not_be_reached() -> None:
     told = methods_report.table(
         {"digits resnet": {"settings": {"epochs": 4}, "rows": rows}}, ["layeronly", "depth", "fit"]
     )
-    assert "layeronly       0.5 can not be reached, least 0.830" in told
+    assert "layeronly       0.5 cannot be reached, least 0.830" in told
     assert "depth           0.5 *   0.840     9   10.0%    40.0%   90.0%   +5.0   90.0%" in told
     assert "fit             0.5 not run" in told
 

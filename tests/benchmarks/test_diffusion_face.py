@@ -34,7 +34,7 @@ def test_a_failure_is_told_and_an_unreachable_budget_is_none(
     for done, code, told in (
         (Done("", good), 0, "0.700"),
         (Done("", {**good, "error": 1e-2}), 1, "loaded is off by 1.0e-02"),
-        (Done("x\nlmfx.passes.errors.InfeasibleBudget: no"), 0, "can not be reached: lmfx"),
+        (Done("x\nlmfx.passes.errors.InfeasibleBudget: no"), 0, "cannot be reached: lmfx"),
         (Done("KeyError: 'a'"), 1, "KeyError: 'a'"),
     ):
         monkeypatch.setattr(diffusion_face.subprocess, "run", lambda *_, done=done, **__: done)

@@ -253,7 +253,7 @@ def test_ddpm_trains_with_a_share_of_the_batch_in_each_process_and_the_average_i
     assert seen["ema"] == 0.9999 and seen["epochs"] == 1
     assert seen["sizes"] == {2} and len(seen["batches"]) == 12  # each of two processes takes every second one
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SystemExit, match="a batch of 4 images can not be shared by 3 processes"):
+    with pytest.raises(SystemExit, match="a batch of 4 images cannot be shared by 3 processes"):
         ddpm.main(arguments)
 
 

@@ -69,7 +69,7 @@ class Keyed:
 
 
 def keyed(model: nn.Module, example: Any) -> Keyed | None:
-    """The keys of a model, or None if it does not run, is not traced, or can not be told from all others."""
+    """The keys of a model, or None if it does not run, is not traced, or cannot be told from all others."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

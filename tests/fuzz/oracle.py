@@ -28,7 +28,7 @@ class _Unknown(Exception):
 
 
 def check_span(network: Network, candidate: Candidate) -> bool:
-    """Compare one composed candidate with the graph's own modules; False if the oracle can not say."""
+    """Compare one composed candidate with the graph's own modules; False if the oracle cannot say."""
     conv = candidate.conv
     assert conv is not None
     reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]

@@ -632,7 +632,7 @@ FILES: list[Case] = [
         "cache_dir a file",
         lambda e: e.compress(cache_dir=e.given("cache", "mine")),
         StoreError,
-        "can not make the folder",
+        "cannot make the folder",
         "choose another cache_dir",
     ),
     ("cache_dir a number", lambda e: e.compress(cache_dir=3), OptionError, "cache_dir=3", "a folder"),

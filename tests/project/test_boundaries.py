@@ -195,7 +195,7 @@ def test_every_error_is_an_lmfx_error_and_public() -> None:
     assert made == set(errors.__all__) and len(made) > 10
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), lmfx.LmfxError)
-        assert name in lmfx.__all__, f"a caller can not catch lmfx.{name}"
+        assert name in lmfx.__all__, f"a caller cannot catch lmfx.{name}"
 
 
 def test_passes_is_one_package_with_one_name() -> None:

@@ -4,7 +4,7 @@
     time        delay | start | replay ... | end   the delay keeps the GPU busy until all replays are queued
 
 One launch of a graph costs some microseconds, as much as a small layer; with several calls in a graph it is shared, and
-what is between two calls is what is between two kernels of one network. A call that can not be captured is run as it
+what is between two calls is what is between two kernels of one network. A call that cannot be captured is run as it
 is: then launches count, and the row's conditions say so. Nothing is copied to or from the host in the timed part, and
 the host waits by asking again and again, because a thread that sleeps lets the clocks fall.
 """

@@ -210,7 +210,7 @@ class OnnxRuntimeBackend(TimedBackend):
         for value in session.get_inputs():
             drawn = np.asarray(random.random(value.shape, dtype=np.float32))
             if value.type not in DTYPES:
-                raise OptionError(f"{value.name} is a {value.type}, which numpy can not make: use latency='torch'")
+                raise OptionError(f"{value.name} is a {value.type}, which numpy cannot make: use latency='torch'")
             inputs.append(drawn.astype(DTYPES[value.type]))
             if self.gpu:
                 held = self.ort.OrtValue.ortvalue_from_numpy(inputs[-1], "cuda", 0)
@@ -258,7 +258,7 @@ class OnnxRuntimeBackend(TimedBackend):
 
 
 def _refused(error: Exception) -> ExportError:
-    return ExportError(f"ONNX Runtime can not run a part of the network: {one_line(error)}. Use latency='torch'")
+    return ExportError(f"ONNX Runtime cannot run a part of the network: {one_line(error)}. Use latency='torch'")
 
 
 def _import() -> Any:
@@ -266,7 +266,7 @@ def _import() -> Any:
         import onnxruntime
     except ImportError as error:
         raise MissingExtra(
-            f"the onnxruntime backend needs the package onnxruntime, which can not be imported ({error}); "
+            f"the onnxruntime backend needs the package onnxruntime, which cannot be imported ({error}); "
             'pip install "lmfx[ort]"'
         ) from error
     return onnxruntime

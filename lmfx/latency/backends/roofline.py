@@ -91,14 +91,14 @@ class RooflineBackend:
         return [[ms] * repeats for ms in times]
 
     def ms(self, module: nn.Module, inputs: Sequence[Any]) -> float:
-        """The latency of a graph in ms. Raises `OptionError` for a module that torch.fx can not trace."""
+        """The latency of a graph in ms. Raises `OptionError` for a module that torch.fx cannot trace."""
         gm = module
         if not isinstance(gm, fx.GraphModule):
             try:
                 gm = fx.symbolic_trace(module)
             except Exception as error:  # tracing runs the user's code, which may raise anything
                 raise OptionError(
-                    f"roofline needs a graph, and torch.fx can not trace {type(module).__name__}: {error}; "
+                    f"roofline needs a graph, and torch.fx cannot trace {type(module).__name__}: {error}; "
                     "give the GraphModule that lmfx.trace makes"
                 ) from error
         try:

@@ -31,7 +31,7 @@ class TorchBackend(TimedBackend):
     (None: on a GPU); `cuda_graph` replays CUDA graphs, else launches count; `compile` runs `torch.compile` first, which
     takes seconds a row. Rows and whole networks are timed under the same settings.
 
-    Raises `DeviceError` if the device is not there, `OptionError` for what can not be had together.
+    Raises `DeviceError` if the device is not there, `OptionError` for what cannot be had together.
     """
 
     name = "torch"

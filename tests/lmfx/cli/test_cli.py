@@ -382,7 +382,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no scheduler": ((*BEFORE, *FINETUNE, "--executor", "dask:no address"), "no scheduler answers there"),
     "an example of text": ((*BEFORE[:3], "denoisers:text"), "gave a str: return a tensor"),
     "an example of no file": ((*BEFORE[:3], "example.pt"), "no .npy or .npz file"),
-    "an example that is not there": ((*BEFORE[:3], "no.npz"), "can not read the example no.npz"),
+    "an example that is not there": ((*BEFORE[:3], "no.npz"), "cannot read the example no.npz"),
     "images for one input": ((*BEFORE, "--calibration", "one.npy"), "has 1 inputs, the example has 2"),
 }
 
@@ -424,7 +424,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], str]] = {
     "plot into no folder": (("frontier", "toy_models:factory", *SCORED, "--plot", "no/f.png"), "does not exist"),
     "images that are not there": (
         ("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "no.npy"),
-        "can not read the calibration images no.npy",
+        "cannot read the calibration images no.npy",
     ),
     "images of a pickle": (
         ("frontier", "toy_models:factory", *ROOFLINE, "--calibration", "x.pt"),
@@ -449,7 +449,7 @@ def test_a_failure_is_one_message_and_exit_code_2(name: str, capsys: pytest.Capt
     [
         (np.zeros((2, 3, 8, 8), np.float32), "all but the first dimension must agree"),
         (np.zeros((2, 3, 16, 16), np.uint8), "normalise images"),
-        (np.array([{}], dtype=object), "can not read the calibration images"),
+        (np.array([{}], dtype=object), "cannot read the calibration images"),
         (np.full((2, 3, 16, 16), np.nan), "NaN"),
         (np.zeros((0, 3, 16, 16)), "empty"),
     ],
@@ -605,5 +605,5 @@ def test_weights_are_loaded_strictly(folder: Path) -> None:
     path.write_bytes(b"PK\x03\x04 a pickle")
     with pytest.raises(ModelError, match="give a safetensors file"):
         load_model("toy_models:factory", path)
-    with pytest.raises(ModelError, match="can not read the weights"):
+    with pytest.raises(ModelError, match="cannot read the weights"):
         load_model("toy_models:factory", folder / "no.safetensors")

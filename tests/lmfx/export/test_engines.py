@@ -66,7 +66,7 @@ def test_tensorrt_says_itself_why_it_can_not_build(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="could not build an engine: .*sm75"):
         build_engine(tmp_path / "net.onnx", tmp_path / "net.engine", "sm75")
     (tmp_path / "bad.onnx").write_bytes(b"nonsense")
-    with pytest.raises(ExportError, match="can not read the ONNX model"):
+    with pytest.raises(ExportError, match="cannot read the ONNX model"):
         build_engine(tmp_path / "bad.onnx", tmp_path / "bad.engine", "sm89")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.onnx", "net.onnx"]
 
@@ -145,7 +145,7 @@ def sentence(package: str | None = None, ahead_of_time: bool = False) -> str:
 def test_a_package_that_is_not_there_is_named_with_its_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     finds(monkeypatch)
     assert sentence("tensorrt_rtx") == (
-        'TensorRT can not be used: tensorrt_rtx is not installed; pip install "lmfx[trt-rtx]"'
+        'TensorRT cannot be used: tensorrt_rtx is not installed; pip install "lmfx[trt-rtx]"'
     )
     text = sentence()
     assert "tensorrt is not installed and tensorrt_rtx is not installed" in text
@@ -167,7 +167,7 @@ def test_a_package_that_can_not_be_loaded_is_not_called_missing(
 ) -> None:
     finds(monkeypatch, tensorrt_rtx=error)
     text = sentence("tensorrt_rtx")
-    assert f"tensorrt_rtx is installed and can not be loaded ({type(error).__name__}: " in text
+    assert f"tensorrt_rtx is installed and cannot be loaded ({type(error).__name__}: " in text
     assert "tensorrt_rtx" in str(error).replace("lib", "") and "not installed" not in text
     assert text.endswith('pip install --upgrade --force-reinstall "lmfx[trt-rtx]"')
 

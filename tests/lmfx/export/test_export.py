@@ -1,4 +1,4 @@
-"""The emitter and the ONNX export compute what torch computes, and say so when they can not."""
+"""The emitter and the ONNX export compute what torch computes, and say so when they cannot."""
 
 from __future__ import annotations
 

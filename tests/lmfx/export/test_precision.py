@@ -108,7 +108,7 @@ def test_norms_are_computed_in_float32_and_their_readers_see_half() -> None:
     order = words(model)
     at = order.index("InstanceNormalization")
     assert order[at - 1] == order[at + 1] == "Cast" and order.count("Cast") == 2
-    x = torch.randn(IMAGE[0]) * 1e3  # a sum of squares that half can not hold
+    x = torch.randn(IMAGE[0]) * 1e3  # a sum of squares that half cannot hold
     gm = graph(nn.GroupNorm(2, 6))
     got = run(emit(gm, [x], precision="fp16"), x.half().numpy())
     assert np.abs(got - gm(x).detach().numpy()).max() < 0.01
@@ -219,7 +219,7 @@ def test_float32_changes_nothing_and_meta_weights_are_filled() -> None:
 def test_what_can_not_be_converted_says_why() -> None:
     with pytest.raises(OptionError, match="fp32, fp16, bf16, not 'int8'"):
         convert_bytes(b"", "int8")
-    with pytest.raises(ExportError, match="can not read the ONNX model"):
+    with pytest.raises(ExportError, match="cannot read the ONNX model"):
         convert_bytes(b"nonsense", "fp16")
     body = onnx.helper.make_graph([], "b", [], [])
     nodes = [onnx.helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body)]

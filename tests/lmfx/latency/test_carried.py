@@ -225,7 +225,7 @@ def test_profile_there_then_frontier_and_compress_here(
     [
         (["--table", "table.json", "--backend", "roofline"], "--backend says where to measure"),
         (["--table", "table.json", "--threads", "2"], "--threads says where to measure"),
-        (["--table", "nowhere.json"], "can not read the latency table nowhere.json"),
+        (["--table", "nowhere.json"], "cannot read the latency table nowhere.json"),
         (["--table", "cut.json"], "the latency table cut.json is damaged"),
         (["--table", "rows.json"], "not a latency table of lmfx"),
         (["--table", "table.json", "--shape", "2,3,16,16"], "another batch (1, this one is 2)"),

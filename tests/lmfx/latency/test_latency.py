@@ -489,7 +489,7 @@ def test_the_roofline_needs_a_graph() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(OptionError, match="can not trace Loops"):
+    with pytest.raises(OptionError, match="cannot trace Loops"):
         get_backend("roofline").measure([Workload.of(Loops(), IMAGE)])
 
 
@@ -686,9 +686,9 @@ def test_a_truncated_or_missing_table_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-30])
     with pytest.raises(TableError, match="damaged"):
         LatencyTable.load(path)
-    with pytest.raises(TableError, match="can not read"):
+    with pytest.raises(TableError, match="cannot read"):
         LatencyTable.load(tmp_path / "none.json")
-    with pytest.raises(TableError, match="can not write"):
+    with pytest.raises(TableError, match="cannot write"):
         table().save(tmp_path / "none" / "table.json")
     assert json.loads(table().save(path).read_text())["identity"]["backend"] == "fake"
 

@@ -246,7 +246,7 @@ def test_a_folder_is_two_files_and_neither_is_a_pickle(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "plan.json"]
     assert json.loads((folder / "plan.json").read_text())["format"] == "lmfx-plan"
     assert os.listdir(folder.parent) == ["out"]
-    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "one can be read by others, the other can not"
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "one can be read by others, the other cannot"
 
 
 # --- saving is all or nothing -----------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_failed_save_leaves_the_older_one_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(PlanError, match="can not save to .*No space left"):
+    with pytest.raises(PlanError, match="cannot save to .*No space left"):
         save(compressed(model, merged=False), folder)
     assert contents(folder) == before
     with pytest.raises(PlanError, match="No space left"):
@@ -317,7 +317,7 @@ def test_an_input_that_json_can_not_hold_is_named(model: nn.Module, tmp_path: Pa
     net = compressed(model)
     result = net.meta["lmfx"]["result"]
     net.meta["lmfx"]["result"] = replace(result, inputs={"positional": [object()], "keyword": {}})
-    with pytest.raises(PlanError, match="a object can not be written"):
+    with pytest.raises(PlanError, match="a object cannot be written"):
         save(net, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
@@ -513,9 +513,9 @@ def test_a_forged_plan_is_refused_with_the_place(name: str, model: nn.Module, tm
 def test_a_plan_that_can_not_be_read_or_written_is_an_error_of_lmfx(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="does not exist"):
         load_plan(tmp_path / "no.json")
-    with pytest.raises(PlanError, match="can not read"):
+    with pytest.raises(PlanError, match="cannot read"):
         load_plan(tmp_path)
-    with pytest.raises(PlanError, match="can not write the plan"):
+    with pytest.raises(PlanError, match="cannot write the plan"):
         save_plan(MergePlan(), tmp_path / "no" / "plan.json")
 
 

@@ -157,7 +157,7 @@ def test_an_age_that_is_none_is_refused(days: Any) -> None:
         Selection(older_than=days)
 
 
-# --- exported files that can not be believed --------------------------------------------------------------------------
+# --- exported files that cannot be believed --------------------------------------------------------------------------
 
 
 def changed(**values: Any) -> Callable[[str], str]:
@@ -300,8 +300,8 @@ def test_pruning_everything_must_be_said(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path).close()
     file = str(tmp_path / "no" / "rows.json")
-    assert "can not write" in failure(capsys, "export", file, "--cache-dir", str(tmp_path))
-    assert "can not read" in failure(capsys, "import", file, "--cache-dir", str(tmp_path))
+    assert "cannot write" in failure(capsys, "export", file, "--cache-dir", str(tmp_path))
+    assert "cannot read" in failure(capsys, "import", file, "--cache-dir", str(tmp_path))
 
 
 @pytest.mark.filterwarnings("ignore:the store:RuntimeWarning")

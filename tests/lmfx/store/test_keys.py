@@ -191,7 +191,7 @@ def test_a_saved_plan_of_an_older_version_is_taken_with_a_warning(tmp_path: Path
         rewrite(other, MergePlan((), _old_fingerprint(graph)))
 
 
-# --- what can not be told apart ---------------------------------------------------------------------------------------
+# --- what cannot be told apart ---------------------------------------------------------------------------------------
 
 
 UNSURE: dict[str, Callable[[], Any]] = {

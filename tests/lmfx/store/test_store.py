@@ -100,7 +100,7 @@ def test_a_folder_in_the_place_of_the_file_or_the_reverse_is_refused(tmp_path: P
     with pytest.raises(StoreError, match="is a folder"):
         Store.open(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="can not make the folder"):
+    with pytest.raises(StoreError, match="cannot make the folder"):
         Store.open(tmp_path / "file")
 
 

@@ -241,7 +241,7 @@ def test_a_damaged_file_that_can_not_be_moved_is_an_error(path: Path, monkeypatc
     flip(path, 0)
     before = path.read_bytes()
     monkeypatch.setattr("os.rename", refuse)
-    with pytest.raises(StoreError, match=r"can not be moved aside \(not yours\); delete the file"):
+    with pytest.raises(StoreError, match=r"cannot be moved aside \(not yours\); delete the file"):
         Store(path)
     assert path.read_bytes() == before
 

@@ -305,7 +305,7 @@ def test_a_checkpoint_of_another_training_or_a_damaged_one_is_refused(tmp_path: 
     whole = (tmp_path / CHECKPOINT).read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"\xff" * 100):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
-        with pytest.raises(lmfx.StoreError, match="can not be read.*delete it"):
+        with pytest.raises(lmfx.StoreError, match="cannot be read.*delete it"):
             distill(student_of(model), None, pairs(), **options)
 
 

@@ -359,8 +359,8 @@ def test_a_module_that_is_not_one_convolution_is_refused(make: object, words: st
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: linear.compose(linear.identity(2, 2), linear.identity(3, 2)), "can not compose"),
-        (lambda: linear.compose(linear.identity(2, 1), linear.identity(2, 2)), "can not compose"),
+        (lambda: linear.compose(linear.identity(2, 2), linear.identity(3, 2)), "cannot compose"),
+        (lambda: linear.compose(linear.identity(2, 1), linear.identity(2, 2)), "cannot compose"),
         (lambda: linear.add([linear.identity(2, 2), linear.identity(3, 2)]), "add branches"),
         (lambda: linear.add([]), "no branches"),
         (lambda: linear.add([linear.identity(2, 2)], [1.0, -1.0]), "signs"),

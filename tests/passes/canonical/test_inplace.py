@@ -194,7 +194,7 @@ def test_an_in_place_relu_before_a_join_is_linearized_like_any_other() -> None:
     check_rewrite(model, X, pick(realization="compose", kernel=(5, 5), stop=1), after=["Conv2d"], edits=1)
 
 
-# --- what can not be said in fx goes to torch.export, or is refused ---------------------------------------------------
+# --- what cannot be said in fx goes to torch.export, or is refused ---------------------------------------------------
 
 
 def _view_of_a_mutated_value(m: Any, x: Tensor) -> Any:

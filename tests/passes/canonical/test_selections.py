@@ -347,9 +347,9 @@ def test_indices_outside_of_the_channels_are_errors() -> None:
         linear.select(op(6, 6, 1), [6])
     with pytest.raises(OptionError, match=r"\[-1\] of the 6"):
         linear.select(op(6, 6, 1), [-1])
-    with pytest.raises(OptionError, match=r"3 input channels can not read the channels \[0, 1\] of 6"):
+    with pytest.raises(OptionError, match=r"3 input channels cannot read the channels \[0, 1\] of 6"):
         linear.spread(op(3, 6, 1), [0, 1], 6)
-    with pytest.raises(OptionError, match=r"can not read the channels \[0, 1, 6\] of 6"):
+    with pytest.raises(OptionError, match=r"cannot read the channels \[0, 1, 6\] of 6"):
         linear.spread(op(3, 6, 1), [0, 1, 6], 6)
 
 

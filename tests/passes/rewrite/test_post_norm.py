@@ -1,4 +1,4 @@
-"""A norm that can not stay between two convs moves behind the merged one; and an activation may be put behind it."""
+"""A norm that cannot stay between two convs moves behind the merged one; and an activation may be put behind it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         self.rounds = 2
 
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(int(x.sum() * 0) + self.rounds):  # which torch.fx can not trace
+        for _ in range(int(x.sum() * 0) + self.rounds):  # which torch.fx cannot trace
             x = x + self.proj(x).softmax(1)
         return x
 

@@ -375,7 +375,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], str]] = {
     "broadcast of channels": (
         lambda m, x: m.a(x) + m.b(x),
         {"a": conv(4, 4), "b": conv(4, 1)},
-        r"can not add branches of \[4, 1\] output channels",
+        r"cannot add branches of \[4, 1\] output channels",
     ),
     "shared conv": (lambda m, x: m.a(F.relu(m.a(x))), {"a": conv()}, "shared with another call"),
     "activation": (lambda m, x: F.tanh(F.relu(m.a(x))), {"a": conv()}, "nothing to merge: only an activation"),
