@@ -24,7 +24,6 @@ __all__ = [
     "Scored",
     "check_made_for",
     "stored_scores",
-    "weights_digest",
     "weights_identity",
 ]
 
@@ -103,11 +102,6 @@ class Scored:
 def weights_identity(gm: fx.GraphModule) -> Identity:
     """What a graph is with all its values. Rows of a graph that is not certain are not stored."""
     return identify(gm, "values")
-
-
-def weights_digest(gm: fx.GraphModule) -> str:
-    """A short digest of a graph's structure and of all its values."""
-    return weights_identity(gm).digest
 
 
 def stored_scores(store: Store | None, identity: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:

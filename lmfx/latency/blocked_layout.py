@@ -15,7 +15,6 @@ from typing import Any
 
 __all__ = ["in_network"]
 
-NCHWC = "com.microsoft.nchwc"
 STAND_IN_CHANNELS = 16
 SMALLEST = 16  # inputs with fewer channels (an image) are read in NCHW also in a network
 

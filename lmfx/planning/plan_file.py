@@ -35,7 +35,6 @@ __all__ = [
     "make_document",
     "parse_document",
     "plan_from_dict",
-    "plan_to_dict",
     "save_plan",
 ]
 
@@ -124,11 +123,6 @@ def _expect(holds: bool, what: str, value: Any, where: str) -> None:
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
-
-
-def plan_to_dict(plan: MergePlan) -> dict[str, Any]:
-    """The plan as a JSON document of its own, with the name of the format and the version."""
-    return make_document(plan)
 
 
 def plan_from_dict(document: Any, source: str = "the plan") -> MergePlan:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 from ..graph.enlarging import compose_config
-from ..graph.shapes import add_configs, branch_crops, cat_configs, extent
+from ..graph.shapes import add_configs, branch_crops, cat_configs
 from ..ir import ConvConfig
 from .enlarged import from_shuffle, from_transposed, lowered_op, raised, small_op
 from .linear_op import (
@@ -83,7 +83,6 @@ __all__ = [
     "select",
     "spread",
     "to_conv",
-    "undilate",
 ]
 
 
@@ -169,17 +168,6 @@ def _fan_in(op: LinearOp) -> Tensor:
     inner = op.weight.shape[1]
     block = torch.arange(op.out_channels, device=op.weight.device) // (op.out_channels // op.groups)
     return block[:, None] * inner + torch.arange(inner, device=op.weight.device)
-
-
-def undilate(op: LinearOp) -> LinearOp:
-    """The same op with dilation 1: zeros between the taps."""
-    if all(d == 1 for d in op.dilation):
-        return op
-    config = op.config
-    kernel = tuple(e + 1 for e in extent(config))
-    weight = op.weight.new_zeros(*op.weight.shape[:2], *kernel)
-    weight[_window([0] * op.ndim, op.dilation, op.kernel_size)] += op.weight
-    return LinearOp(weight, op.bias, op.stride, op.padding, (1,) * op.ndim, op.groups)
 
 
 def _product(w1: Tensor, w2: Tensor, g1: int, g2: int) -> Tensor:

@@ -14,7 +14,7 @@ Everything else is opaque: it may be kept, or replaced whole by a fitted conv, b
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -51,9 +51,6 @@ __all__ = [
     "is_plain",
     "normalizes",
 ]
-
-M = TypeVar("M", bound=nn.Module)
-
 
 CONVS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import VerifyError
 from ..model.interface import plain_output
 
-__all__ = ["check_equivalent", "check_graph", "drop_unread", "relative_error", "unread_tensors"]
+__all__ = ["check_graph", "drop_unread", "relative_error", "unread_tensors"]
 
 
 def check_graph(gm: fx.GraphModule) -> None:
@@ -68,13 +67,3 @@ def relative_error(expected: Any, actual: Any) -> float:
     error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(left, right, strict=True))
     scale = sum(float(a.double().square().sum()) for a in left)
     return (error / scale) ** 0.5 if scale else error**0.5
-
-
-def check_equivalent(expected: nn.Module, actual: nn.Module, inputs: tuple[Any, ...], tolerance: float) -> float:
-    """Run both on clones of `inputs` and return their relative error; `VerifyError` if it is over `tolerance`."""
-    with torch.no_grad():
-        outputs = [m(*(v.clone() if isinstance(v, Tensor) else v for v in inputs)) for m in (expected, actual)]
-    error = relative_error(*outputs)
-    if not error <= tolerance:
-        raise VerifyError(f"the networks differ by a relative error of {error:.2e}, over {tolerance:.0e}")
-    return error

@@ -34,7 +34,7 @@ import numpy as np
 from ..errors import BudgetError, InfeasibleBudget, OptionError, TableError
 from .pareto import FloatArray, Graph, IntArray, Relaxation, pareto, thin
 
-__all__ = ["Chain", "Entry", "Frontier", "solve_chain", "solve_chains", "solve_series"]
+__all__ = ["Chain", "Entry", "Frontier", "solve_chains", "solve_series"]
 
 MaxPoints = int | None | Literal["auto"]
 Trail = list[tuple[IntArray, IntArray]]  # of every vertex and label: the edge that made it, and the label before that
@@ -162,11 +162,6 @@ def solve_series(entries: Iterable[tuple[int, int, float, float]], *, max_points
     length = max(flat.check(entry, f"entry {entry.tag}") for entry in checked)
     flat.chain(Chain(checked, length), 0, "the chain")
     return _solve(flat, 0.0, max_points)
-
-
-def solve_chain(chain: Chain, *, max_points: MaxPoints = "auto") -> Frontier:
-    """The frontier of a chain with nested parallel elements; `choice` gives tags. See `solve_series`."""
-    return solve_chains((chain,), max_points=max_points)
 
 
 def solve_chains(chains: Iterable[Chain], fixed_latency: float = 0.0, *, max_points: MaxPoints = "auto") -> Frontier:

@@ -28,7 +28,7 @@ from lmfx.passes.spans.enumeration import SpanOptions, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import fingerprint, trace
 from lmfx.planning import saved_networks as store
-from lmfx.planning.plan_file import load_plan, plan_from_dict, plan_to_dict, save_plan
+from lmfx.planning.plan_file import load_plan, make_document, plan_from_dict, save_plan
 from lmfx.planning.saved_networks import load, save
 from lmfx.result import Result
 
@@ -444,7 +444,7 @@ def test_a_plan_survives_json_with_every_field(model: nn.Module, tmp_path: Path)
     for plan in plans(model):
         loaded = load_plan(save_plan(plan, tmp_path / "plan.json"))
         assert loaded == plan
-        assert plan_from_dict(json.loads(json.dumps(plan_to_dict(plan)))) == plan
+        assert plan_from_dict(json.loads(json.dumps(make_document(plan)))) == plan
 
 
 def test_the_plan_of_a_folder_is_a_plan(folder: Path, model: nn.Module) -> None:

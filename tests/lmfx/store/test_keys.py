@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.importance import Reconstruction
-from lmfx.importance.base import weights_digest
+from lmfx.importance.base import weights_identity
 from lmfx.latency import Store, Workload, signature
 from lmfx.latency.backends.roofline import RooflineBackend
 from lmfx.latency.candidate_workloads import Workloads
@@ -157,7 +157,7 @@ def made(which: Callable[[], Any]) -> Any:
 def test_networks_that_differ_in_one_thing_have_other_keys(name: str, tmp_path: Path) -> None:
     one, other = (graph_of(made(which)) for which in PAIRS[name])
     again = graph_of(made(PAIRS[name][0]))
-    assert weights_digest(one) == weights_digest(again) != weights_digest(other)
+    assert weights_identity(one).digest == weights_identity(again).digest != weights_identity(other).digest
     assert digest(one) == digest(again) != digest(other)
     assert (fingerprint(one) == fingerprint(other)) == (name == "the code"), "code is compared apart"
     scored = [lmfx.score(g, calibration=X, cache_dir=tmp_path, progress=False) for g in (one, other)]

@@ -20,7 +20,7 @@ from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.moved_norms import moved_norm
 from lmfx.passes.trace.tracing import fingerprint, trace
-from lmfx.planning.plan_file import plan_from_dict, plan_to_dict
+from lmfx.planning.plan_file import make_document, plan_from_dict
 from tests.helpers import double, run
 from tests.toys import Net, compress
 
@@ -168,7 +168,7 @@ def test_the_whole_pipeline_with_norms(norm: str, tmp_path: Path) -> None:
     chosen = pair(lmfx.spans(graph, realize=("compose",), norm=norm))
     plan = MergePlan((chosen,), fingerprint(graph), surrogate="affine")
     assert (plan.candidates[0].post_norm is not None) == (norm == "post")
-    assert plan_from_dict(plan_to_dict(plan)) == plan
+    assert plan_from_dict(make_document(plan)) == plan
     student = lmfx.rewrite(graph, plan, calibration=x)
     for form, name in ((student, "student"), (lmfx.merge(student), "merged")):
         lmfx.save(form, tmp_path / name)
@@ -203,7 +203,7 @@ def test_a_plan_with_a_norm_that_is_not_there_is_refused() -> None:
 
 
 def test_older_plans_without_the_new_fields_are_read() -> None:
-    document = plan_to_dict(MergePlan((pair(spans_of(model(), norm="affine")),)))
+    document = make_document(MergePlan((pair(spans_of(model(), norm="affine")),)))
     for held in (document["plan"], *document["plan"]["candidates"]):
         held.pop("activation_after", None), held.pop("post_norm", None)
     assert plan_from_dict(document).candidates[0].post_norm is None
@@ -266,7 +266,7 @@ def test_an_activation_behind_travels_with_the_plan(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12)
     net = compress(made, x, 0.6, realize=("compose",), activation_after="gelu")
     plan = net.meta["lmfx"]["result"].plan
-    assert plan.activation_after == "gelu" and plan_from_dict(plan_to_dict(plan)) == plan
+    assert plan.activation_after == "gelu" and plan_from_dict(make_document(plan)) == plan
     lmfx.save(net, tmp_path / "out")
     assert torch.equal(run(lmfx.load(tmp_path / "out", made), x), run(net, x))
     student = compress(made, x, 0.6, realize=("compose",), activation_after="gelu", merge=False)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, TableError
-from lmfx.passes.solve.dynamic_program import Chain, Entry, Frontier, solve_chain, solve_chains, solve_series
+from lmfx.passes.solve.dynamic_program import Chain, Entry, Frontier, solve_chains, solve_series
 from lmfx.passes.solve.pareto import pareto, thin
 
 # ---------------------------------------------------------------------------------------------- brute force
@@ -122,7 +122,7 @@ def test_a_thousand_random_nested_parallels_agree_with_brute_force_at_every_budg
         chain = random_chain(rng, seed % 3, int(rng.integers(1, 4)), int(rng.integers(0, 4)), 2, itertools.count())
         paths = list(itertools.islice(all_paths(chain), 20_000))
         assert len(paths) < 20_000, "the instance is too large for brute force; draw smaller ones"
-        check_against_brute_force(solve_chain(chain), paths)
+        check_against_brute_force(solve_chains([chain]), paths)
 
 
 def test_regions_and_the_fixed_remainder_add_up():
@@ -172,13 +172,13 @@ def test_a_choice_is_a_contiguous_path_whose_left_to_right_sums_are_the_point():
 
 def test_an_empty_branch_is_a_plain_skip():
     residual = Entry(0, 1, 0.5, 0.0, "add", (Chain((Entry(0, 1, 2.0, 0.0, "conv"),), 1), Chain((), 0)))
-    frontier = solve_chain(Chain((residual, Entry(0, 1, 1.0, -1.0, "merged")), 1))
+    frontier = solve_chains([Chain((residual, Entry(0, 1, 1.0, -1.0, "merged")), 1)])
     assert frontier.latency.tolist() == [1.0, 2.5]
     assert [frontier.choice(i) for i in range(2)] == [("merged",), ("conv", "add")]
 
 
 def test_nothing_to_choose_is_one_point():
-    for frontier, latency in ((solve_chain(Chain((), 0)), 0.0), (solve_chains([], 3.5), 3.5)):
+    for frontier, latency in ((solve_chains([Chain((), 0)]), 0.0), (solve_chains([], 3.5), 3.5)):
         assert (frontier.latency.tolist(), frontier.importance.tolist()) == ([latency], [0.0])
         assert frontier.choice(0) == ()
         assert frontier.at(latency) == 0
@@ -289,7 +289,7 @@ GOOD = Entry(0, 1, 1.0, 0.0, "good")
 )
 def test_a_bad_chain_is_refused_with_the_entry_and_what_to_do(chain, says):
     with pytest.raises(TableError, match=says):
-        solve_chain(chain)
+        solve_chains([chain])
 
 
 @pytest.mark.parametrize("fixed", [-1.0, nan, inf, "1", None])

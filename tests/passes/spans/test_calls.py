@@ -19,7 +19,7 @@ from lmfx.latency.whole_networks import random_plans
 from lmfx.passes.errors import PlanError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Span
 from lmfx.passes.spans.layers import Network
-from lmfx.planning.plan_file import plan_from_dict, plan_to_dict
+from lmfx.planning.plan_file import make_document, plan_from_dict
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -371,7 +371,7 @@ def test_a_compressed_network_has_shared_weights_and_is_saved_reported_and_loade
     assert names
     assert all(called(net, n) in (calls, 2) for n in names)
     assert f"{calls} calls" in lmfx.report(net)
-    assert plan_from_dict(plan_to_dict(result.plan)) == result.plan
+    assert plan_from_dict(make_document(result.plan)) == result.plan
     lmfx.save(net, tmp_path / "out")
     again = lmfx.load(tmp_path / "out", model)
     with torch.no_grad():
@@ -391,7 +391,7 @@ def test_a_plan_for_some_of_the_calls_is_refused() -> None:
 def test_a_plan_written_before_there_were_calls_is_read() -> None:
     model, x, _ = made("pyramid")
     alone = MergePlan((next(iter(joint(lmfx.spans(lmfx.trace(model, x))))).each()[0],))
-    document = plan_to_dict(alone)
+    document = make_document(alone)
     del document["plan"]["candidates"][0]["calls"]
     assert plan_from_dict(document) == alone
 
