@@ -126,6 +126,11 @@ def spans(graph: fx.GraphModule, **options: Any) -> SpanSet:
     return enumerate_spans(Network(graph), span_options(**options))
 
 
+def _candidates(graph: fx.GraphModule, given: SpanSet | None) -> SpanSet:
+    """What the argument `spans` of a stage stands for: the one given, or all of the graph."""
+    return spans(graph) if given is None else given
+
+
 def default_backend(graph: nn.Module) -> str:
     """`torch` for a network on a GPU, else `onnxruntime`."""
     first = next(graph.parameters(), None)
@@ -152,7 +157,7 @@ def profile(
     """
     check_graph(graph, "profile")
     check_run_options(cache_dir=cache_dir)
-    candidates = spans if spans is not None else globals()["spans"](graph)
+    candidates = _candidates(graph, spans)
     made = get_backend(backend if backend is not None else default_backend(graph), **options)
     with Store.open(cache_dir) as store:
         table = profile_spans(candidates, made, store, progress)
@@ -208,7 +213,7 @@ def score(
     """
     check_graph(graph, "score")
     check_run_options(executor, cache_dir)
-    candidates = spans if spans is not None else globals()["spans"](graph)
+    candidates = _candidates(graph, spans)
     chosen: Sequence[Candidate] = candidates.candidates if latency is None else worth_scoring(candidates, latency)
     made = get_estimator(estimator, **options)
     data = as_calibration(calibration, graph.meta["lmfx"]["example"])
@@ -225,7 +230,7 @@ def solve(
     for table, kind, stage in ((latency, LatencyTable, "profile"), (score, ImportanceTable, "score")):
         if not isinstance(table, kind):
             raise TableError(f"solve needs a table of lmfx.{stage}, not a {type(table).__name__}")
-    candidates = spans if spans is not None else globals()["spans"](graph)
+    candidates = _candidates(graph, spans)
     check_table(candidates, latency)
     check_made_for(score.identity, candidates)
     return solve_spans(candidates, latency, score)

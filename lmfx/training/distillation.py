@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,17 +30,22 @@ from lmfx.calibration.images import fits
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.export.specs import eval_mode
-from lmfx.passes.errors import InputError, MissingExtra, OptionError
+from lmfx.passes.errors import InputError, MissingExtra
 from lmfx.training.checkpoints import load_training, save_training
 from lmfx.training.losses import Distance, Objective, recorded, shared_layers
 from lmfx.training.moving_average import moving_average
+from lmfx.training.option_checks import (
+    Norms,
+    Precision,
+    Schedule,
+    check_networks,
+    check_objective,
+    check_run,
+    check_steps,
+)
 from lmfx.training.run_identity import described_run, sizes_at_start
 
 __all__ = ["distill"]
-
-Precision = Literal["fp32", "fp16", "bf16"]
-Schedule = Literal["cosine", "constant"]
-Norms = Literal["train", "frozen"]
 
 
 @entry
@@ -102,7 +107,10 @@ def distill(
     Raises `InputError` for batches that cannot be used or a loss that is not finite, `OptionError` for options,
     `MissingExtra` without Accelerate where it is needed, `StoreError` for a checkpoint of another training.
     """
-    _check(student, teacher, distillation, loss, locals())
+    check_networks(student, teacher, distillation)
+    check_steps(epochs, lr, schedule, warmup)
+    check_objective(loss, distillation, weight, temperature, features)
+    check_run(clip, norms, ema, precision)
     runner = _runner(precision, accelerator)
     data = batches if hasattr(batches, "__len__") else list(batches)
     trainable = [p for p in student.parameters() if p.is_floating_point() and p.requires_grad]
@@ -178,36 +186,6 @@ def distill(
         if average is not None:
             student.load_state_dict(average.module.state_dict())
     return student.eval()
-
-
-def _check(student: Any, teacher: Any, distillation: Any, loss: Any, options: dict[str, Any]) -> None:
-    for role, net in (("student", student), ("teacher", teacher)):
-        if not isinstance(net, nn.Module) and not (role == "teacher" and net is None and distillation is None):
-            raise InputError(
-                f"the {role} is a {type(net).__name__}, not a module: pass what lmfx.compress(..., merge=False) gave, "
-                "and the original model"
-            )
-    epochs, lr = options["epochs"], options["lr"]
-    if not isinstance(epochs, int) or epochs < 1 or not isinstance(lr, (int, float)) or not 0 < lr < math.inf:
-        raise OptionError(f"epochs={epochs!r}, lr={lr!r}: use at least one epoch and a positive learning rate")
-    choices = {"distillation": Distance, "schedule": Schedule, "norms": Norms, "precision": Precision}
-    for name, kind in choices.items():
-        value, allowed = options[name], get_args(kind)
-        if value not in allowed and not (value is None and name in ("distillation", "norms")):
-            raise OptionError(f"{name}={value!r}: use one of {', '.join(map(repr, allowed))}")
-    if distillation is None and loss is None:
-        raise OptionError("distillation=None without a loss leaves nothing to minimise: pass loss=, or a distance")
-    if options["features"] is not None and distillation != "features":
-        raise OptionError(f"features= goes with distillation='features', not with {distillation!r}")
-    if not isinstance(options["warmup"], (int, float)) or not 0 <= options["warmup"] < epochs:
-        raise OptionError(f"warmup={options['warmup']!r}: use a number of epochs below epochs={epochs}")
-    ema = options["ema"]
-    if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
-        raise OptionError(f"ema={ema!r}: use a decay between 0 and 1, like 0.9999")
-    for name in ("weight", "temperature", "clip"):
-        value = options[name]
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise OptionError(f"{name}={value!r}: use a positive number")
 
 
 def _runner(precision: Precision, accelerator: Any) -> Any:
