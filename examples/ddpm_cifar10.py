@@ -10,7 +10,7 @@ all processes that the launcher started. A run that was stopped is started again
 samples.png and results.json.
 
 The defaults are those of the paper (Kim, El Halabi, Ji, Song, ICML 2024) and its published code: importance from 50
-epochs on 1 % of the images, judged by the denoising loss on another 1 %; GroupNorm moves behind merged convolutions;
+epochs on 1 % of the images, judged by the denoising loss on another 1 %; GroupNorm moves to after merged convolutions;
 fine-tuning is Adam, rate 4e-4, 100,000 steps of 128 images, and the network is the moving average of the weights over
 them (0.9999: Ho, Jain, Abbeel 2020).
 

@@ -57,7 +57,7 @@ class Recipe:
     decay: float
     warmup: float  # epochs
     smoothing: float
-    activation_after: str | None  # behind a merged span that ended without one
+    activation_after: str | None  # after a merged span that ended without one
 
 
 RECIPES = {

@@ -44,7 +44,7 @@ class Budget:
         if not math.isfinite(value):
             raise BudgetError(f"The budget {seen} is not a finite number. {_FORMS}")
         if value <= 0:
-            raise BudgetError(f"The budget {seen} is not positive, and no network runs in no time. {_FORMS}")
+            raise BudgetError(f"The budget {seen} is not positive: a latency is more than 0. {_FORMS}")
         if self.kind == "fraction" and value > 1:
             raise BudgetError(
                 f"The budget {seen} is more than the original's latency. A fraction is at most 1. "

@@ -80,8 +80,8 @@ def compress(
         method: what may be done to a span: "layermerge" (all), "depth" (activations are removed, all convs are merged:
             Kim et al. 2023), "layeronly" (single convs are removed, nothing is merged), "exact" (what loses nothing).
         norm: what becomes of a norm inside a composed span whose statistics come from the map, like GroupNorm: "affine"
-            (its average on the calibration images) or "post" (it moves behind the merged conv, as the paper has it).
-        activation_after: an activation, like "relu6", behind merged convs whose span ended without one.
+            (its average on the calibration images) or "post" (it moves to after the merged conv, as the paper has it).
+        activation_after: an activation, like "relu6", after merged convs whose span ended without one.
         include, exclude: globs of module names that may, or may not, be touched; the name of a container covers what
             is in it, and a glob that covers nothing is an error.
         executor: runs the fits of different spans, or the rows of `Finetune`, side by side (or a function that makes

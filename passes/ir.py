@@ -1,4 +1,4 @@
-"""The words of the compiler, as frozen dataclasses.
+"""The data types that pass between the stages: regions, spans, candidates, refusals, plans. All are frozen.
 
 A traced graph is reduced to *regions* (series-parallel parts); a region is a `Series` of `Layer`s; a layer is a run of
 affine ops up to and including at most one activation, around at most one core: a convolution, a `Parallel` element (a
@@ -70,8 +70,8 @@ class ConvConfig:
     groups: int = 1
     padding_mode: PaddingMode = "zeros"
     padding_value: float = 0.0
-    # What makes a map larger (see `enlarge`): the conv's channels become blocks of pixels, of which some are cut off at
-    # the end, or the same is written as one transposed conv: (taps, dilation, padding) in each dimension.
+    # What makes a map larger (see `enlarging`): the conv's channels become blocks of pixels, of which some are cut off
+    # at the end, or the same is written as one transposed conv: (taps, dilation, padding) in each dimension.
     upscale: tuple[int, ...] = field(default=(), metadata={"optional": True})
     cut: tuple[int, ...] = field(default=(), metadata={"optional": True})
     window: tuple[tuple[int, int, int], ...] = field(default=(), metadata={"optional": True})
@@ -224,10 +224,10 @@ class Candidate:
     drop     the identity
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
-    `kept` those that are composed. `post_norm` is the node of the norm that moves behind the merged conv (`norms`).
-    `calls` are the spans of all other calls of the same layers (`calls.py`): what the candidate makes, they share.
-    `exact` says that the candidate is the same function as its span (`passes/spans/exact.py`), so that it loses
-    nothing.
+    `kept` those that are composed. `post_norm` is the node of the norm that moves to after the merged conv
+    (`moved_norms`). `calls` are the spans of all other calls of the same layers (`calls.py`): what the candidate makes,
+    they share. `exact` says that the candidate is the same function as its span (`passes/spans/exact.py`), so that it
+    loses nothing.
     """
 
     span: Span
@@ -282,11 +282,11 @@ class MergePlan:
     latency: float | None = None
     importance: float | None = None
     surrogate: Literal["identity", "affine"] = "identity"
-    # An activation behind each merged conv whose span ended without one (see `rewrite`).
+    # An activation after each merged conv whose span ended without one (see `added_activations`).
     activation_after: str | None = field(default=None, metadata={"optional": True})
     # Its spans count layers of one op each, as those of `lmfx.simplify` do (see `find_regions`).
     fine: bool = field(default=False, metadata={"optional": True})
-    # Sums that are added up in another order first (see `regroup`): a node, then operands that become one.
+    # Sums that are added up in another order first (see `regrouped_sums`): a node, then operands that become one.
     sums: tuple[tuple[str, ...], ...] = field(default=(), metadata={"optional": True})
 
     @property

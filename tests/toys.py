@@ -12,7 +12,7 @@ from tests.helpers import double
 
 
 class Block(nn.Module):
-    """A residual block; its sum is behind the second conv."""
+    """A residual block; its sum is after the second conv."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class Outcome:
     """One plan. `unchanged` are parameters and statistics that training has not moved."""
 
     spans: int
-    norms: int  # that have moved behind a merged conv
+    norms: int  # that have moved to after a merged conv
     unchanged: tuple[str, ...]
     error: float
     moved: float  # relative distance of the trained form's output from the untrained one's

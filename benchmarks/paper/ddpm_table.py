@@ -8,7 +8,7 @@
                the middle of a block. So a span is one conv, or both convs of a block
     merged     any number of the convs is kept, from the irreducible ones (channels change, or stride) to all, at least
                one; kernel size 1 + sum(k - 1)
-    upsample   the conv behind an upsampling may also become the identity (kernel size 0)
+    upsample   the conv after an upsampling may also become the identity (kernel size 0)
 
     python benchmarks/paper/ddpm_table.py
 """

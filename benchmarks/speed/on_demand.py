@@ -7,7 +7,7 @@ The whole table is scored first, which is what takes the time. The plans that sc
 whole table, so that a row that comes out differently when it is scored alone counts for neither side: `lost` is how far
 the importance of its plan is below that of the best plan, in percent of the latter. Latencies are those of the
 roofline. `finetune` compares with the original after the same training; `paper` is the paper's objective and compares
-with the original. `wrong` are scored pairs in which the assumption behind the bounds failed.
+with the original. `wrong` are scored pairs in which the assumption that the bounds rest on failed.
 """
 
 from __future__ import annotations

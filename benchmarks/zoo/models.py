@@ -47,7 +47,7 @@ def build(name: str) -> nn.Module:
 
 
 def examples(name: str, model: nn.Module, odd: bool = False, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
-    """Inputs to try, smallest of `sizes` first; `odd` puts one of an odd size in front."""
+    """Inputs to try, smallest of `sizes` first; `odd` puts one of an odd size first."""
     library, _, rest = name.partition("/")
     if library == "ddpm":
         yield _NOISY()

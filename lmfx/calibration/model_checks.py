@@ -1,4 +1,4 @@
-"""What a model and an example must be before anything is done with them. Nothing here changes either."""
+"""Checks a model and an example before anything is done with them. Nothing here changes either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values and gradients inside a traced graph: what the estimator and the fit read on calibration images."""
+"""Records values and gradients inside a traced graph: what the estimator and the fit read on calibration images."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The options of the command line.
 
-Options are named after the parameters of the functions and dataclasses behind them, and take their defaults from there.
+Options are named after the parameters of the functions and dataclasses they set, and take their defaults from there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SYNTAX: dict[str, dict[str, Any]] = {
     "max_fit_unknowns": {"help": "most input channels times taps of a fitted conv"},
     "method": {"choices": ("layermerge", "depth", "layeronly"), "help": "what may be done to a span"},
     "norm": {"choices": ("affine", "post"), "help": "what becomes of a GroupNorm inside a composed span"},
-    "activation_after": {"metavar": "NAME", "type": _name_or_none, "help": "behind merged convs that have none: relu6"},
+    "activation_after": {"metavar": "NAME", "type": _name_or_none, "help": "after merged convs that have none: relu6"},
     "include": {"action": "append", "metavar": "GLOB", "help": "touch only modules of these names (repeatable)"},
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
     "importance": {"choices": tuple(ESTIMATORS), "help": "how the cost in quality is estimated"},

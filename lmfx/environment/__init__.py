@@ -1,1 +1,1 @@
-"""What lmfx takes from and leaves in the process and the machine: progress bars, whole files, facts of the host."""
+"""The process and the machine: progress bars, files written whole, the caller's state, facts of the host."""

@@ -1,4 +1,4 @@
-"""Files that are complete or not there."""
+"""Writes files that are complete or not there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["atomic_write"]
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Writes to a temporary name in the same folder and renames it. Raises `OSError`; nothing stays behind then."""
+    """Writes to a temporary name in the same folder and renames it. Raises `OSError`; nothing is left over then."""
     target = Path(path)
     with tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
         temporary = Path(folder) / "file"

@@ -1,4 +1,4 @@
-"""Files that somebody else may have made: read up to a bound, and never more deeply than lmfx writes.
+"""Reads files that somebody else may have made, up to a bound, and never more deeply than lmfx writes.
 
     a folder, a fifo, a device     refused: reading one may never end
     more than MOST_BYTES           refused before it is read

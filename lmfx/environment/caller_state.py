@@ -1,4 +1,4 @@
-"""`entry`: what every public function does with the state of its caller, and with errors that are not lmfx's own.
+"""`entry`: runs a public function in a neutral state, gives the caller's state back, and raises errors of lmfx only.
 
 Within a call it is as in a fresh process, and afterwards, also after an exception, as it was before:
 

@@ -17,7 +17,7 @@ NO_TERMINAL_SECONDS = 10.0  # a log file gets a line this often, not ten a secon
 def progress(work: Iterable[T] | int, desc: str, enabled: bool = True) -> tqdm[T]:
     """A bar over an iterable, or one of `work` steps to `update(1)`.
 
-    Use it with `with`, so that Ctrl-C leaves a clean line behind.
+    Use it with `with`, so that Ctrl-C leaves a clean line.
 
     Disabled, it prints nothing. On something that is not a terminal it prints a line every ten seconds.
     """

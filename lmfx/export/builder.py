@@ -1,4 +1,4 @@
-"""What the rules of the emitter write into: the nodes and initializers of one ONNX model, and the values so far."""
+"""Collects the nodes and initializers of one ONNX model, and the values so far, for the rules of the emitter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Builder:
         self.graph = self.proto.graph
         self.graph.name = "lmfx"
         self.values: dict[fx.Node, str] = {}
-        self.pads: dict[fx.Node, list[int]] = {}  # zero pads that the conv behind them takes over
+        self.pads: dict[fx.Node, list[int]] = {}  # zero pads that the conv after them takes over
         self._shapes: dict[fx.Node, tuple[int, ...]] | None = None
         self.dtype = specs[0][1] if specs else torch.float32
 

@@ -1,4 +1,4 @@
-"""Canonical GraphModule -> ONNX, op by op and in memory.
+"""Writes a canonical GraphModule as ONNX, op by op and in memory.
 
 Hundreds of one-conv graphs are timed for one table; `torch.onnx.export` takes a second for each, this takes a
 millisecond. Only the canonical form is understood: one `call_module` of a plain `torch.nn` type an op, and the joins

@@ -1,4 +1,4 @@
-"""The emitter's walk: a graph in, an ONNX ModelProto out; what an op becomes is said in `lmfx.export.rules`."""
+"""Walks a graph and writes an ONNX ModelProto; what an op becomes is said in `lmfx.export.rules`."""
 
 from __future__ import annotations
 

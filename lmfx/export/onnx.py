@@ -1,7 +1,7 @@
 """`export_onnx`: a network as one ONNX file that has been run and compared before it gets its name.
 
 The file is written by `torch.onnx.export` to a temporary name beside the target, run by ONNX Runtime on the example
-input and on one random input, compared with torch, and only then renamed: a failed export leaves no file behind.
+input and on one random input, compared with torch, and only then renamed: a failed export leaves no file.
 """
 
 from __future__ import annotations

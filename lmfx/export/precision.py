@@ -1,4 +1,4 @@
-"""A float32 ONNX model in half precision: strongly typed runtimes compute in the types that the model has.
+"""Converts a float32 ONNX model to half precision: strongly typed runtimes compute in the types that the model has.
 
     x, W, b (half) -> Conv -> BatchNormalization                    folded into W and b before these are rounded
     x (half) -> Cast float -> InstanceNormalization -> Cast half    what loses too much in half stays in float32
@@ -66,7 +66,7 @@ def convert_bytes(model: bytes, precision: str, *, keep_io: bool = False) -> byt
 def convert(model: onnx.ModelProto, precision: str, *, keep_io: bool = False) -> onnx.ModelProto:
     """The float32 values of a model in "fp16" or "bf16", changed in place; with "fp32" nothing happens.
 
-    With `keep_io` the graph's inputs and outputs stay in float32, with casts behind and before them. Raises
+    With `keep_io` the graph's inputs and outputs stay in float32, with casts after and before them. Raises
     `ExportError` for a model with control flow, `OptionError` for an unknown precision.
     """
     if check_precision(precision) == torch.float32:

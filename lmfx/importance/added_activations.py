@@ -1,7 +1,6 @@
-"""The activation that a plan puts behind a merged conv (`lmfx.passes.rewrite.added_activations`), where one candidate
-is judged alone.
+"""Judges one candidate after the activation that a plan adds to it (`lmfx.passes.rewrite.added_activations`).
 
-    x ─ merged ─ add ─ norm ─ relu6 ─ ...        the error is taken behind relu6, not behind the merged conv
+    x ─ merged ─ add ─ norm ─ relu6 ─ ...        the error is taken after relu6, not after the merged conv
             span.output     place
 
 What lies between the candidate's value and the place is run again, with the values that the rest of the network has.
@@ -39,7 +38,7 @@ class After:
         self._ways: dict[str, Way | None] = {}
 
     def way(self, c: Candidate) -> Way | None:
-        """The way of a candidate, or None if nothing is put behind it."""
+        """The way of a candidate, or None if nothing is added after it."""
         if self.name is None:
             return None
         if c.key not in self._ways:
@@ -53,7 +52,7 @@ class After:
         return set() if way is None else {way.place, *(n.name for n in way.reads if n.op != "get_attr")}
 
     def value(self, way: Way, start: str, new: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """The value behind the activation, where `start` has the value `new`."""
+        """The value after the activation, where `start` has the value `new`."""
         nodes, runner = self.network.nodes, fx.Interpreter(self.network.gm, garbage_collect_values=False)
         runner.env = {n: runner.run_node(n) if n.op == "get_attr" else values[n.name] for n in way.reads}
         runner.env[nodes[start]] = new
@@ -63,7 +62,7 @@ class After:
         return result
 
     def activation(self) -> nn.Module:
-        """What is put behind merged convs."""
+        """The activation that is added after merged convs."""
         return ops.activation_of(str(self.name))
 
     def _to(self, start: str, place: str) -> Way:

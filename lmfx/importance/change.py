@@ -1,9 +1,8 @@
-"""How far the output moves with one candidate: to second order, or by running the rest of the network.
+"""Computes how far the output moves with one candidate: to second order, or by running the rest of the network.
 
 The network runs once on the scoring images, with what candidates read and give kept. A fit is made from sampled pixels
 of the other images (`lmfx.calibration.fitting`). Then the candidate alone is applied to the kept values, and its
-change of the
-value at its span's end is weighted with the output's gradients there, or sent on to the output.
+change of the value at its span's end is weighted with the output's gradients there, or sent on to the output.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Judging(Protocol):
 @dataclass(frozen=True)
 class Part:
     """One batch of the scoring images: values and gradients (one a probe) of nodes, and the output, (images, ...);
-    `renewed` are outputs with the batch's statistics behind a node."""
+    `renewed` are outputs with the batch's statistics after a node."""
 
     values: dict[str, Tensor]
     gradients: dict[str, list[Tensor]]

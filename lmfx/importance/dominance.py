@@ -1,4 +1,4 @@
-"""Which candidates can be expected to be no better than which others, before either is scored.
+"""Finds which candidates can be expected to be no better than which others, before either is scored.
 
 Candidate c is *bounded by* d if d lies inside c, and d takes away no more than c does there:
 

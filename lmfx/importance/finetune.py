@@ -182,7 +182,7 @@ class Finetune:
         progress: bool,
         executor: ExecutorLike,
     ) -> Measured:
-        """The performances behind a table: of the original, of the candidates, and of kept layers if they count."""
+        """The performances for a table: of the original, of the candidates, and of kept layers if they count."""
         if calibration is None:
             raise InputError("importance='finetune' needs calibration images to start from: pass calibration=")
         network = spans.network

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process while a job runs, where its environment says that it goes back at once.
+"""Keeps freed memory with the process while a job runs, where its environment would give it back at once.
 
 Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536. In glibc this also switches off the threshold that grows with
 what is freed, so every tensor beyond 128 KB is mapped, faulted in page by page, and unmapped: small networks trained at

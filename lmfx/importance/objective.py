@@ -1,4 +1,4 @@
-"""From performances to a table that the solver maximises, in two objectives.
+"""Turns performances into a table that the solver maximises, in two objectives.
 
 P is the performance of the original, P(c) that of the network with only candidate c applied and shortly trained (with
 baseline="trained", P is that of the original after the same training):

@@ -1,4 +1,4 @@
-"""Scoring on demand: only the candidates that the best plans for the asked budgets depend on.
+"""Scores on demand: only the candidates that the best plans for the asked budgets depend on.
 
 Every candidate has an optimistic value: its score once it has one, before that
 

@@ -1,4 +1,4 @@
-"""Independent jobs over any executor; a worker that dies costs time and no result.
+"""Runs independent jobs over any executor; a worker that dies costs time and no result.
 
     ProcessPoolExecutor   a dead worker breaks the pool and every future in it: what was in flight goes to a new pool,
                           which needs a factory, `lambda: ProcessPoolExecutor(2)`

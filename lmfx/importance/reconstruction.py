@@ -11,9 +11,9 @@ on the original network's value. How it reaches the output is taken to first ord
 one Gram matrix for each (span start, stride) that serves every stop and kernel, and judged on images of the last
 quarter: on the images that it was made from, a fit with more unknowns than pixels has no error at all.
 
-A least-squares fit gives a map of too small a variance where it fits badly, and batch norms behind it, which have the
+A least-squares fit gives a map of too small a variance where it fits badly, and batch norms after it, which have the
 original's statistics, pass that on. Any training in train mode begins by putting that right. `norms="batch"` takes the
-statistics of the scoring images behind the candidate, in place of the stored ones: what is left is the error that new
+statistics of the scoring images after the candidate, in place of the stored ones: what is left is the error that new
 statistics do not repair (Jordan et al. 2022, REPAIR). It ranks nearer to an importance by training than "kept" does,
 which says what the network does as it is.
 """
@@ -49,9 +49,9 @@ EXACT_MACS = 1e12  # some ten seconds on two cores
 class Reconstruction:
     """Output divergence of each candidate, estimated on at most `images` held-out images with `probes` probes.
 
-    `exact` runs the network behind the candidate instead of the second-order estimate; None does so where it is cheap
+    `exact` runs the network after the candidate instead of the second-order estimate; None does so where it is cheap
     (a small network). `surrogate` is what a composed span puts in place of the activations that it removes: "identity"
-    (the paper) or "affine" (least squares). `norms` says what batch norms behind the candidate use: "kept", the
+    (the paper) or "affine" (least squares). `norms` says what batch norms after the candidate use: "kept", the
     statistics that they have (for a network that is not trained further), or "batch", those of the scoring images (for
     one that is), which needs the network to be run, so `exact` must not be False.
     """
@@ -73,7 +73,7 @@ class Reconstruction:
         if self.norms not in ("kept", "batch"):
             raise OptionError(f"norms={self.norms!r}: use 'kept' or 'batch'")
         if self.norms == "batch" and self.exact is False:
-            raise OptionError("norms='batch' runs the network behind each candidate: use it with exact=True")
+            raise OptionError("norms='batch' runs the network after each candidate: use it with exact=True")
 
     def score(
         self,

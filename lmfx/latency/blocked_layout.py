@@ -1,4 +1,4 @@
-"""What a workload costs inside a network, where its values already have ONNX Runtime's blocked layout (NCHWc).
+"""Gives a workload the blocked layout (NCHWc) that its values have inside a network in ONNX Runtime.
 
 Around an isolated conv ONNX Runtime reorders the input and the output, which may take as long as the conv; and it does
 not fuse an add whose other operand comes from outside. In a network neither happens. So the workload is optimised

@@ -1,14 +1,14 @@
-"""Candidates -> workloads: each in the form in which the runtime will execute it.
+"""Makes the workloads of candidates: each in the form in which the runtime will execute it.
 
     merged span     conv + bias + moved norm + kept activation                 x ─ conv ─ relu
     at a join       the sum that ends the main branch goes with its last span  x ─ conv ─ add ─ relu
                                                                                y ──────────┘
     kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
     kept mesh       its ops outside of the branches; every value that a branch reads is an output
-    activation_after  a merged span with the activation that its plan puts behind it
+    activation_after  a merged span with the activation that its plan adds after it
     (`lmfx.passes.rewrite.added_activations`), at its end
 
-Runtimes fuse a residual sum and the activation behind it into the conv that ends the branch, so that branch's last
+Runtimes fuse a residual sum and the activation after it into the conv that ends the branch, so that branch's last
 candidates carry both, and the join's own row is zero.
 """
 
@@ -121,7 +121,7 @@ class Workloads:
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _puts_activation(self, candidate: Candidate) -> bool:
-        """Whether a plan of this candidate has an activation behind it that the network does not have."""
+        """Whether a plan of this candidate has an activation after it that the network does not have."""
         if self.activation_after is None:
             return False
         return bool(activated(self.network, MergePlan((candidate,), activation_after=self.activation_after)))
@@ -227,7 +227,7 @@ def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:
 
 
 def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
-    """A conv or Linear of this configuration without values, behind a pad if its padding is not even zeros, and before
+    """A conv or Linear of this configuration without values, after a pad if its padding is not even zeros, and before
     a shuffle if it enlarges its map."""
     if config.upscale:
         return blank(config, dtype)

@@ -90,7 +90,7 @@ def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
 
 def network_facts(spans: SpanSet) -> dict[str, Any]:
     """What a table is good for besides the backend: dtype, batch, the graph's digest, and the activation that a plan
-    puts behind merged convs, which their rows have."""
+    adds after merged convs, which their rows have."""
     entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
     shape = entry.meta["shape"] if entry is not None else ()
     dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""

@@ -1,4 +1,4 @@
-"""Noise is the enemy: how rows are timed on a machine that is not quiet, and in the state in which a network runs them.
+"""Times rows on a machine that is not quiet, and in the state in which a network runs them.
 
     round 1    S a b c d S e f g S        S is the sentinel, one fixed workload, with a sweep over `sweep_bytes`
     round 2    S g e a ... S              another order

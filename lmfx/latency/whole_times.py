@@ -1,4 +1,4 @@
-"""Whole networks' latencies as a backend gives them, checked before anything is divided by them.
+"""Checks the latencies of whole networks that a backend gives, before anything is divided by them.
 
 A backend may be anybody's. A NaN compares false with every budget, a 0 divides, and a list that is too short pairs one
 network's rounds with another's; each is a fault of the backend, so the error names it and what it gave. Only a network

@@ -1,4 +1,4 @@
-"""Whether a merged network is its model: compared in float64, and rounded to the model's dtype only afterwards.
+"""Checks that a merged network is its model: compared in float64, and rounded to the model's dtype only afterwards.
 
     model, in float64    what is asked for
     trace, in float64    what was merged: its constants were computed in the model's dtype (a norm written by hand)

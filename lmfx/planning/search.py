@@ -1,4 +1,4 @@
-"""The budget holds: move along the frontier until the *measured* network is within the budget.
+"""Searches the plan that holds the budget: move along the frontier until the *measured* network is within the budget.
 
 Predictions only say where to look first. Each step builds the network of one plan (weights do not matter for its
 time), measures it side by side with the original, and corrects the line that maps sums of rows to whole networks.

@@ -1,4 +1,4 @@
-"""What was done, for people."""
+"""Reports what was done, as text and tables for people."""
 
 from lmfx.report.text import Report, report
 

@@ -1,4 +1,4 @@
-"""What could be merged, as rows of plain values and as tables for people."""
+"""Lists what could be merged, as rows of plain values and as tables for people."""
 
 from __future__ import annotations
 

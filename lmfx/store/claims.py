@@ -1,4 +1,4 @@
-"""Claims: several processes fill one store, and no row is made twice.
+"""Claims rows for one process, so that several processes fill one store and no row is made twice.
 
     claims    row -> owner, place, pid, started, beat       how they are taken and waited for: `lmfx.store.shared_rows`
 

@@ -1,4 +1,4 @@
-"""What the values of stored rows must be, by kind: a row may come from another machine, or from anybody.
+"""Checks the values of stored rows, by kind: a row may come from another machine, or from anybody.
 
 latency      a `Measurement`: ms from 0, the spread, how many samples, where, how good
 whole        ms from 0

@@ -1,4 +1,4 @@
-"""What a store file holds, how a row proves that it is whole, and how an older file becomes a new one.
+"""The tables of a store file: what they hold, how a row proves that it is whole, how an older file is upgraded.
 
     identities   hash -> the identity as JSON; the hash is that of the JSON, so a damaged identity shows itself
     rows         (kind, identity, key) -> value as JSON, when it was made, and a checksum of all five
@@ -58,7 +58,7 @@ MARK = _IDENTITIES.encode()
 
 
 class Damaged(Exception):
-    """The file is a store and cannot be trusted; the text says why. Never leaves `lmfx.latency`."""
+    """The file is a store and cannot be trusted; the text says why. Never leaves `lmfx.store`."""
 
 
 def dumps(value: Any) -> str:

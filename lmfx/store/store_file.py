@@ -1,4 +1,4 @@
-"""The file of a store: whose it is, whether it is whole, and how a damaged one is put aside.
+"""Opens the file of a store: whose it is, whether it is whole, and how a damaged one is put aside.
 
     foreign     another program's, or no sqlite file        never touched, `StoreError`
     newer       of a later lmfx                             never touched, `StoreError`
@@ -59,7 +59,7 @@ def file_id(path: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, seconds: float) -> Iterator[None]:
-    """Only one process at a time is inside. The kernel gives it back when a process dies; no file stays behind.
+    """Only one process at a time is inside. The kernel gives it back when a process dies; no file is left over.
 
     Raises `StoreError` after `seconds`. Where folders cannot be locked (Windows) there is no lock: an open file
     cannot be moved there.

@@ -1,4 +1,4 @@
-"""What a store holds: listed, carried to another machine as JSON, and pruned.
+"""Lists what a store holds, carries it to other machines as JSON, and prunes it.
 
     entries      one line a kind and identity: rows, bytes, oldest and newest
     export       {"format": "lmfx-cache", "version": 1, "identities": {...}, "rows": [...], "digest": ...}

@@ -2,7 +2,7 @@
 
     training.safetensors    student.NAME      the state dict
                             optimizer.I.NAME  tensors of the optimizer's state
-                            metadata          JSON: epoch, the run it belongs to (`training_run`), all that is no tensor
+                            metadata          JSON: epoch, the run it belongs to (`run_identity`), all that is no tensor
 
 No random numbers are in it: each epoch starts from a seed of its own, so a resumed run draws what the other would have.
 """

@@ -7,7 +7,7 @@
     features    mean over layers of |f' - f|^2 / |f - mean f|^2 + outputs  Romero et al. 2015, without a regressor
 
 Features are the outputs of layers that student and teacher share: a layer that the plan left alone keeps its name and
-its shape, and what it computed in the original is what it should compute behind merged convolutions.
+its shape, and what it computed in the original is what it should compute after merged convolutions.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def recorded(net: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor
             ) from error
 
         def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
-            # A copy: an activation behind it may write into the same memory.
+            # A copy: an activation after it may write into the same memory.
             seen[name] = output.clone() if isinstance(output, Tensor) else output
 
         handles.append(module.register_forward_hook(keep))

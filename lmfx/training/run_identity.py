@@ -1,4 +1,4 @@
-"""What a training is, as plain JSON: a checkpoint goes on only with the very same.
+"""Describes a training as plain JSON, so that a checkpoint is resumed by the very same training only.
 
     options            as they are
     teacher            a digest of its class, code, attributes and all of its values

@@ -1,4 +1,4 @@
-"""The values of `enlarge`: transposed convs, pixel shuffles, and convs of the large map as convs of the small one.
+"""Writes transposed convs, pixel shuffles and convs of an enlarged map as convs of the small map (`enlarging`).
 
 Channel c of the large map at pixel r of a block is channel c U + r of the small map, with U pixels a block, counted row
 by row, as nn.PixelShuffle has it.
@@ -47,24 +47,24 @@ def from_transposed(module: Any) -> LinearOp:
 
 
 def from_shuffle(factors: Sequence[int], channels: int, device: torch.device | str | None = None) -> LinearOp:
-    """Channels that become blocks of pixels, in float64."""
+    """A pixel shuffle, which makes blocks of pixels of channels, in float64."""
     config = shuffle_config(channels, factors)
     weight = torch.ones(channels, 1, *config.kernel_size, dtype=torch.float64, device=device)
     return raised(_op(weight, weight.new_zeros(channels), low(config)), config)
 
 
 def small_op(op: LinearOp) -> LinearOp:
-    """The conv of the small map."""
+    """The conv of the small map alone, without the shuffle and the cut after it."""
     return replace(op, upscale=(), cut=(), window=())
 
 
 def raised(op: LinearOp, config: ConvConfig) -> LinearOp:
-    """A conv of the small map with the blocks of a config."""
+    """The conv of the small map followed by the shuffle and the cut of a config."""
     return replace(op, upscale=config.upscale, cut=config.cut, window=config.window)
 
 
 def lowered_op(op: LinearOp, upscale: tuple[int, ...], cut: tuple[int, ...]) -> LinearOp:
-    """A conv of the large map as a conv of the small one (`enlarge.lowered`)."""
+    """A conv of the large map as a conv of the small one (`enlarging.lowered`)."""
     config, blocks, _ = lowered(op.config, upscale, cut)
     many, fewer = prod(upscale), prod(blocks)
     if pointwise(op.config) and op.groups == op.in_channels:

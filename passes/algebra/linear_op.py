@@ -3,7 +3,7 @@
 A `LinearOp` is ``y = conv(pad(x, p), W, stride s, dilation d, groups g) + b`` in up to 3 spatial dimensions, with the
 zeros before (left, top) and after (right, bottom) kept apart. A vector is a map without spatial dimensions, so
 nn.Linear is an op with an empty kernel. `linear` has the algebra. An op that makes its map larger is a convolution
-too, whose channels become blocks of pixels (`enlarge`): `weight` and `bias` are those of the convolution.
+too, whose channels become blocks of pixels (`enlarging`): `weight` and `bias` are those of the convolution.
 """
 
 from __future__ import annotations

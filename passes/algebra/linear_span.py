@@ -53,7 +53,7 @@ class Chain(nn.Sequential):
         return x
 
     def side_maps(self, channels: int, ndim: int, device: torch.device | None) -> Maps:
-        """The matrix by which each side input is seen behind this chain, in float64."""
+        """The matrix by which each side input is multiplied on its way to the end of this chain, in float64."""
         maps: Maps = {}
         for module in self:
             own: Maps = {}
@@ -144,7 +144,7 @@ class Branches(nn.Module):
         return LinearOp(whole.weight, whole.bias, whole.stride, none, whole.dilation, whole.groups)
 
     def side_maps(self, channels: int, ndim: int, device: torch.device | None) -> Maps:
-        """The matrix by which each side input is seen behind the join, in float64."""
+        """The matrix by which each side input is multiplied on its way through the join, in float64."""
         chains = [c for c in self.chains if isinstance(c, Chain)]
         parts = [c.side_maps(channels, ndim, device) for c in chains]
         if not any(parts):
@@ -236,7 +236,7 @@ class LinearSpan(nn.Module):
     """A span whose activations are gone: affine, trainable, and equal to one conv.
 
     `config` is the merged conv's configuration, `padding` its zeros before and after in each spatial dimension, `sides`
-    the names of the graph's nodes whose vectors it takes beside its input (`sides`).
+    the names of the graph's nodes whose vectors it takes beside its input (`side_vectors`).
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class LinearSpan(nn.Module):
         return LinearOp(op.weight, op.bias, op.stride, self.padding, op.dilation, op.groups)
 
     def reparameterize(self) -> nn.Module:
-        """The single conv that computes what this span computes (behind a pad where left and right differ)."""
+        """The single conv that computes what this span computes (after a pad where left and right differ)."""
         like = next((p for p in self.parameters() if p.is_floating_point()), None)
         to = (None, None) if like is None else (like.dtype, like.device)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Vectors that enter a span from the side: `h + v[:, :, None, None]`, one number a channel, from anywhere.
+"""Vectors that are added to a map inside a span: `h + v[:, :, None, None]`, one number a channel, computed elsewhere.
 
 Inside a `LinearSpan` nothing pads, so such a vector is added to every pixel that a later kernel sees, and what reaches
 the output is the sum over the taps of all that follows (section 6 of the design):
@@ -39,7 +39,7 @@ class SideAdd(nn.Module):
         return x + v if self.sign > 0 else x - v
 
     def maps(self, device: torch.device | None) -> Maps:
-        """The vector as it is here."""
+        """The matrix from the vector to the map: the identity, with the sign."""
         return {self.index: self.sign * torch.eye(self.channels, dtype=torch.float64, device=device)}
 
     def extra_repr(self) -> str:
@@ -62,7 +62,7 @@ class SideConv(nn.Module):
         return x + F.linear(v, self.weight).reshape(len(v), -1, *[1] * (x.dim() - 2))
 
     def maps(self, device: torch.device | None) -> Maps:
-        """The matrix by which the vector is seen."""
+        """The matrix from the vector to the map."""
         return {self.index: self.weight.to(device, torch.float64)}
 
     def extra_repr(self) -> str:
@@ -86,7 +86,7 @@ def side_vector(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def through(maps: Maps, op: linear.LinearOp) -> Maps:
-    """What of side inputs arrives behind `op`."""
+    """The matrices from side vectors to the output of `op`, given those to its input."""
     if not maps:
         return maps
     response = op.response()
@@ -94,7 +94,7 @@ def through(maps: Maps, op: linear.LinearOp) -> Maps:
 
 
 def merge_maps(parts: list[Maps], widths: list[int], join: str, signs: tuple[float, ...]) -> Maps:
-    """What arrives behind a join of branches with `widths` output channels."""
+    """The matrices from side vectors to the output of a join, given those of its branches (`widths` channels)."""
     found: Maps = {}
     at = 0
     for maps, width, sign in zip(parts, widths, signs, strict=True):

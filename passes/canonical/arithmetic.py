@@ -1,4 +1,4 @@
-"""Joins are torch.add, sub, mul and cat over values; arithmetic with constants is a `ChannelAffine`.
+"""Rewrites arithmetic: of values as torch.add, sub, mul or cat (a join), with constants as a `ChannelAffine`.
 
     %s = mul(%d, 0.5)        ->      %s = call_module[mul](%d)        ChannelAffine
     %t = %s.add(%x)          ->      %t = torch.add(%s, %x)

@@ -1,4 +1,4 @@
-"""Functions and methods become plain torch.nn modules; what is the identity in eval mode is gone.
+"""Rewrites functions and methods as plain torch.nn modules, and removes what is the identity in eval mode.
 
     before                                                    after
     %w = get_attr[conv.weight]                                %c = call_module[conv](%x)       plain nn.Conv2d

@@ -1,4 +1,4 @@
-"""A concatenation that begins with all operands of an earlier one reads that one instead.
+"""Rewrites a concatenation that begins with all operands of an earlier one: it reads that one instead.
 
     %d1 = cat([%x, %y1], 1)                          %d1 = cat([%x, %y1], 1)
     %d2 = cat([%x, %y1, %y2], 1)             ->      %d2 = cat([%d1, %y2], 1)

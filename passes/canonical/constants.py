@@ -1,4 +1,4 @@
-"""Constants are folded: what depends on parameters and buffers alone is computed once, and becomes one tensor.
+"""Folds constants: what depends on parameters and buffers alone is computed once, and becomes one tensor.
 
     before                                                  after
     %w = get_attr[conv.weight]                              %c = get_attr[conv.weight]       the folded weight

@@ -1,4 +1,4 @@
-"""One function or method node as one plain torch.nn module: `F.conv2d(x, self.weight)` as an nn.Conv2d of its own.
+"""Makes one function or method node a torch.nn module: `F.conv2d(x, self.weight)` as an nn.Conv2d of its own.
 
     %w = get_attr[conv.weight]                  ->      %c = call_module[conv](%x)       plain nn.Conv2d
     %c = conv2d(%x, %w, None, 1, 1)
@@ -185,7 +185,7 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def _norm(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
     """Norms that compute their statistics: F.group_norm(x, groups, ...), F.layer_norm(x, shape, ...), and aten's."""
     first = "num_groups" if name == "group_norm" else "normalized_shape"
-    # torch.layer_norm and aten's have one more flag behind, which says nothing in eval mode.
+    # torch.layer_norm and aten's have one more flag at the end, which says nothing in eval mode.
     bound = bind(node, (first, "weight", "bias", "eps", "cudnn_enabled"))
     if bound is None or isinstance(bound.get(first), (fx.Node, type(None))):
         return None

@@ -1,4 +1,4 @@
-"""Every in-place op of a graph becomes its pure form, and later readers of the mutated value read the result.
+"""Rewrites every in-place op of a graph in its pure form; later readers of the mutated value read the result.
 
     before                                   after
     %a = conv(x)                             %a = conv(x)

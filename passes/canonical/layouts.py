@@ -1,4 +1,4 @@
-"""Channels-last islands become channels-first: what lies between two permutes is written as convs and norms of the map.
+"""Rewrites channels-last parts as channels-first: what lies between two permutes becomes convs and norms of the map.
 
     %p = permute(%x, 0, 2, 3, 1)
     %n = call_module[norm](%p)       nn.LayerNorm(C)             %n = call_module[norm](%x)      ChannelLayerNorm(C)

@@ -1,4 +1,4 @@
-"""Slices along the pixels of a map become `PixelSlice` modules: crops, strides, and parts of space-to-depth.
+"""Rewrites slices along the pixels of a map as `PixelSlice` modules: crops, strides, and parts of space-to-depth.
 
     %s = getitem(%x, (:, :, 1:-1, ::2))               ->      %s = call_module[slice](%x)     PixelSlice 1:-1:1, 0::2
     %n = sub(getitem(getattr(%x, shape), 2), 1)

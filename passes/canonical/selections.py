@@ -1,4 +1,4 @@
-"""Chunks, splits, slices, index lists and shuffles along the channels become `ChannelSelect` modules.
+"""Rewrites chunks, splits, slices, index lists and shuffles along the channels as `ChannelSelect` modules.
 
     %c = chunk(%x, 2, 1)                                  %a = call_module[select](%x)      ChannelSelect 0:3:1
     %a = getitem(%c, 0)                          ->       %b = call_module[select_1](%x)    ChannelSelect 3:6:1
@@ -22,7 +22,7 @@ another order.
     %s = reshape(%p, n, 4 c, h / 2, w / 2)        ->      %s = call_module[select](%d)     ChannelSelect
 
 The proof is for the example's size. These rules make it one for all sizes: the map is known to be channels-first (the
-number of tokens behind a class token is another one at another size); a part is only taken along dimension 1, by
+number of tokens after a class token is another one at another size); a part is only taken along dimension 1, by
 constants or by numbers of channels; the batch stays the first dimension; and a dimension of size 1 is neither moved nor
 merged with others, because at that size too much looks alike.
 """

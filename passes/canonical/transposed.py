@@ -1,9 +1,9 @@
-"""A transposed convolution of stride 1 is a convolution, with its kernel turned around.
+"""Rewrites a transposed convolution of stride 1 as a convolution, with its kernel turned around.
 
     y[o] += W[i, o, t] x[i, n + p - d t]      ->      W'[o, i, j] = W[i, o, k - 1 - j]      p' = d (k - 1) - p
 
 With groups this holds within each. Where the padding would be negative (it crops) or the stride is larger it stays what
-it is: `enlarge` knows it.
+it is, and `enlarging` describes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pad whose border is written to what a norm makes of zeros is a pad before that norm.
+"""Moves a pad to before a norm, where its border is overwritten with what the norm makes of zeros.
 
     %b = call_module[bn](%x)                                                  %p = call_module[pad](%x)
     %p = call_module[pad](%b)                                                 %b = call_module[bn](%p)

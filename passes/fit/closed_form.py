@@ -21,8 +21,8 @@ little. Where a search is too dear, ``0.4 unknowns / samples`` (at most 1) is us
 not depend on the number of samples, and 0.4 is, within a factor of 3, what the search finds on the residual blocks of
 a small residual classifier.
 
-**Vectors from the side** (`sides`) are more features, a row ``v`` an image: ``|y_o - (W x_o + V v + b)|^2``. There are
-only as many of them as images, so V is damped at least as ``0.4 channels / images`` asks for.
+**Vectors from the side** (`side_vectors`) are more features, a row ``v`` an image: ``|y_o - (W x_o + V v + b)|^2``.
+There are only as many of them as images, so V is damped at least as ``0.4 channels / images`` asks for.
 
 Where the sums would not fit in memory, `fit_cg` solves the same system by conjugate gradients.
 """
@@ -193,7 +193,7 @@ def _known(gram: Gram, target: str) -> None:
 def _pack(weight: Tensor, shape: tuple[int, ...], depthwise: bool, sides: int = 0) -> Tensor:
     """(out, in, kernel...) as (1, taps x in, out), or (channels, 1, kernel...) as (channels, taps, 1).
 
-    Behind the taps come as many rows of zeros as there are channels of vectors.
+    After the taps come as many rows of zeros as there are channels of vectors.
     """
     if tuple(weight.shape) != shape:
         raise OptionError(f"weight {tuple(weight.shape)}, expected {shape}")

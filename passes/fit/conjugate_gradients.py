@@ -1,4 +1,4 @@
-"""The fit of `fit` by conjugate gradients, for kernels whose sums would not fit in memory.
+"""Fits one convolution by conjugate gradients (cf. `closed_form`), for kernels whose sums would not fit in memory.
 
 The centred normal equations ``(G + lambda I) D = R`` are seen only through a convolution and its weight gradient:
 

@@ -1,4 +1,4 @@
-"""The sums over calibration features from which convolutions are fitted (`fit` has the algebra).
+"""The sums over calibration features from which convolutions are fitted (`closed_form` has the algebra).
 
 A patch ``x_o`` is a row: taps, then channels within a tap, then a constant 1 that stands for the bias. `Gram` adds up
 ``X'X``, ``X'Y`` and ``|Y|^2`` in float64 at the largest kernel, from sampled output pixels only, and gives the centred
@@ -7,8 +7,8 @@ sums of any kernel inside of it:
     tap t of the largest kernel, padding P before, reads pixel   s o - P + t
     tap j of a smaller one, padding p, dilation d, reads         s o - p + d j         so   t = P - p + d j
 
-Channels of vectors from the side (`sides`) are features as well: between the taps and the 1, the same under all pixels
-of an image. So there are only as many samples of them as images, and they have a damping of their own.
+Channels of vectors from the side (`side_vectors`) are features as well: between the taps and the 1, the same under all
+pixels of an image. So there are only as many samples of them as images, and they have a damping of their own.
 
 A depthwise kernel needs the diagonal blocks only. Every fourth image is summed apart, to judge a fit on images that it
 has not seen; whole images, because the pixels of one image are much alike.

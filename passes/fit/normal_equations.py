@@ -1,4 +1,4 @@
-"""Sums of calibration features, and the least-squares systems that are solved from them (`fit` has the algebra).
+"""Sums of calibration features, and least-squares systems solved from them (`closed_form` has the algebra).
 
 With rows x of features and y of targets, n samples, and the means taken off,
 
@@ -62,7 +62,7 @@ class Fit:
 
 
 def usual_damping(unknowns: int, samples: float) -> float:
-    """A relative damping that does well where none can be searched (`fit` says why)."""
+    """A relative damping that does well where none can be searched (`closed_form` says why)."""
     return min(1.0, 0.4 * unknowns / samples)
 
 

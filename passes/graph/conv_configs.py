@@ -42,7 +42,7 @@ def pool_config(pool: Any, channels: int, ndim: int) -> ConvConfig:
     """The window of a max or average pool; its size rule is a conv's where `follows_rule`."""
     kernel, stride = _tuple(pool.kernel_size, ndim), _tuple(pool.stride or pool.kernel_size, ndim)
     before = _tuple(pool.padding, ndim)
-    # ceil_mode rounds the output size up, which is s - 1 more pixels to read behind.
+    # ceil_mode rounds the output size up, which is s - 1 more pixels to read after the last.
     extra = [s - 1 if pool.ceil_mode else 0 for s in stride]
     pads = tuple((p, p + e) for p, e in zip(before, extra, strict=True))
     dilation = _tuple(getattr(pool, "dilation", 1), ndim)
@@ -52,8 +52,8 @@ def pool_config(pool: Any, channels: int, ndim: int) -> ConvConfig:
 def follows_rule(pool: Any, ndim: int) -> bool:
     """Whether the output size is a conv's for every input size.
 
-    torch leaves out a last window that a ceil_mode pool would begin behind its input, which can only happen where a
-    stride reaches past the rest of the window.
+    torch leaves out a last window that a ceil_mode pool would begin after the end of its input, which can only happen
+    where a stride reaches past the rest of the window.
     """
     config = pool_config(pool, 1, ndim)
     reach = zip(config.stride, config.padding, config.dilation, config.kernel_size, strict=True)

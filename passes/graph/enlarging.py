@@ -1,4 +1,4 @@
-"""What makes a map larger, in integers: a transposed conv with a stride, a pixel shuffle, and convs around them.
+"""Describes ops that enlarge a map, in integers: transposed convs with a stride, pixel shuffles, convs around them.
 
 A transposed conv of stride u gives its output in blocks of u pixels a dimension. Pixel r of block m reads
 

@@ -1,4 +1,4 @@
-"""Putting modules into a graph: a call of a module where a node was, under the path that the node came from."""
+"""Puts modules into a graph: a call of a module where a node was, under the path that the node came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
 
 
 def bypass(node: fx.Node) -> bool:
-    """Readers of `node` read what it reads first, and the node is gone."""
+    """Remove `node`: its readers read its first operand instead."""
     node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
     return True

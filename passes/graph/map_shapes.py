@@ -1,4 +1,4 @@
-"""What the example alone does not say of a value: whether it is a channels-first map, and its size at other inputs.
+"""Finds which values are channels-first maps, and what sizes values have at other inputs than the example.
 
 **Maps.** A 4-d value is a map (batch, channels, size...) if an op that only makes sense on maps writes or reads it: a
 convolution, its norm, a pool. Ops that keep the shape of their operand (activations, norms, sums) pass this on in both
@@ -93,14 +93,14 @@ def _is_selection(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def holds_tensors(gm: fx.GraphModule) -> bool:
-    """Whether an input is a list or dict of tensors, of which nobody says which ones are maps that could be larger."""
+    """Whether an input is a list or dict of tensors: which of them are maps that could be larger is unknown."""
     meta = gm.meta.get("lmfx", {})
     specs = [*meta.get("positional", ()), *meta.get("keyword", {}).values()]
     return any(_names_tensor(v) for spec in specs if (v := _parts(spec)) is not None)
 
 
 def _parts(spec: Any) -> Any:
-    """What a container's spec holds (see `trace`), None for a tensor or a constant."""
+    """What a container's spec holds (see `tracing`), None for a tensor or a constant."""
     return next(iter(spec.values())) if isinstance(spec, dict) and len(spec) == 1 else None
 
 

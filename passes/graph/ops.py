@@ -1,6 +1,6 @@
 """What lmfx knows of single operations: which modules are convs, affine, activations, and how functions map to them.
 
-    conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding, transposed ones (`enlarge`)
+    conv         y = W * x + b                    nn.Conv1d/2d/3d with zero padding, transposed ones (`enlarging`)
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, pads and crops
                  pixels that move                 slices of pixels, space-to-depth, pixel shuffles
     selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
@@ -219,7 +219,7 @@ def shuffled_blocks(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def enlarges(module: nn.Module) -> bool:
-    """Whether a module is written by `enlarge`: a transposed conv or a pixel shuffle."""
+    """Whether a module is written by `enlarging`: a transposed conv or a pixel shuffle."""
     return plain_in(module, TRANSPOSED) or shuffled_blocks(module) is not None
 
 

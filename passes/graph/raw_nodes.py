@@ -1,4 +1,4 @@
-"""Reading single nodes of a raw graph: the op's plain name, its arguments by name, the tensors that it owns."""
+"""Reads single nodes of a raw graph: the op's plain name, its arguments by name, the tensors that it owns."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 In each dimension, tap ``t`` of output pixel ``o`` reads input pixel ``s o - p + d t``, so the window of a convolution
 is ``[s o - p, s o - p + K]`` with the extent ``K = d (k - 1)``.
 
-**compose**, second after first, all padding in front:
+**compose**, second after first, all padding before both:
 
     s = s1 s2       p = p1 + s1 p2       K = K1 + s1 K2       groups = gcd(g1, g2)
 

@@ -1,4 +1,4 @@
-"""A graph that takes tensors and nothing else: what a runtime is given to time.
+"""Makes a graph that takes and gives tensors only, so that a runtime can time it.
 
     def forward(self, sample, timestep, return_dict=True):      ->      def forward(self, sample, scale):
         (10, False and a dict with the tensor `scale` stand in the example)

@@ -1,4 +1,4 @@
-"""What functions and classes do, as texts: by name where a library has them, by bytecode where they are the user's.
+"""Describes functions and classes as texts: by name where a library has them, by bytecode where they are the user's.
 
     torch.relu, operator.add, math.sqrt       relu, add, math.sqrt
     timm.layers.Mlp                           its name and the version of the package

@@ -1,9 +1,9 @@
-"""What a value or a module *is*, as one text: equal for equal content, different for different content.
+"""Describes a value or a module as one text: equal for equal content, different for different content.
 
     3, "same", (1, 2), torch.float32     themselves
     a tensor                             shape, dtype and a hash of its bytes; of a weight, where asked, the shape alone
     nn.LeakyReLU(0.1)                    LeakyReLU(negative_slope=0.1), where torch or lmfx has the code
-    a module of anybody else             class, code, every attribute, hook, buffer and submodule (see `code`)
+    a module of anybody else             class, code, every attribute, hook, buffer and submodule (see `code_text`)
 
 Keys of all that is stored are made of these texts. What has no content that can be read (a closure, an open file, an
 object whose only name is its address, what changes while it runs) is noted in `unsure`: its text has its type and what

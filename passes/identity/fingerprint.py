@@ -1,4 +1,4 @@
-"""What a traced graph is, as lines of text, and the short hashes of them by which all that is kept is found again.
+"""Describes a traced graph as lines of text, and hashes them: the keys of plans, saved networks and stored rows.
 
     fingerprint   names, ops, constants, attributes,          of a plan or a saved folder: other weights may come
                   shapes of weights

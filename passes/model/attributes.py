@@ -1,4 +1,4 @@
-"""What modules keep in plain Python attributes, as values that can be compared: counters, caches, the last input.
+"""Compares what modules keep in plain Python attributes before and after a run: counters, caches, the last input.
 
     self.calls += 1                     2 -> 3
     self.seen.append(x.mean())          a list that grows

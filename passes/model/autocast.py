@@ -1,4 +1,4 @@
-"""A model's own autocast regions: lmfx compresses the network in the dtype of its weights.
+"""Runs a model as if its own autocast regions were not there: it is compressed in the dtype of its weights.
 
     with torch.autocast("cpu", dtype=torch.bfloat16):     ->      y = conv(x)        in float32
         y = conv(x)

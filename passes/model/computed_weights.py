@@ -1,4 +1,4 @@
-"""Weights that a module computes from other tensors, evaluated: they become plain parameters.
+"""Evaluates weights that a module computes from other tensors, so that they become plain parameters.
 
     torch.nn.utils.parametrize        w = f(original, ...)                   a property of a class made for the module
     weight_norm, spectral_norm (old)  w = g v / |v|,  w / sigma(w)           a forward pre-hook

@@ -1,4 +1,4 @@
-"""The face of a model: its parameters as placeholders of the graph, and its output in the model's own structure.
+"""Gives a graph the signature of its model, and its output the structure of the model's output.
 
     def forward(self, sample, t, context=None, return_dict=True):     # the model, traced with (sample, 10)
         ...
@@ -264,7 +264,7 @@ class ModelCodeGen(LimitedCodeGen):
         kinds = {n: p.kind for n, p in binding.signature.parameters.items()}
         names = list(kinds)
         ordered = [n for n in names if n in binding.given or n in binding.absent]
-        # Parameters with a default can stand behind the others by position; elsewhere they need their keyword.
+        # Parameters with a default can stand after the others by position; elsewhere they need their keyword.
         tail = ordered[max((ordered.index(n) + 1 for n in binding.given if n in ordered), default=0) :]
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
         variable = any(n not in kinds for n in binding.given)

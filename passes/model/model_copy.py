@@ -1,7 +1,7 @@
-"""A copy of a model to work on: in eval mode, with plain parameters, and nothing of the original shared or changed.
+"""Copies a model to work on: in eval mode, with plain parameters, and nothing of the original shared or changed.
 
-Weights that modules compute (weight norm, prune masks, parametrizations) are evaluated (`computed`), and what only
-wraps a network is left out: the copy of a compiled or data-parallel network is a copy of the network.
+Weights that modules compute (weight norm, prune masks, parametrizations) are evaluated (`computed_weights`), and what
+only wraps a network is left out: the copy of a compiled or data-parallel network is a copy of the network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a graph is right at another batch and at other image sizes, too: it is run there beside the model.
+"""Checks whether a graph is right at another batch and at other image sizes, by running it beside the model.
 
     def forward(self, x):                            %view = view(%y, 1, 5, -1)       traced at a batch of 1
         return y.view(len(y), 5, -1)                 at a batch of 2 the model gives (2, 5, n), this graph (1, 5, 2 n)
@@ -8,7 +8,7 @@ the number of times that a loop runs. What a size went into can have the right s
 prove nothing: the values are compared, on images that differ from each other and are not square.
 
     batch, size      any       agrees with the model wherever it was tried
-                     fixed     the graph is right at the example's only; other inputs raise SizeError (`limits`)
+                     fixed     the graph is right at the example's only; other inputs raise SizeError (`size_limits`)
                      refused   the model itself runs at none of the others that were tried
                      none      nothing of the kind to vary
 

@@ -1,4 +1,4 @@
-"""Silence and exclusive tracing for one thread: nothing here changes what another thread of the process says or sees.
+"""Silences one thread's logs, warnings and prints, and lets one thread trace at a time; others are not affected.
 
 A tracer that fails logs whole graphs, prints them, and warns of what the model has warned of before. `logging.disable`,
 `warnings.catch_warnings` and `contextlib.redirect_stdout` belong to the process: two threads that use them side by side

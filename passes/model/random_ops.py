@@ -1,4 +1,4 @@
-"""Which op of a model's forward draws random numbers, when it gives different outputs for one input.
+"""Finds the op of a model's forward that draws random numbers, when it gives different outputs for one input.
 
 Each op runs under a mode that compares the state of the generators before it and after it: torch's own one of the CPU
 and of each GPU, and the generator that the op is given. numpy and Python's `random` are not seen op by op, so for them

@@ -1,4 +1,4 @@
-"""The caller's random numbers stay: what is drawn while a network is looked at is drawn from states that are put back.
+"""Puts all random states back after a block, so that looking at a network does not change the caller's numbers.
 
 torch on the CPU and on every GPU that is in use, Python's `random`, and NumPy's global generator.
 """

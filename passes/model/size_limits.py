@@ -1,4 +1,4 @@
-"""What a graph that is right at some sizes only says to an input of another one.
+"""Makes a graph that is right at some sizes only refuse inputs of other sizes.
 
     def forward(self, x):                                     # traced at a batch of 1, which a reshape has as a number
         _lmfx_sizes(('x', x, (1, 3, 14, 14), (0,), 'batch'))   # raises SizeError for x of shape (4, 3, 14, 14)

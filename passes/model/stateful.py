@@ -1,4 +1,4 @@
-"""A network that changes while it is run: its outputs depend on what it has seen before, which no graph can say.
+"""Refuses a network that changes while it is run: its outputs depend on earlier inputs, which no graph can say.
 
     observers and fake quantisation      write the range of what they see into buffers
     a norm that stays in training mode   moves its running statistics, even in eval

@@ -1,4 +1,4 @@
-"""An activation behind each merged conv whose span ended without one.
+"""Finds where a plan adds activations: after each merged conv whose span ended without one.
 
 Kim et al. (ICML 2023) and LayerMerge (ICML 2024) give a merged conv an activation where the original block ended
 linearly, since the network has lost those inside the span:
@@ -6,7 +6,7 @@ linearly, since the network has lost those inside the span:
     before     x ─ conv ─ relu ─ conv ─ add          after     x ─ merged ─ add ─ relu6
                └──────────────────────── ┘                     └──────────── ┘
 
-A span that ends a branch of a sum has its activation behind the sum, as the published code has it. Where the network
+A span that ends a branch of a sum has its activation after the sum, as the published code has it. Where the network
 has an activation there already, or the merged conv replaced a single layer, nothing is put.
 """
 
@@ -42,7 +42,7 @@ def activated(network: Network, plan: MergePlan) -> dict[str, list[str]]:
 
 
 def _place(network: Network, candidate: Candidate, owner: dict[str, tuple[Series, int]]) -> str | None:
-    """The node behind which the activation goes, or None where there is one (a norm is none) or nothing follows."""
+    """The node after which the activation goes, or None where there is one (a norm is none) or nothing follows."""
     span = candidate.span
     series, stop, node = network.series[span.series], span.stop, span.output
     activation = span.activation
@@ -52,7 +52,7 @@ def _place(network: Network, candidate: Candidate, owner: dict[str, tuple[Series
         if activation is not None:
             node = activation
         if stop < len(series.layers):
-            # The next layer may be an activation alone: behind a norm, say.
+            # The next layer may be an activation alone: after a norm, say.
             following = series.layers[stop]
             plain = following.conv is None and following.parallel is None and following.opaque is None
             alone = plain and not network.affine_nodes(following)

@@ -1,10 +1,10 @@
-"""Vectors from the side that are maps at other sizes: a network merged with them takes the example's size only.
+"""Limits a merged network to the example's size where a vector that it adds is a map at other sizes.
 
     def forward(self, x, y): return self.b(self.a(y) + x)      x and y of one pixel, a(y) of three by three
 
 Here the example says that x adds one number a channel, and at other sizes it is a map like a(y). The algebra of a
-vector (`sides`) is not that of a map, so the inputs that such a vector grows with get a `Limit`: they are made larger,
-one by one and then together, on fake tensors.
+vector (`side_vectors`) is not that of a map, so the inputs that such a vector grows with get a `Limit`: they are made
+larger, one by one and then together, on fake tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums in another order: operands that can become one convolution are added first.
+"""Adds up sums in another order: operands that can become one convolution are added first.
 
     x ─ conv a ─────────┐                               x ─ conv a ─┐
     ├── conv r ─ relu ─ add ┐                           ├── conv b ─ add ┐

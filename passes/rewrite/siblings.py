@@ -1,10 +1,10 @@
-"""Convolutions that read one value become one convolution, exactly, and its output is split.
+"""Merges convolutions that read one value into one convolution, exactly, and splits its output.
 
     x ─┬─ conv a ─ bn a ─ relu ─ ...               x ─ conv ab ─ relu ─┬─ select a ─ ...
        └─ conv b ─ bn b ─ relu ─ ...        ->                         └─ select b ─ ...
 
-Their kernels, strides, pads and dilations must be equal; norms behind them are folded, and an activation that all of
-them have is moved in front of the split. Whether one large convolution is faster than several small ones depends on the
+Their kernels, strides, pads and dilations must be equal; norms after them are folded, and an activation that all of
+them have is moved to before the split. Whether one large convolution is faster than several small ones depends on the
 runtime (TensorRT merges such convolutions by itself), so this is a choice of its own: measure before and after.
 """
 
@@ -54,7 +54,7 @@ def merge_siblings(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _merge(gm: fx.GraphModule, source: fx.Node, convs: list[fx.Node], calls: dict[str, int]) -> None:
-    """Put one conv, and a selection for each of `convs`, where these and the norms behind them were."""
+    """Put one conv, and a selection for each of `convs`, where these and the norms after them were."""
     ends = [_norm_behind(gm, conv, calls) or conv for conv in convs]
     folded = [_folded(gm, conv, end) for conv, end in zip(convs, ends, strict=True)]
     like: Any = gm.get_submodule(str(convs[0].target))
@@ -91,7 +91,7 @@ def _merge(gm: fx.GraphModule, source: fx.Node, convs: list[fx.Node], calls: dic
 
 
 def _folded(gm: fx.GraphModule, conv: fx.Node, end: fx.Node) -> linear.LinearOp:
-    """A conv without its padding, and the norm behind it, as one op in float64."""
+    """A conv without its padding, and the norm after it, as one op in float64."""
     module: Any = gm.get_submodule(str(conv.target))
     ndim = len(module.kernel_size)
     weight = module.weight.detach().double()

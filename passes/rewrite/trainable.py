@@ -1,12 +1,12 @@
-"""MergePlan -> trainable GraphModule -> merged GraphModule.
+"""Rewrites a network under a plan: MergePlan -> trainable GraphModule -> merged GraphModule.
 
     before     x ─ conv1 ─ bn1 ─ relu ─ conv2 ─ bn2 ─┐                    trainable  x ─ LinearSpan ─ relu
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
 `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
-nothing. A norm that moves behind the merged conv (`norms`), or an activation that is put behind it (`after`), is a
-module of its own in both forms. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules
-stay, dead modules and parameters go, and both results are ordinary GraphModules.
+nothing. A norm that moves to after the merged conv (`moved_norms`), or an activation added after it
+(`added_activations`), is a module of its own in both forms. `merge` replaces every `LinearSpan` by its single
+conv. Names of untouched modules stay, dead modules and parameters go, and both results are ordinary GraphModules.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def rewrite(
 
 
 def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
-    """A call of `module` behind `node`, which all readers of `node` read instead."""
+    """A call of `module` after `node`, which all readers of `node` read instead."""
     name = _free(gm, name)
     set_submodule(gm, name, module)
     return _call_after(gm, node, name)
@@ -145,7 +145,7 @@ def _post_norm(network: Network, candidate: Candidate) -> nn.Module:
     known = name is not None and name in network.nodes and network.nodes[name].op == "call_module"
     norm = moved_norm(network.module(str(name)), conv.out_channels) if known and conv is not None else None
     if norm is None:
-        raise PlanError(f"the plan moves the norm {name} behind {candidate.key}, and the graph has no such norm")
+        raise PlanError(f"the plan moves the norm {name} after {candidate.key}, and the graph has no such norm")
     return norm
 
 
@@ -293,7 +293,7 @@ def build_span(
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     assert candidate.conv is not None
     if candidate.realization == "compose":
-        bare = candidate.post_norm is not None  # the norm behind the conv undoes a scale: nothing stands for what goes
+        bare = candidate.post_norm is not None  # the norm after the conv undoes a scale: nothing stands for what goes
         kept = kept_nodes(network, candidate)
         return _Builder(network, kept, None if bare else surrogates or {}).span(layers, candidate.conv)
     return fitted_conv(network, candidate.conv, span_sides(network, candidate))

@@ -71,7 +71,7 @@ class Chain:
 
 
 class Frontier:
-    """Every Pareto-optimal (latency in ms, importance), both strictly ascending, and the choices behind each.
+    """Every Pareto-optimal (latency in ms, importance), both strictly ascending, and the choices that give each.
 
     Points with equal latency and importance are one point; of its realizations the one is given whose last entry comes
     first in the input, and so on towards the front.

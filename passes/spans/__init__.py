@@ -1,4 +1,4 @@
-"""What of a traced network could become one convolution, and what cannot, with the reason.
+"""Finds which parts of a traced network could become one convolution, and why the others cannot.
 
 In: a canonical GraphModule. Out: regions (series-parallel parts), their layers, and for every run of layers (a *span*)
 its candidates or a `Refusal`. Words: a *candidate* is one way to realize a span (`keep`, `compose`, `fit`, `drop`) with

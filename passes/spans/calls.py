@@ -1,4 +1,4 @@
-"""Runs of layers that are called several times: a head on pyramid levels, an encoder of two images, a refinement.
+"""Finds runs of layers that are called several times: a head on pyramid levels, an encoder of two images, a refinement.
 
     a ─ conv1 ─ relu ─ conv2 ─ ...           one Run of two layers at two places: a merged conv that stands for it at
     b ─ conv1 ─ relu ─ conv2 ─ ...           one place stands for it at all of them, and stays one module

@@ -1,7 +1,7 @@
-"""What an op costs by count, without a clock: multiply-adds, weights that are read, and one for the op itself.
+"""Counts what an op costs, without a clock: multiply-adds, weights that are read, and one for the op itself.
 
     conv, Linear       out_pixels out (in / groups) k + weights + 1           each image's, batch size left out
-    transposed conv    the same, of the small map's conv that it is without the zeros in it (`enlarge`)
+    transposed conv    the same, of the small map's conv that it is without the zeros in it (`enlarging`)
     average pool       out_pixels channels k + 1
     norm, scale        one a number of its output, its own numbers, + 1
     pad, sum, select   one a number of its output + 1;  a conv that pads other than by zeros counts as a pad and a conv

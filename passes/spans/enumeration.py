@@ -1,7 +1,7 @@
 """Regions -> candidates and refusals: for every series and every span, what it could become, or why it cannot.
 
 compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
-          the kept set of the largest L1 norm that holds every irreducible conv (`states`).
+          the kept set of the largest L1 norm that holds every irreducible conv (`pruning`).
 fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
           that follows the span's own size rule.
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
@@ -60,7 +60,7 @@ class SpanOptions:
     exclude: tuple[str, ...] = ()
     method: Method = "layermerge"
     norm: Norm = "affine"  # what becomes of a norm inside a composed span whose statistics come from the map
-    activation_after: str | None = None  # behind a merged conv whose span ended without an activation
+    activation_after: str | None = None  # after a merged conv whose span ended without an activation
 
     def __post_init__(self) -> None:
         unknown = set(self.realize) - {"compose", "fit", "drop", "keep"}

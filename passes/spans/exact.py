@@ -1,4 +1,4 @@
-"""Which composed spans lose nothing: the merged conv is the same function as the layers, borders included.
+"""Decides which composed spans lose nothing: the merged conv is the same function as the layers, borders included.
 
 Composing moves all padding to the front (`linear`). That is the span itself where no activation goes, no conv is pruned
 and no later op pads. An op that pads what an earlier one gives sees its fill v where the merged conv sees what the
@@ -12,7 +12,7 @@ earlier ops, with W and b, would have given further out. Both are the same where
 
 So a 1x1 conv before a padded 3x3 conv is exact without a bias (and without a norm that shifts), and only there.
 
-An op that enlarges its map is a conv of the small map (`enlarge`), which pads what its pixels read beyond it: that is
+An op that enlarges its map is a conv of the small map (`enlarging`), which pads what its pixels read beyond it: that is
 the same question. An op that pads the enlarged map reads zeros where the merged op gives what was cropped: the same if
 the enlarging op crops nothing on that side and adds no constant.
 """
@@ -42,7 +42,7 @@ __all__ = ["inexact"]
 def inexact(network: Network, layers: tuple[Layer, ...], config: ConvConfig) -> Refusal | None:
     """Why the layers, with all their convs composed to `config`, are not exactly that conv; None if they are.
 
-    The last layer's activation stays behind the conv; any other goes.
+    The last layer's activation stays after the conv; any other goes.
     """
     for i, layer in enumerate(layers):
         lost = _activation_in(network, layer, inside=i < len(layers) - 1)

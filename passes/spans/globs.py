@@ -1,4 +1,4 @@
-"""Globs of module names: a name covers what is in the module of that name.
+"""Matches globs with module names: the name of a module also covers what is in it.
 
     "layer1"      layer1, layer1.0, layer1.0.conv2, ...       not layer10
     "layer1.*"    layer1.0, layer1.0.conv2, ...

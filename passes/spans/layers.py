@@ -1,4 +1,4 @@
-"""What one layer is as an affine op: its configuration, how it may be pruned, and its geometry.
+"""Describes one layer as an affine op: its configuration, how it may be pruned, and its geometry.
 
 `Network` bundles a traced graph with its regions and answers these questions; enumeration and rewriting share it.
 
@@ -57,7 +57,7 @@ class Network:
         return self._modules[name]
 
     def path(self, name: str) -> str:
-        """The qualified module name behind a node."""
+        """The qualified name of the module that a node came from."""
         node = self.nodes[name]
         return str(node.target) if node.op == "call_module" else str(node.meta.get("path", "")) or node.name
 
@@ -79,7 +79,7 @@ class Network:
 
     @cached_property
     def maps(self) -> frozenset[str]:
-        """Nodes whose values are channels-first maps; see `observed`."""
+        """Nodes whose values are channels-first maps; see `map_shapes`."""
         return spatial_maps(self.gm)
 
     def sized(self, name: str) -> bool:
@@ -141,14 +141,14 @@ class Network:
         return config
 
     def step(self, name: str, before: ConvConfig) -> ConvConfig:
-        """The configuration of one affine node behind ops of configuration `before`."""
+        """The configuration of one affine node after ops of configuration `before`."""
         channels, ndim = before.out_channels, len(before.kernel_size)
         if self.nodes[name].op != "call_module":
             return identity_config(channels, ndim)  # a vector that is added from the side
         return module_config(self.module(name), channels, ndim)
 
     def enlarging(self, layers: tuple[Layer, ...]) -> str | None:
-        """The first node of these layers, branches included, that `enlarge` writes: a transposed conv, a shuffle."""
+        """The first node of these layers, branches included, of `enlarging`: a transposed conv, a shuffle."""
         for name in (n for layer in layers for n in layer.all_nodes() if layer.opaque is None):
             if self.nodes[name].op == "call_module" and ops.enlarges(self.module(name)):
                 return name

@@ -1,4 +1,4 @@
-"""Norms whose statistics come from the map, moved behind the merged conv.
+"""Moves norms whose statistics come from the map to after the merged conv.
 
     x ─ conv1 ─ norm ─ act ─ conv2 ─ add       trainable   x ─ LinearSpan ─ norm ─ add
                                                merged      x ─ conv ─────── norm ─ add

@@ -1,4 +1,4 @@
-"""States: what a run of layers can be as one convolution, for each way to prune it.
+"""Finds what a run of layers can be as one convolution, for each way to prune it: its states.
 
 A `State` is a configuration and the convs that are kept for it. A conv layer offers itself or, if its conv is
 reducible, the identity; a parallel element offers the joins of its branches' states; states are carried from cut to

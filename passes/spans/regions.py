@@ -135,7 +135,7 @@ def _series(gm: fx.GraphModule, name: str, entry: fx.Node, items: list[Item], fi
         if item in edges.begin:
             close()
         alone = item.op == "call_module" and isinstance(gm.get_submodule(str(item.target)), ops.ChannelSelect)
-        if kind == "opaque" or alone:  # behind a selection a span may start
+        if kind == "opaque" or alone:  # after a selection a span may start
             close()
             nodes.append(item)
             close(opaque=refusal_of(gm, item))

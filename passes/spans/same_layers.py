@@ -1,4 +1,4 @@
-"""What is the same at several calls of one module, op by op, and where that begins and ends.
+"""Finds what is the same at several calls of one module, op by op, and where that begins and ends.
 
     a ─ conv ─ bn ─ relu                  a ─ | conv ─ bn ─ relu       a layer would begin with the pool, so that the
     b ─ pool ─ conv ─ bn ─ relu     ->    b ─ pool ─ | conv ─ bn ─ relu       calls of the conv had other layers

@@ -1,4 +1,4 @@
-"""torch.export as the second way in, for what torch.fx cannot follow: writes through views, wrapped functions.
+"""Traces with torch.export what torch.fx cannot follow: writes through views, wrapped functions.
 
     model                 self.layer.conv(x)[:, 1:].mul_(2)
     exported, aten        %w = get_attr[layer.conv.weight] ; conv2d ; slice ; mul ; slice_scatter

@@ -1,4 +1,4 @@
-"""What a symbolic trace may know of a value for certain: what is the same at every batch and image size.
+"""Answers what a symbolic trace knows of a value for certain: what is the same at every batch and image size.
 
     x.dim() != 4                  decided: the number of dimensions
     x.dtype in (half, bfloat16)   decided: the type, the device, whether a gradient is wanted (never)

@@ -1,4 +1,4 @@
-"""What runs inside the parts that a tracer did not follow: ops that lmfx would have understood.
+"""Counts the ops inside the parts that a tracer did not follow which lmfx would have understood.
 
     Gate(x): x * sigmoid(mean(x))         one opaque op that hides a mean, a sigmoid and a product
     NormAct(x): leaky_relu(batch_norm(x)) one that hides a norm and an activation

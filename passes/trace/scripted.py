@@ -1,4 +1,4 @@
-"""TorchScript and autograd functions, followed by a symbolic trace instead of being one op that nobody understands.
+"""Lets a symbolic trace follow TorchScript and autograd functions, so that they are not one opaque op each.
 
     @torch.jit.script                        graph(%x):
     def swish(x):                              %s = aten::sigmoid(%x)         ->      %s = sigmoid(%x)

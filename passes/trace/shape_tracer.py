@@ -28,7 +28,7 @@ __all__ = ["ShapeTracer", "trace_shapes"]
 
 
 class _ShapeProxy(MutableProxy):
-    """A proxy that knows the fake value behind it, and answers questions about it with constants."""
+    """A proxy that knows the fake value that it stands for, and answers questions about it with constants."""
 
     fake: Any
     tracer: ShapeTracer

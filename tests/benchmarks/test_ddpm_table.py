@@ -58,7 +58,7 @@ def test_a_pair_carries_its_time_embedding_and_moves_its_norm() -> None:
     assert len(pairs) > 2
     for first, second in pairs.items():
         pair = [c for c in ours("published") if c.convs == (first, second) and c.realization == "compose"]
-        inside = [c for c in pair if c.span.activation is None]  # no norm of the next block's behind it
+        inside = [c for c in pair if c.span.activation is None]  # no norm of the next block's after it
         assert any(c.kept == c.convs for c in inside)
         assert {network.path(str(c.post_norm)) for c in inside} == {first.replace("conv1", "norm2")}
         for c in inside:

@@ -1,6 +1,6 @@
 """A second way to compute a composed span: run the graph's own modules, each with its own padding, without activations.
 
-Padding between layers is not padding in front of all of them, so the two agree where the merged window lies inside the
+Padding between layers is not padding before all of them, so the two agree where the merged window lies inside the
 input. The input is random and large enough for such pixels, whatever the size of the network's maps.
 """
 
@@ -47,7 +47,7 @@ def check_span(network: Network, candidate: Candidate) -> bool:
     assert isinstance(module, LinearSpan)
     with torch.no_grad():
         try:
-            bare = candidate.post_norm is not None  # a norm behind the conv: nothing stands for what goes
+            bare = candidate.post_norm is not None  # a norm after the conv: nothing stands for what goes
             expected = _run(network, layers, kept, x, candidate.span.activation, bare)
         except _Unknown:
             return False

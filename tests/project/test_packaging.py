@@ -26,7 +26,7 @@ print(lmfx.__file__, lmfx.passes.ir.__file__)
 
 
 def checkout(target: Path) -> Path:
-    """A clean copy of the working tree, with its symlink, so that a build leaves nothing behind here."""
+    """A clean copy of the working tree, with its symlink, so that a build leaves nothing here."""
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
     )

@@ -42,7 +42,7 @@ def fitted(spans: SpanSet, candidate: Candidate, data: tuple[Tensor, ...]) -> An
 
 
 def affine() -> Sided:
-    """`a`, a vector, `b`: affine in the map and in the vector. The ReLU behind them ends the span."""
+    """`a`, a vector, `b`: affine in the map and in the vector. The ReLU after them ends the span."""
     torch.manual_seed(0)
     return Sided(lambda m, x, t: m.c(F.relu(m.b(m.a(x) + m.wide(m.embed(t))))))
 

@@ -1,4 +1,4 @@
-"""A norm that cannot stay between two convs moves behind the merged one; and an activation may be put behind it."""
+"""A norm that cannot stay between two convs moves to after the merged one; and an activation may be added after it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def spans_of(made: nn.Module, **options: Any) -> SpanSet:
 def pair(spans: SpanSet, block: int = 0, kept: int = 2) -> Any:
     names = (f"blocks.{block}.conv1", f"blocks.{block}.conv2")
     found = [c for c in spans if c.convs == names and c.realization == "compose" and len(c.kept) == kept]
-    return max(found, key=lambda c: (c.span.series, c.span.start))  # behind norm1 and its swish, inside the skip
+    return max(found, key=lambda c: (c.span.series, c.span.start))  # after norm1 and its swish, inside the skip
 
 
 NORMS: dict[str, Any] = {
@@ -209,7 +209,7 @@ def test_older_plans_without_the_new_fields_are_read() -> None:
     assert plan_from_dict(document).candidates[0].post_norm is None
 
 
-# --- an activation behind ---------------------------------------------------------------------------------------------
+# --- an activation after it -------------------------------------------------------------------------------------------
 
 
 def composed(graph: Any, convs: tuple[str, ...]) -> Any:
@@ -218,7 +218,7 @@ def composed(graph: Any, convs: tuple[str, ...]) -> Any:
 
 
 class Bottleneck(nn.Module):
-    """A block that ends linearly, beside its skip or not, and a conv behind."""
+    """A block that ends linearly, beside its skip or not, and a conv after it."""
 
     def __init__(self, skip: bool) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def blocks(count: int = 2) -> nn.Module:
 
 
 def linear_chain(*, act: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
-    """Convs of which some have no activation behind them, as in an inverted residual."""
+    """Convs of which some have no activation after them, as in an inverted residual."""
     conv = lambda: nn.Conv2d(4, 4, 3, padding=1)  # noqa: E731
     return double(nn.Sequential(conv(), act(), conv(), conv(), act(), conv()))
 

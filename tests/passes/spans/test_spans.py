@@ -269,7 +269,7 @@ def test_a_fit_has_the_size_rule_of_its_pool_at_every_size(pool: nn.Module, size
 
 
 def test_a_pool_whose_rule_is_not_its_window_is_fitted_with_the_rule_that_was_seen() -> None:
-    # torch leaves out a last window that begins behind the input: 1 x 1 windows, stride 2, rounded up.
+    # torch leaves out a last window that begins after the input: 1 x 1 windows, stride 2, rounded up.
     pool = nn.MaxPool2d(1, 2, ceil_mode=True)
     spans = spans_of(chain(conv(), nn.ReLU(), pool, conv(4, 6)), X)
     wide = [c.conv for c in spans if c.realization == "fit" and c.convs == ("0", "3")]

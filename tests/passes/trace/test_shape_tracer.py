@@ -243,7 +243,7 @@ def test_a_part_that_hides_no_conv_stays_opaque_so_that_the_graph_runs_at_other_
 
 
 class Functional(nn.Module):
-    """A conv without a conv module, behind a branch on a shape."""
+    """A conv without a conv module, after a branch on a shape."""
 
     def __init__(self) -> None:
         super().__init__()
