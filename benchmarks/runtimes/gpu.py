@@ -1,4 +1,4 @@
-"""A CUDA device in a few minutes: tables, whole networks before and after, predicted against measured, every runtime.
+"""Measures on a CUDA device: tables, whole networks before and after, predictions, every runtime; a few minutes.
 
     python benchmarks/runtimes/gpu.py                    all parts, until --seconds are over; writes benchmarks/results/
     python benchmarks/runtimes/gpu.py --networks resnet50 --batches 1 --precisions fp16 --seconds 120

@@ -1,4 +1,4 @@
-"""Runs a function of a name in a process of its own for each name: limits on time and memory, results as they come.
+"""Runs a function for each name in a process of its own: limits on time and memory, results as they come.
 
 Processes are forked from a parent that has imported everything already, which saves seconds a network, and each result
 is one line of a JSON file, so that a run that is stopped goes on where it was.

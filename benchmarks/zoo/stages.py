@@ -1,4 +1,4 @@
-"""What is asked of one network of the zoo, stage by stage: a dict that goes into one row of the table.
+"""Runs one network of the zoo through all stages, one by one: a dict that goes into one row of the table.
 
     trace     a tracer gives a graph that computes what the model computes
     sizes     the graph at another batch, and at another image size: agrees, says so (SizeError), or not taken (the

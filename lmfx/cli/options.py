@@ -80,7 +80,7 @@ COMPRESS_DEFAULTS = {name: inspect.signature(compress).parameters[name].default 
 
 
 def add(parser: argparse.ArgumentParser, source: Callable[..., Any], names: Sequence[str], **defaults: Any) -> None:
-    """Options for parameters of `source`, with its defaults or those given."""
+    """Adds options for parameters of `source`, with its defaults or those given."""
     parameters = inspect.signature(source).parameters
     for name in names:
         syntax = dict(SYNTAX.get(name, {"help": name.replace("_", " ")}))

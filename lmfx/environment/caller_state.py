@@ -45,7 +45,7 @@ R = TypeVar("R")
 
 
 def entry(function: Callable[P, R]) -> Callable[P, R]:
-    """A public function that runs in a neutral state, gives the caller's state back, and raises errors of lmfx."""
+    """Decorates a public function: neutral state within, the caller's afterwards, and only errors of lmfx."""
 
     @functools.wraps(function)
     def within(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ImportanceTable(Mapping[str, float]):
-    """Candidate key -> importance. `identity` says what the values are good for: estimator, weights, calibration.
+    """Candidate key -> importance. `identity` says what the values hold for: estimator, weights, calibration.
 
     `unusable` are candidates that were scored and have no row, because their score was no finite number.
     """
@@ -60,7 +60,7 @@ class ImportanceTable(Mapping[str, float]):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """How much each candidate costs in output quality."""
+    """The interface of an importance estimator: how much each candidate costs in output quality."""
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True)
 class Scored:
-    """The estimator that has a table already, like that of `score_on_demand`; candidates without a row stay without."""
+    """An estimator that has a table already, like that of `score_on_demand`; candidates without a row stay without."""
 
     table: ImportanceTable
     name: str = "scored"

@@ -55,7 +55,7 @@ __all__ = ["OnDemand", "score_on_demand"]
 
 @dataclass(frozen=True)
 class OnDemand:
-    """What was scored, and what for. `lmfx.solve(graph, latency, result.table)` gives the plans.
+    """What was scored, and for which budgets. `lmfx.solve(graph, latency, result.table)` gives the plans.
 
     Attributes:
         table: the scored rows.

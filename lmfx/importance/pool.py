@@ -28,7 +28,7 @@ ExecutorLike = Executor | Callable[[], Executor] | None
 
 @contextlib.contextmanager
 def opened(executor: ExecutorLike) -> Iterator[Executor | None]:
-    """An executor as it is; one that a factory makes, shut down afterwards."""
+    """Gives an executor as it is, or one that a factory makes, which is shut down afterwards."""
     if executor is None or isinstance(executor, Executor) or hasattr(executor, "submit"):
         yield executor  # type: ignore[misc]
     else:

@@ -64,7 +64,7 @@ class Measurement:
 
 @runtime_checkable
 class Backend(Protocol):
-    """What the rest of lmfx knows of a latency backend."""
+    """The interface of a latency backend: all that the rest of lmfx uses of one."""
 
     @property
     def name(self) -> str:
@@ -240,7 +240,7 @@ class TimedBackend:
 
 
 def conditions_of(runner: Runner) -> dict[str, Any]:
-    """What a runner has seen besides times; most see nothing."""
+    """The conditions that a runner saw while it was timed (clocks, say); most see none."""
     return dict(getattr(runner, "conditions", {}))
 
 
@@ -256,7 +256,7 @@ def check_rounds(rounds: int) -> int:
 
 
 def is_finished(signature: str, row: Measurement, prune: Prune | None) -> bool:
-    """A pruned row is only good for somebody who would prune it as well."""
+    """Whether a stored row can be used: one that was pruned only by a caller who would prune it as well."""
     return row.quality not in ("quick", "bound") or (prune is not None and prune(signature, row.ms))
 
 

@@ -84,12 +84,12 @@ def _row(make: Workloads, candidate: Candidate) -> _Row:
 
 
 def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
-    """What the rows of a table are good for: the backend's identity, and dtype and batch of the network."""
+    """What the rows of a table hold for: the backend's identity, and dtype and batch of the network."""
     return {**backend.identity(), **network_facts(spans)}
 
 
 def network_facts(spans: SpanSet) -> dict[str, Any]:
-    """What a table is good for besides the backend: dtype, batch, the graph's digest, and the activation that a plan
+    """What a table holds for besides the backend: dtype, batch, the graph's digest, and the activation that a plan
     adds after merged convs, which their rows have."""
     entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
     shape = entry.meta["shape"] if entry is not None else ()

@@ -104,7 +104,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class LatencyTable(Mapping[str, Measurement]):
-    """Candidate key -> `Measurement` (ms), and the identity it is good for: backend, version, device, threads, dtype,
+    """Candidate key -> `Measurement` (ms), and the identity it holds for: backend, version, device, threads, dtype,
     batch. A missing row is a `TableError`, never a guess.
 
     `calibration` relates sums of rows to whole networks, where some were measured (`lmfx.profile`).

@@ -144,7 +144,7 @@ def open_file(path: Path, seconds: float) -> sqlite3.Connection:
 
 
 def distrust(db: sqlite3.Connection) -> None:
-    """No functions of the schema's own run, and no value is longer than a row of lmfx ever is."""
+    """Lets no functions of the schema's own run, and no value be longer than a row of lmfx ever is."""
     db.execute("PRAGMA trusted_schema = OFF")
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
 

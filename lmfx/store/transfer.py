@@ -40,7 +40,7 @@ DAY = 86400.0
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows: all that agree with everything that is not None.
+    """Selects rows: all that agree with every field that is not None.
 
     `backend` is that of a latency or the name of an estimator, `version` its version; `device` may be a part of the
     name, in any case of letters; `kind` is "latency" (of rows and of whole networks) or "importance"; `older_than` is

@@ -20,7 +20,7 @@ __all__ = ["bare"]
 
 
 def bare(gm: fx.GraphModule, example: Example) -> tuple[fx.GraphModule, list[Tensor]]:
-    """(`gm` with tensors only as inputs, these tensors of the example). Modules and tensors are shared.
+    """A graph like `gm` with tensors only as inputs, and these tensors of the example. Modules and tensors are shared.
 
     A graph whose inputs are tensors already is returned as it is.
     """

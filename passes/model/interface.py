@@ -199,7 +199,7 @@ def plain_face(net: nn.Module) -> nn.Module:
 
 
 def value_output(plain: Any) -> Any:
-    """A plain output without what is no value: exporters take no strings."""
+    """A plain output without strings and other things that are no values, which exporters do not take."""
     if isinstance(plain, dict):
         return {k: value_output(v) for k, v in plain.items() if isinstance(v, (fx.Node, dict, tuple, list))}
     if isinstance(plain, (tuple, list)):

@@ -47,7 +47,7 @@ class Run:
 
 
 class Calls:
-    """The runs of a network, and what each span has to do with them."""
+    """The runs of a network, and how each span relates to them."""
 
     def __init__(self, network: Network) -> None:
         self.network = network
@@ -60,7 +60,7 @@ class Calls:
     # --- questions ---------------------------------------------------------------------------------------------------
 
     def role(self, series: str, start: int, stop: int) -> Role:
-        """What the span of these layers has to do with the runs."""
+        """How the span of these layers relates to the runs."""
         if not self.runs:
             return "whole"
         here = {self._at.get((series, i)) for i in range(start, stop)}
