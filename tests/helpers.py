@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.passes.algebra.linear_span import LinearSpan
-from lmfx.passes.canonical.canonical_form import op_name
+from lmfx.passes.graph.raw_nodes import op_name
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.trainable import merge, rewrite

@@ -264,16 +264,11 @@ def _fit_wide(
     if not beside.widths:
         return op
     images = min(images, len(x))
-    left = (y[:images] - _cast(op, x)(x[:images])).double().flatten(2).mean(2)
+    left = (y[:images] - op.like(x)(x[:images])).double().flatten(2).mean(2)
     sums = Gram(beside.values.shape[1], (1,), (1,), ((0, 0),), {"": left.shape[1]}, holdout=False)
     sums.update(beside.values[:images, :, None], {"": left[:, :, None]})
     found = fit.solve(sums, "", (1,), damping=usual_damping(beside.values.shape[1], images), heldout=False)
     return beside.op(config, op.weight, op.bias + found.bias, found.weight[:, :, 0])
-
-
-def _cast(op: LinearOp, x: Tensor) -> LinearOp:
-    weight, bias = op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype)
-    return LinearOp(weight, bias, op.stride, op.padding, op.dilation, op.groups)
 
 
 # --- a chosen plan ----------------------------------------------------------------------------------------------------

@@ -25,14 +25,11 @@ from lmfx.passes.graph.ops import (
     PixelSlice,
     SpaceToDepth,
 )
+from lmfx.passes.graph.shapes import per_dimension
 
 __all__ = ["FUNCTION_RULES", "MODULE_RULES"]
 
 # convolution and padding
-
-
-def _tuple(value: Any, n: int) -> tuple[int, ...]:
-    return (int(value),) * n if isinstance(value, int) else tuple(int(v) for v in value)
 
 
 def _pads(reversed_pairs: Sequence[int]) -> list[int]:
@@ -58,9 +55,9 @@ def _conv(e: Builder, node: fx.Node, m: Any) -> str:
         "Conv",
         *operands,
         kernel_shape=list(m.kernel_size),
-        strides=list(_tuple(m.stride, n)),
+        strides=list(per_dimension(m.stride, n)),
         pads=pads,
-        dilations=list(_tuple(m.dilation, n)),
+        dilations=list(per_dimension(m.dilation, n)),
         group=m.groups,
     )
 
@@ -164,10 +161,10 @@ def _windows(e: Builder, source: fx.Node, m: Any) -> tuple[list[int], list[int],
     """Kernel, strides, dilations, torch's pads (one a dimension) and the longer end pads that stand for ceil_mode."""
     shape = e.shape(source)
     n = {"1": 1, "2": 2, "3": 3}[type(m).__name__[-2]]
-    kernel = _tuple(m.kernel_size, n)
-    stride = _tuple(m.stride if m.stride not in (None, ()) else m.kernel_size, n)
-    dilation = _tuple(getattr(m, "dilation", 1), n)
-    padding = _tuple(m.padding, n)
+    kernel = per_dimension(m.kernel_size, n)
+    stride = per_dimension(m.stride if m.stride not in (None, ()) else m.kernel_size, n)
+    dilation = per_dimension(getattr(m, "dilation", 1), n)
+    padding = per_dimension(m.padding, n)
     ends = []
     for size, k, s, d, p in zip(shape[-n:], kernel, stride, dilation, padding, strict=True):
         span = size + 2 * p - d * (k - 1) - 1

@@ -297,8 +297,7 @@ def _made(x: Tensor, c: Candidate, op: LinearOp | None, norm: nn.Module | None) 
 def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
     assert c.conv is not None
     none = ((0, 0),) * op.ndim
-    weight, bias = op.weight.to(x.device, x.dtype), op.bias.to(x.device, x.dtype)
-    return replace(op, weight=weight, bias=bias, padding=none)(fill_pad(x, c.conv))
+    return replace(op.like(x), padding=none)(fill_pad(x, c.conv))
 
 
 def _scale(z: Tensor) -> float:

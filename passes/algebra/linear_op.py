@@ -9,7 +9,7 @@ too, whose channels become blocks of pixels (`enlarging`): `weight` and `bias` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import ModelError, OptionError
 from ..graph.modules import DepthToSpace
-from ..graph.shapes import Pads
+from ..graph.shapes import Pads, conv_pads, per_dimension
 from ..ir import ConvConfig
 
 __all__ = [
@@ -99,6 +99,10 @@ class LinearOp:
         """Taps in each spatial dimension."""
         return tuple(self.weight.shape[2:])
 
+    def like(self, x: Tensor) -> LinearOp:
+        """The same op with its values on the device and in the dtype of `x`."""
+        return replace(self, weight=self.weight.to(x.device, x.dtype), bias=self.bias.to(x.device, x.dtype))
+
     @property
     def config(self) -> ConvConfig:
         """Everything but the values."""
@@ -166,13 +170,7 @@ def from_conv(conv: nn.Module) -> LinearOp:
         raise ModelError(f"{type(conv).__name__} is not a plain convolution; only nn.Conv1d, Conv2d and Conv3d are")
     if conv.weight.is_complex():
         raise ModelError("a convolution with complex weights cannot be merged; split it into real ones")
-    if conv.padding == "same":  # torch puts the odd pixel after
-        extents = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        pads: Pads = tuple((e // 2, e - e // 2) for e in extents)
-    elif conv.padding == "valid":
-        pads = ((0, 0),) * len(conv.kernel_size)
-    else:
-        pads = tuple((int(p), int(p)) for p in conv.padding)
+    pads = conv_pads(conv)
     if conv.padding_mode != "zeros" and any(map(any, pads)):
         raise ModelError(f"padding mode {conv.padding_mode!r} is not affine in zeros; only 'zeros' can be merged")
     weight = conv.weight.double()
@@ -228,8 +226,8 @@ def from_avg_pool(pool: nn.Module, channels: int, device: torch.device | str | N
     if not isinstance(pool, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         raise ModelError(f"{type(pool).__name__} is not nn.AvgPool1d, AvgPool2d or AvgPool3d")
     ndim = 1 if isinstance(pool, nn.AvgPool1d) else 2 if isinstance(pool, nn.AvgPool2d) else 3
-    kernel = _tuple(pool.kernel_size, ndim)
-    before = _tuple(pool.padding, ndim)
+    kernel = per_dimension(pool.kernel_size, ndim)
+    before = per_dimension(pool.padding, ndim)
     if pool.ceil_mode:
         raise ModelError("an average pool with ceil_mode=True divides by fewer pixels at the edge; use ceil_mode=False")
     divisor = getattr(pool, "divisor_override", None)
@@ -239,7 +237,7 @@ def from_avg_pool(pool: nn.Module, channels: int, device: torch.device | str | N
             "only count_include_pad=True, or no padding, is one convolution"
         )
     weight = torch.full((channels, 1, *kernel), 1.0 / (divisor or prod(kernel)), dtype=torch.float64, device=device)
-    stride = kernel if pool.stride is None else _tuple(pool.stride, ndim)
+    stride = kernel if pool.stride is None else per_dimension(pool.stride, ndim)
     return LinearOp(weight, weight.new_zeros(channels), stride, tuple((p, p) for p in before), (1,) * ndim, channels)
 
 
@@ -293,7 +291,3 @@ def to_conv(op: LinearOp, dtype: torch.dtype | None = None, device: torch.device
 def _torch_pads(padding: Pads) -> list[int]:
     """F.pad counts from the last dimension."""
     return [p for pair in reversed(padding) for p in pair]
-
-
-def _tuple(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
-    return (value,) * ndim if isinstance(value, int) else tuple(value)

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from ..graph import ops
-from ..graph.graph_edit import bypass, place, set_submodule
+from ..graph.graph_edit import bypass, drop_dead, place, set_submodule
 from ..graph.raw_nodes import op_name, tensor_of
 from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
@@ -30,7 +30,7 @@ from .selections import select_channels
 from .transposed import as_conv
 from .written_borders import pads_before
 
-__all__ = ["canonicalize", "op_name", "set_submodule"]
+__all__ = ["canonicalize"]
 
 _EXPORTED_NORM = "_native_batch_norm_legit_no_training"
 
@@ -41,7 +41,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor), and `meta["same"]` if its
     value is its first operand itself.
     """
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     changed = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_module":
@@ -49,12 +49,12 @@ def canonicalize(gm: fx.GraphModule) -> int:
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
     changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     changed += pads_before(gm)
     changed += channels_first(gm)
     changed += slice_pixels(gm)
     changed += select_channels(gm)
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     changed += share_prefixes(gm)
     gm.delete_all_unused_submodules()
     gm.graph.lint()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import ops
+from ..graph.graph_edit import drop_dead
 from ..graph.raw_nodes import op_name, tensor_of
 
 __all__ = ["fold_constants"]
@@ -52,7 +53,7 @@ def fold_constants(gm: fx.GraphModule) -> int:
                 reader.args = _with_literal(reader.args, node, value)
                 reader.kwargs = _with_literal(reader.kwargs, node, value)
     holes = [_hole(gm, node, value) for node, value in fresh]
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     known: dict[tuple[str, torch.Size, torch.dtype, str], list[tuple[Tensor, str]]] = {}
     for (node, value), hole in zip(fresh, holes, strict=True):
         path, slot = str(node.meta.get("path", "")), _slot(hole)

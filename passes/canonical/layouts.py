@@ -31,6 +31,7 @@ from ..graph import ops
 from ..graph.graph_edit import bypass, place, set_submodule
 from ..graph.map_shapes import spatial_maps
 from ..graph.raw_nodes import NotConstant, constant, op_name
+from ..graph.union_find import UnionFind
 from .arithmetic import SCALAR, scale_and_bias
 
 __all__ = ["channels_first"]
@@ -48,29 +49,23 @@ def channels_first(gm: fx.GraphModule) -> int:
 
 
 def _islands(gm: fx.GraphModule, maps: frozenset[str]) -> int:
-    above: dict[fx.Node, fx.Node] = {}  # union-find over the values of islands
-
-    def root(node: fx.Node) -> fx.Node:
-        while above[node] is not node:
-            node = above[node]
-        return node
-
+    found = UnionFind()  # the values of islands
     spoiled: list[fx.Node] = []  # values with a reader that is not understood
     for node in gm.graph.nodes:
-        members = [n for n in node.all_input_nodes if n in above]
+        members = [n for n in node.all_input_nodes if n in found]
         if not members and _enters(gm, node, maps):
-            above[node] = node
-        elif members and _kind(gm, node, above) is not None:
-            above[node] = node
+            found.add(node)
+        elif members and _kind(gm, node, found) is not None:
+            found.add(node)
             for member in members:
-                above[root(member)] = root(node)
+                found.unite(member, node)
         elif members and not _leaves(gm, node):
             spoiled += members
     islands: dict[fx.Node, list[fx.Node]] = {}
-    for node in above:
-        islands.setdefault(root(node), []).append(node)
+    for node in found:
+        islands.setdefault(found.root(node), []).append(node)
     for node in spoiled:
-        islands.pop(root(node), None)
+        islands.pop(found.root(node), None)
     return sum(_rewrite(gm, island) for island in islands.values())
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from ..ir import ConvConfig, PaddingMode
 from . import ops
 from .enlarging import shuffle_config, transposed_config
+from .shapes import conv_pads, per_dimension
 
 __all__ = ["follows_rule", "identity_config", "is_identity_config", "module_config", "pool_config", "same_size"]
 
@@ -34,18 +35,14 @@ def same_size(config: ConvConfig) -> bool:
     )
 
 
-def _tuple(value: Any, ndim: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (int(value),) * ndim
-
-
 def pool_config(pool: Any, channels: int, ndim: int) -> ConvConfig:
     """The window of a max or average pool; its size rule is a conv's where `follows_rule`."""
-    kernel, stride = _tuple(pool.kernel_size, ndim), _tuple(pool.stride or pool.kernel_size, ndim)
-    before = _tuple(pool.padding, ndim)
+    kernel, stride = per_dimension(pool.kernel_size, ndim), per_dimension(pool.stride or pool.kernel_size, ndim)
+    before = per_dimension(pool.padding, ndim)
     # ceil_mode rounds the output size up, which is s - 1 more pixels to read after the last.
     extra = [s - 1 if pool.ceil_mode else 0 for s in stride]
     pads = tuple((p, p + e) for p, e in zip(before, extra, strict=True))
-    dilation = _tuple(getattr(pool, "dilation", 1), ndim)
+    dilation = per_dimension(getattr(pool, "dilation", 1), ndim)
     return ConvConfig(channels, channels, kernel, stride, pads, dilation, channels)
 
 
@@ -92,14 +89,7 @@ def module_config(module: nn.Module, channels: int, ndim: int) -> ConvConfig:
 
 
 def _conv_config(conv: Any) -> ConvConfig:
-    kernel, dilation = tuple(conv.kernel_size), tuple(conv.dilation)
-    if conv.padding == "same":
-        extents = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = tuple((e // 2, e - e // 2) for e in extents)
-    elif conv.padding == "valid":
-        pads = ((0, 0),) * len(kernel)
-    else:
-        pads = tuple((int(p), int(p)) for p in conv.padding)
+    kernel, dilation, pads = tuple(conv.kernel_size), tuple(conv.dilation), conv_pads(conv)
     fill = _fill(pads, conv.padding_mode)
     inner, outer = conv.in_channels, conv.out_channels
     biased = conv.bias is not None

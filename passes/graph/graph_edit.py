@@ -1,4 +1,4 @@
-"""Puts modules into a graph: a call of a module where a node was, under the path that the node came from."""
+"""Edits a graph: drops dead nodes, and calls a module where a node was, under the path that the node came from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["bypass", "is_attribute", "place", "set_submodule"]
+__all__ = ["bypass", "drop_dead", "is_attribute", "place", "set_submodule"]
 
 _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
 
@@ -16,6 +16,11 @@ def bypass(node: fx.Node) -> bool:
     node.replace_all_uses_with(node.all_input_nodes[0])
     node.graph.erase_node(node)
     return True
+
+
+def drop_dead(gm: fx.GraphModule) -> None:
+    """Erase every node but inputs whose value nobody reads, also one that torch takes for impure (random, in place)."""
+    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
 def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value: fx.Node | None = None) -> fx.Node:

@@ -23,6 +23,7 @@ from ..model.quiet import quiet
 from . import ops
 from .conv_configs import module_config
 from .reduction import is_map, join_of, operands_of
+from .union_find import UnionFind
 
 __all__ = [
     "GROWTH",
@@ -41,13 +42,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
     """The names of the values that are channels-first maps with at least one spatial dimension."""
-    above: dict[fx.Node, fx.Node] = {}
-
-    def root(node: fx.Node) -> fx.Node:
-        while above.get(node, node) is not node:
-            node = above[node]
-        return node
-
+    alike = UnionFind()  # values of one layout
     seeds: list[fx.Node] = []
     for node in gm.graph.nodes:
         if not is_map(node) or len(node.meta["shape"]) < 3:
@@ -57,12 +52,12 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
         elif _keeps_layout(gm, node):
             for value in operands_of(node):
                 if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat" or _is_selection(gm, node):
-                    above[root(value)] = root(node)
-    classes = {root(node) for node in seeds}
+                    alike.unite(value, node)
+    classes = {alike.root(node) for node in seeds}
     return frozenset(
         n.name
         for n in gm.graph.nodes
-        if n.op != "output" and is_map(n) and len(n.meta["shape"]) > 2 and root(n) in classes
+        if n.op != "output" and is_map(n) and len(n.meta["shape"]) > 2 and alike.root(n) in classes
     )
 
 

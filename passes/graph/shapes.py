@@ -28,14 +28,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
+from typing import Any
 
 from ..errors import OptionError
 from ..ir import ConvConfig, PaddingMode
 
-__all__ = ["add_configs", "branch_crops", "cat_configs", "compose_config", "extent"]
+__all__ = [
+    "Pads",
+    "add_configs",
+    "branch_crops",
+    "cat_configs",
+    "compose_config",
+    "conv_pads",
+    "extent",
+    "per_dimension",
+]
 
 Pads = tuple[tuple[int, int], ...]
 Crops = tuple[tuple[int, int], ...]
+
+
+def per_dimension(value: Any, ndim: int) -> tuple[int, ...]:
+    """An argument of a torch op, one number or one for each spatial dimension, as the latter."""
+    return tuple(int(v) for v in value) if isinstance(value, (tuple, list)) else (int(value),) * ndim
+
+
+def conv_pads(conv: Any) -> Pads:
+    """What a torch.nn convolution pads: (before, after) for each spatial dimension, the odd pixel of "same" after."""
+    if conv.padding == "same":
+        extents = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return tuple((e // 2, e - e // 2) for e in extents)
+    padding = (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
+    return tuple((int(p), int(p)) for p in padding)
 
 
 def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:

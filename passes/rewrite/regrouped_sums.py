@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from ..errors import PlanError
+from ..graph.graph_edit import drop_dead
 from ..graph.reduction import join_of
 from ..ir import Refusal, Series
 from ..model.model_copy import deep_copy
@@ -69,7 +70,7 @@ def regrouped(gm: fx.GraphModule, sums: Sums) -> fx.GraphModule:
             raise PlanError(f"the plan's sum {name} of {given} is not in this graph")
         assert root is not None
         _rebuild(root, leaves, own)
-    made.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(made)
     made.graph.lint()
     made.recompile()
     return made

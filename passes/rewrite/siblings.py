@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from ..algebra import linear
-from ..canonical.canonical_form import set_submodule
 from ..graph import ops
+from ..graph.graph_edit import drop_dead, set_submodule
 from ..graph.modules import ChannelSelect
 from ..graph.verify import check_graph, drop_unread
 
@@ -45,7 +45,7 @@ def merge_siblings(gm: fx.GraphModule) -> fx.GraphModule:
         for convs in groups.values():
             if len(convs) > 1:
                 _merge(gm, node, convs, calls)
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     drop_unread(gm)
     gm.graph.lint()
     gm.recompile()

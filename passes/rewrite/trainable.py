@@ -21,11 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 from ..algebra import linear
 from ..algebra.linear_span import Branches, Chain, Crop, EnlargingSpan, LinearSpan, without_padding
 from ..algebra.side_vectors import SideAdd, SideConv, side_vector
-from ..canonical.canonical_form import set_submodule
 from ..errors import PlanError
 from ..graph import ops
 from ..graph.conv_configs import identity_config
-from ..graph.graph_edit import is_attribute
+from ..graph.graph_edit import drop_dead, is_attribute, set_submodule
 from ..graph.shapes import Pads
 from ..graph.verify import check_graph, drop_unread
 from ..identity.fingerprint import fingerprint, is_of
@@ -269,7 +268,7 @@ def _copy(gm: fx.GraphModule, share_tensors: bool) -> fx.GraphModule:
 
 def _clean(gm: fx.GraphModule) -> None:
     """Remove what is dead, and activations that repeat the one right before them."""
-    gm.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    drop_dead(gm)
     for node in list(gm.graph.nodes):
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module":

@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 
 from ..algebra import linear
 from ..algebra.side_vectors import side_vector
-from ..canonical.canonical_form import op_name
 from ..errors import OptionError
 from ..graph import ops
 from ..graph.conv_configs import follows_rule, identity_config, module_config, pool_config, same_size
 from ..graph.map_shapes import GROWTH, follows, holds_tensors, observed_geometry, spatial_maps, values_at
+from ..graph.raw_nodes import op_name
 from ..ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .calls import Calls
 from .regions import find_regions

@@ -14,8 +14,8 @@ from typing import Literal
 from torch import fx, nn
 
 from ..algebra.side_vectors import side_vector
-from ..canonical.canonical_form import op_name
 from ..graph import ops
+from ..graph.raw_nodes import op_name
 from ..graph.reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
 from ..ir import Layer, Parallel, Refusal, Region, Series
 from .same_layers import Edges, call_edges
