@@ -1,11 +1,11 @@
-"""The tables of a store file: what they hold, how a row proves that it is whole, how an older file is upgraded.
+"""The tables of a store file: what they hold, and how a row proves that it is whole.
 
     identities   hash -> the identity as JSON; the hash is that of the JSON, so a damaged identity shows itself
     rows         (kind, identity, key) -> value as JSON, when it was made, and a checksum of all five
     log          one entry a `put`: what was made twice was made for nothing
     claims       rows that a process is making now (see `lmfx.store.claims`)
 
-Version 1 had no time, no checksum and no claims. Its rows are taken over as they are; the time is that of the log.
+A file has these tables and the version of this lmfx, or it is refused as it is.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-import time
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
     "APPLICATION_ID",
-    "KNOWN_TABLES",
     "MARK",
+    "TABLES",
     "VERSION",
     "Damaged",
     "Identity",
@@ -29,8 +28,7 @@ __all__ = [
     "dumps",
     "identity_hash",
     "named",
-    "schema_of",
-    "upgrade",
+    "tables_of",
     "whole",
 ]
 
@@ -48,11 +46,7 @@ _CLAIMS = (
     f"CREATE TABLE claims ({_KEY}, owner TEXT NOT NULL, place TEXT NOT NULL, pid INTEGER NOT NULL, "
     f"started TEXT NOT NULL, beat REAL NOT NULL, {_PRIMARY}"
 )
-_SCHEMAS: dict[int, tuple[str, ...]] = {
-    1: (_IDENTITIES, _LOG, f"CREATE TABLE rows ({_KEY}, value TEXT NOT NULL, {_PRIMARY}"),
-    2: (_IDENTITIES, _LOG, _ROWS, _CLAIMS),
-}
-KNOWN_TABLES = frozenset(text for tables in _SCHEMAS.values() for text in tables)
+TABLES = (_IDENTITIES, _LOG, _ROWS, _CLAIMS)
 MARK = _IDENTITIES.encode()
 """It stands as text on the first page of every store, which is how one is known whose header is damaged."""
 
@@ -96,41 +90,17 @@ def create(db: sqlite3.Connection) -> None:
     """Schema and ids in one transaction of the rollback journal, so that the file is either nothing or a store."""
     db.execute("BEGIN IMMEDIATE")
     if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:  # else another process was faster
-        for statement in _SCHEMAS[VERSION]:
+        for statement in TABLES:
             db.execute(statement)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {VERSION}")
     db.execute("COMMIT")
 
 
-def schema_of(db: sqlite3.Connection) -> int | None:
-    """The version whose tables these are, whatever the header says; None if they are nobody's."""
-    found = {" ".join(str(text).split()) for (text,) in db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")}
-    return next((version for version, tables in _SCHEMAS.items() if found == set(tables)), None)
-
-
-def upgrade(db: sqlite3.Connection) -> None:
-    """Version 1 to 2 in one transaction: every row stays, with its last time in the log and a checksum from now on."""
-
-    def seal(kind: str, identity: str, key: str, value: str, made: float) -> str:
-        json.loads(value)
-        return checksum(kind, identity, key, value, made)
-
-    db.create_function("lmfx_checksum", 5, seal, deterministic=True)
-    db.execute("BEGIN IMMEDIATE")
-    db.execute("ALTER TABLE rows RENAME TO old_rows")
-    db.execute(_ROWS)
-    db.execute(_CLAIMS)
-    db.execute(
-        "WITH dated AS (SELECT r.kind, r.identity, r.key, r.value, CAST(COALESCE((SELECT MAX(l.time) FROM log l WHERE "
-        "l.kind = r.kind AND l.identity = r.identity AND l.key = r.key), ?) AS REAL) AS made FROM old_rows r) "
-        "INSERT INTO rows SELECT kind, identity, key, value, made, lmfx_checksum(kind, identity, key, value, made) "
-        "FROM dated",
-        (time.time(),),
-    )
-    db.execute("DROP TABLE old_rows")
-    db.execute(f"PRAGMA user_version = {VERSION}")
-    db.execute("COMMIT")
+def tables_of(db: sqlite3.Connection) -> set[str]:
+    """The text of all that a file has, tables and else, with single spaces; a store has `TABLES` and nothing else."""
+    found = db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")
+    return {" ".join(str(text).split()) for (text,) in found}
 
 
 def _plain(value: Any) -> Any:

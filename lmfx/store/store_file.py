@@ -26,14 +26,13 @@ from pathlib import Path
 from lmfx.passes.errors import StoreError
 from lmfx.store.schema import (
     APPLICATION_ID,
-    KNOWN_TABLES,
     MARK,
+    TABLES,
     VERSION,
     Damaged,
     create,
     named,
-    schema_of,
-    upgrade,
+    tables_of,
     whole,
 )
 
@@ -43,7 +42,6 @@ ADVICE = "delete the file, or choose another cache_dir"
 _MAGIC = b"SQLite format 3\0"
 _FIXED = {0: _MAGIC, 21: b"\x40\x20\x20", 56: struct.pack(">I", 1)}  # what is the same in every header
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-_SCHEMA = "SELECT sql FROM sqlite_master WHERE sql NOT NULL"
 LONGEST_VALUE = 2**26  # bytes
 _SIDECARS = ("-wal", "-shm", "-journal")
 
@@ -95,7 +93,7 @@ def is_damage(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", None)
     if isinstance(error, UnicodeDecodeError):  # in the text of sqlite's own message
         return True
-    if "decode to UTF-8" in str(error) or "user-defined function" in str(error):  # the latter: `upgrade` read no JSON
+    if "decode to UTF-8" in str(error):
         return True
     return code is not None and code & 0xFF in _DAMAGE
 
@@ -114,9 +112,9 @@ def explain(path: Path, error: Exception, seconds: float) -> StoreError:
 
 
 def open_file(path: Path, seconds: float) -> sqlite3.Connection:
-    """A connection to a store that is whole, made if there is none and upgraded if it is older.
+    """A connection to a store that is whole, made if there is none.
 
-    Raises `StoreError` for a foreign or newer file, which stays as it is, and `Damaged`.
+    Raises `StoreError` for a foreign file and another version, which stay as they are, and `Damaged`.
     """
     if path.is_dir():
         raise StoreError(f"{path} is a folder, not a store; choose another cache_dir")
@@ -174,10 +172,11 @@ def _check_header(path: Path) -> bool:
         if application == version == 0 and page[103:105] == b"\0\0":
             return False  # without any table: its maker was killed
         raise StoreError(f"{path} is an sqlite file of another program (application id {application:#x}); {ADVICE}")
-    if application == APPLICATION_ID and version > VERSION:
+    ours = all(text.encode() in page for text in TABLES)  # then a lower version than ours is a damaged one
+    if application == APPLICATION_ID and (version > VERSION or (version < VERSION and not ours)):
         raise StoreError(
-            f"the store {path} has version {version}, and this lmfx reads version {VERSION}; update lmfx, or choose "
-            "another cache_dir"
+            f"the store {path} has version {version}, and this lmfx reads version {VERSION}; use an lmfx that reads "
+            "it, or choose another cache_dir"
         )
     fixed = all(page[at : at + len(known)] == known for at, known in _FIXED.items())
     if not fixed or {*page[18:20]} - {1, 2} or application != APPLICATION_ID or version < 1:
@@ -194,7 +193,7 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         raise StoreError(f"{path} is an sqlite file of another program (application id {application:#x}); {ADVICE}")
     try:
         # Before anything else runs on the tables: a file may come with views, triggers and constraints of its own.
-        if schema_of(db) != version:
+        if version != VERSION or tables_of(db) != {*TABLES}:
             raise Damaged("its tables are not those of its version")
         found = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
     except sqlite3.OperationalError as error:  # what it says of a table that it cannot make sense of
@@ -203,8 +202,6 @@ def _check_content(path: Path, db: sqlite3.Connection) -> None:
         raise
     if found != "ok":
         raise Damaged(found)
-    if version < VERSION:
-        upgrade(db)
     if any(not whole(row) for row in db.execute("SELECT * FROM rows")):
         raise Damaged("a row does not have its checksum")
     if not all(named(*row) for row in db.execute("SELECT hash, value FROM identities")):
@@ -236,8 +233,7 @@ def rescue(aside: Path, db: sqlite3.Connection) -> int:
     """Copies the rows of a damaged file whose checksums hold into a new store, and returns how many.
 
     Latencies only together with the sentinel's reference of their identity: without it the next ones would be on
-    another scale; whole networks, which are soon measured again, not at all. Files of version 1 have no
-    checksums, and nothing of them is certain.
+    another scale; whole networks, which are soon measured again, not at all.
     """
     rows: dict[tuple[str, ...], tuple[object, ...]] = {}
     identities: dict[tuple[str, ...], tuple[object, ...]] = {}
@@ -253,7 +249,7 @@ def rescue(aside: Path, db: sqlite3.Connection) -> int:
         for direction in ("ASC", "DESC"):  # reading stops at a broken page, so it is done from both ends
             _read(copied, f"SELECT * FROM rows ORDER BY kind {direction}, identity {direction}, key {direction}", rows)
             _read(copied, f"SELECT hash, value FROM identities ORDER BY hash {direction}", identities)
-    certain = [row for row in rows.values() if len(row) == 6 and whole(row)]
+    certain = [row for row in rows.values() if whole(row)]
     comparable = {row[1] for row in certain if row[0] == "sentinel"}
     kept = [row for row in certain if row[0] not in ("latency", "whole") or row[1] in comparable]
     db.execute("BEGIN IMMEDIATE")
@@ -273,7 +269,7 @@ def _read(path: Path, query: str, found: dict[tuple[str, ...], tuple[object, ...
             distrust(source)
             source.text_factory = lambda raw: raw.decode("utf-8", "replace")
             source.execute("PRAGMA writable_schema = ON")  # read what is left of a truncated file
-            if not {" ".join(str(t).split()) for (t,) in source.execute(_SCHEMA)} <= KNOWN_TABLES:
+            if not tables_of(source) <= {*TABLES}:
                 return  # a view may say anything, and for ever
             for row in source.execute(query):
                 found[tuple(map(str, row[:3]))] = row

@@ -74,6 +74,15 @@ def newer(path: Path) -> None:
     db.close()
 
 
+def older(path: Path) -> None:
+    """Of no version that was ever released: a store of ours, of a lower version and with other tables."""
+    Store(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE rows DROP COLUMN checksum")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -81,10 +90,13 @@ def newer(path: Path) -> None:
         (lambda p: p.write_bytes(b"S" + b"x" * 5000), "not an sqlite file"),
         (foreign_sqlite, "another program"),
         (newer, "version 99"),
+        (older, "version 1, and this lmfx reads version 2"),
     ],
-    ids=["text", "bytes", "foreign", "newer"],
+    ids=["text", "bytes", "foreign", "newer", "older"],
 )
-def test_a_foreign_or_newer_file_is_refused_by_name_and_left_alone(tmp_path: Path, make: object, reason: str) -> None:
+def test_a_file_of_others_or_of_another_version_is_refused_and_left_alone(
+    tmp_path: Path, make: object, reason: str
+) -> None:
     path = tmp_path / "lmfx.sqlite"
     make(path)  # type: ignore[operator]
     before = path.read_bytes()

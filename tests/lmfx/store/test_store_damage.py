@@ -14,7 +14,6 @@ import pytest
 
 from lmfx.passes.errors import StoreError
 from lmfx.store.rows import Store
-from lmfx.store.schema import dumps, identity_hash
 from lmfx.store.store_file import folder_lock
 from tests.store_processes import start
 
@@ -246,73 +245,7 @@ def test_a_damaged_file_that_can_not_be_moved_is_an_error(path: Path, monkeypatc
     assert path.read_bytes() == before
 
 
-# --- older files ------------------------------------------------------------------------------------------------------
-
-VERSION_1 = """
-CREATE TABLE identities (hash TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE rows (kind TEXT NOT NULL, identity TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
-                   PRIMARY KEY (kind, identity, key)) WITHOUT ROWID;
-CREATE TABLE log (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, identity TEXT NOT NULL, key TEXT NOT NULL,
-                  pid INTEGER NOT NULL, time REAL NOT NULL);
-"""
-
-
-def version_1(path: Path) -> Path:
-    """A store as the first version of lmfx wrote it."""
-    db = sqlite3.connect(path, isolation_level=None)
-    for statement in VERSION_1.split(";"):
-        db.execute(statement)
-    db.execute(f"PRAGMA application_id = {0x6C6D6678}")
-    db.execute("PRAGMA user_version = 1")
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("BEGIN")
-    for kind, rows in WANTED.items():
-        hashed = identity_hash(IDENTITY[kind])
-        db.execute("INSERT OR IGNORE INTO identities VALUES (?, ?)", (hashed, dumps(IDENTITY[kind])))
-        db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", [(kind, hashed, k, dumps(v)) for k, v in rows.items()])
-        logged = [(kind, hashed, k, 1, 1000.0 + i) for i, k in enumerate(rows)]
-        db.executemany("INSERT INTO log (kind, identity, key, pid, time) VALUES (?, ?, ?, ?, ?)", logged)
-    db.execute("DELETE FROM log WHERE key = 'reference'")
-    db.execute("COMMIT")
-    db.close()
-    return path
-
-
-def test_a_file_of_version_1_keeps_every_row_and_its_time(tmp_path: Path) -> None:
-    path = version_1(tmp_path / "lmfx.sqlite")
-    found, warned = read(path)
-    assert found == WANTED and warned == [] and asides(path) == []
-    db = sqlite3.connect(path)
-    assert db.execute("PRAGMA user_version").fetchone() == (2,)
-    made = dict(db.execute("SELECT key, time FROM rows WHERE kind = 'latency'"))
-    assert [made[k] for k in WANTED["latency"]] == [1000.0 + i for i in range(200)]
-    assert db.execute("SELECT time FROM rows WHERE kind = 'sentinel'").fetchone()[0] > 1e9
-    db.close()
-
-
-def test_an_upgrade_that_is_killed_leaves_version_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = version_1(tmp_path / "lmfx.sqlite")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lmfx.store.schema._CLAIMS", "CREATE TABLE nonsense")
-        with pytest.raises(StoreError, match="nonsense|syntax|incomplete"):
-            Store(path)
-    assert read(path)[0] == WANTED
-
-
-def test_a_damaged_file_of_version_1_is_moved_aside_and_nothing_of_it_is_believed(tmp_path: Path) -> None:
-    path = version_1(tmp_path / "lmfx.sqlite")
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size - 5000)
-    found, warned = read(path)
-    assert not any(found.values()) and "with the 0 rows" in warned[0] and len(asides(path)) == 1
-
-
-def test_a_file_of_version_1_with_a_value_that_is_no_json_is_damaged(tmp_path: Path) -> None:
-    path = version_1(tmp_path / "lmfx.sqlite")
-    flip(path, path.read_bytes().index(b'{"ms":'), 0x10)
-    found, warned = read(path)
-    assert not any(found.values()) and len(warned) == len(asides(path)) == 1
+# --- other versions ---------------------------------------------------------------------------------------------------
 
 
 def test_a_header_of_another_version_than_its_tables_is_damage(path: Path) -> None:
