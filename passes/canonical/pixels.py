@@ -19,7 +19,7 @@ from torch import fx
 from ..graph import ops
 from ..graph.graph_edit import place
 from ..graph.map_shapes import spatial_maps
-from ..graph.raw_nodes import NotConstant, constant, op_name
+from ..graph.raw_nodes import NotConstant, argument, constant, op_name
 
 __all__ = ["slice_pixels"]
 
@@ -99,11 +99,11 @@ def _parts(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> tuple[list[tup
     whole = [(0, 0, 1)] * (rank - 2)
     if name == "slice":
         dim, start, stop, step = (
-            _argument(node, i, key, default)
+            argument(node, i, key, default)
             for i, key, default in ((1, "dim", 0), (2, "start", None), (3, "end", None), (4, "step", 1))
         )
     elif name in ("narrow", "narrow_copy"):
-        dim, start, length = (_argument(node, i, key, None) for i, key in ((1, "dim"), (2, "start"), (3, "length")))
+        dim, start, length = (argument(node, i, key, None) for i, key in ((1, "dim"), (2, "start"), (3, "length")))
         if not isinstance(dim, int) or not isinstance(start, int) or start < 0:
             raise _Stays
         left = _from_the_end(length, source, dim % rank)
@@ -175,7 +175,3 @@ def _from_the_end(value: Any, source: fx.Node, dim: int) -> int | None:
         return None
     same = owner is source and isinstance(at, int) and at % len(source.meta["shape"]) == dim
     return 0 if same else None
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

@@ -39,7 +39,7 @@ from torch import Tensor, fx, nn
 from ..graph import ops
 from ..graph.graph_edit import bypass, place
 from ..graph.map_shapes import spatial_maps
-from ..graph.raw_nodes import NotConstant, constant, op_name
+from ..graph.raw_nodes import NotConstant, argument, constant, op_name
 from .arithmetic import concatenation
 
 __all__ = ["select_channels"]
@@ -334,5 +334,4 @@ def _call(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> Any:
 
 
 def _argument(gm: fx.GraphModule, node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-    return constant(gm, value)
+    return constant(gm, argument(node, position, name, default))

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from . import ops
 
-__all__ = ["NotConstant", "bind", "constant", "op_name", "tensor_of"]
+__all__ = ["NotConstant", "argument", "bind", "constant", "op_name", "tensor_of"]
 
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 
@@ -24,6 +24,11 @@ def op_name(node: fx.Node) -> str:
     """The plain name of a function or method node: `relu` for F.relu, torch.relu, x.relu() and aten.relu.default."""
     name = ops.function_name(node)
     return _ALIASES.get(name, name)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """The argument that stands at a position or has a name, as it is in the graph."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["changed_attributes", "plain_attributes"]
+__all__ = ["changed_attributes", "plain_attributes", "same_value"]
 
 _OF_TORCH = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
@@ -45,7 +45,7 @@ def plain_attributes(model: nn.Module) -> dict[str, Any]:
 
 def changed_attributes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The names of attributes that are new or not what they were."""
-    return [name for name, value in after.items() if name not in before or not _same(before[name], value)]
+    return [name for name, value in after.items() if name not in before or not same_value(before[name], value)]
 
 
 def _frozen(value: Any, depth: int) -> Any:
@@ -82,12 +82,13 @@ class _Same:
         return id(self.value)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any) -> bool:
+    """Whether two plain values or tensors are alike, NaN like NaN."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         alike = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
         return alike and bool(((a == b) | ((a != a) & (b != b))).all())
     if type(a) is not type(b):
         return False
     if isinstance(a, (list, tuple)) and not isinstance(a, torch.Size):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(same_value(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b) or (a != a and b != b)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
-from .attributes import changed_attributes, plain_attributes
+from .attributes import changed_attributes, plain_attributes, same_value
 from .interface import Example, plain_output
 from .model_copy import eval_copy
 from .other_sizes import differs
@@ -115,11 +115,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    return [n for n, v in after.items() if n not in before or not _same(before[n], v)]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return [n for n, v in after.items() if n not in before or not same_value(before[n], v)]
 
 
 def _message(model: nn.Module, changed: list[str]) -> str:
