@@ -132,7 +132,7 @@ def test_no_fit_takes_the_place_of_what_loses_nothing(model: nn.Module, importan
 MODEL = """
 import torch
 from torch import nn
-from test_loss_free import Net
+from tests.lmfx.test_loss_free import Net
 
 def factory():
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-import lmfx.cli.main
 import lmfx.cli.models
 import lmfx.cli.options
 import lmfx.latency
@@ -102,6 +102,7 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 # --- spans ------------------------------------------------------------------------------------------------------------
 
+COMMAND = importlib.import_module("lmfx.cli.main")
 FIELDS = {
     "key",
     "series",
@@ -114,6 +115,7 @@ FIELDS = {
     "calls",
     "kernel_size",
     "stride",
+    "upscale",
     "groups",
     "depthwise",
     "in_channels",
@@ -495,7 +497,7 @@ def test_ctrl_c_ends_with_130_and_says_that_work_is_kept(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lmfx.cli, "profile", interrupted)
+    monkeypatch.setattr(COMMAND, "profile", interrupted)
     assert main(["profile", "toy_models:factory", *ROOFLINE]) == 130
     assert "Rows that were finished are kept" in capsys.readouterr().err
 
@@ -508,14 +510,14 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_defaults_are_those_of_the_function_behind_the_command() -> None:
-    args = lmfx.cli._parser().parse_args(["compress", "m:f", "--budget", "1", "-o", "out"])
+    args = COMMAND._parser().parse_args(["compress", "m:f", "--budget", "1", "-o", "out"])
     assert (args.max_kernel_size, args.realize, args.surrogate, args.importance) == (
         7,
         ("compose", "fit"),
         "affine",
         "reconstruction",
     )
-    assert lmfx.cli._parser().parse_args(["spans", "m:f"]).max_kernel_size is None
+    assert COMMAND._parser().parse_args(["spans", "m:f"]).max_kernel_size is None
 
 
 # --- models by name ---------------------------------------------------------------------------------------------------

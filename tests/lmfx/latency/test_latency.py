@@ -672,7 +672,10 @@ def test_a_table_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
         ('{"format": "lmfx-latency-table", "version": 9}', "version 9"),
         ('{"format": "lmfx-latency-table", "version": 1, "rows": {}}', "damaged"),
         ('{"format": "lmfx-latency-table", "version": 1, "rows": {"a": {"s": 1}}, "identity": {}}', "damaged"),
-        ('{"format": "lmfx-latency-table", "version": 1, "rows": {"a": {"ms": NaN}}, "identity": {}}', "not a latency"),
+        (
+            '{"format": "lmfx-latency-table", "version": 1, "rows": {"a": {"ms": NaN}}, "identity": {}}',
+            "NaN, which is no JSON",
+        ),
     ],
 )
 def test_a_damaged_or_foreign_table_is_refused(tmp_path: Path, text: str, reason: str) -> None:
