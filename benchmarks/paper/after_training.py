@@ -117,8 +117,8 @@ def check(
     with torch.no_grad():
         error = max(relative_error(_outputs(student, x), _outputs(merged, x)) for x in others)
         moved = relative_error(untrained, _outputs(student, others[0]))
-    # Constants of the graph are buffers and stay.
-    learned = {n for n, _ in student.named_parameters()} | {n for n in before if "running_" in n}
+    # Constants of the graph need no gradient and stay.
+    learned = {n for n, p in student.named_parameters() if p.requires_grad} | {n for n in before if "running_" in n}
     after = student.state_dict()
     unchanged = tuple(n for n in sorted(learned) if torch.equal(before[n], after[n]))
     count = sum(isinstance(m, LinearSpan) for m in student.modules())

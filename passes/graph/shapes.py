@@ -12,8 +12,9 @@ result has dilation ``u`` and ``k = K / u + 1``. So dilation survives next to 1 
 dilations become dense (with ``d1 = d2 = 1``, ``k1 > 1`` this is the usual ``k = k1 + s1 (k2 - 1)``).
 
 All padding is filled as the first op that pads fills its own. A padding may be negative: then pixels are dropped, which
-is exact after any op (``p = p1 - s1 c`` drops what the second does not read). A filling that is taken from the map
-itself cannot be told from the map once some of the same padding crops, so that is refused.
+is exact after any op (``p = p1 - s1 c`` drops what the second does not read). Two things are refused: a pad after a
+crop, where the merged op would read what was cropped, and a filling that is taken from the map itself where some of the
+same padding crops, because it cannot be told from the map any more.
 
 **add, cat** (branches of equal stride). Windows are aligned: ``p = max p_i``, branch ``i`` starts ``p - p_i`` pixels
 into the common window, ``K = max(p - p_i + K_i)``. A branch has ``floor((n - 1 + e_i) / s) + 1`` output pixels, with
@@ -74,6 +75,8 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         step = gcd(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) or 1
         kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
         dilation.append(step)
+        if any(second_pads > 0 and -first_pads >= s1 for first_pads, second_pads in zip(p1, p2, strict=True)):
+            raise OptionError(f"the second pads by {p2} where the first crops by {p1}: it would read what was cropped")
         padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
     filled = first if first.fills else second
     fill = _fill(padding, filled.padding_mode, filled.padding_value)

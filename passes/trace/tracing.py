@@ -125,9 +125,10 @@ class _Search:
         return self.model, self.example
 
     def _export(self) -> Iterator[_Attempt]:
-        """torch.export with the example's sizes and, where a graph of these sizes only is found, with free sizes.
+        """torch.export with the example's sizes and, where a graph of this batch size only is found, with free sizes.
 
         It takes seconds, so it is not asked for ops that another graph of all sizes hides, as long as no conv is one.
+        Nor is it for the image size alone: what computes with sizes (pads, say) would be opaque, and merge less.
         """
         if any(kind in reason for kind in _DATA_DEPENDENT for reason in self.reasons):
             self.reasons.append("export: not tried, because the control flow depends on data")
@@ -141,7 +142,7 @@ class _Search:
         elif not rank.fixed:
             return
         kinds = ["both", "batch", "size"]
-        while kinds and self.best is not None and self.best[0].fixed:
+        while kinds and self.best is not None and self.best[1].meta["lmfx"]["sizes"].get("batch") == "fixed":
             kind = kinds.pop(0)
             freed = self.probes.freed(kind)
             if freed is None:
