@@ -39,6 +39,7 @@ __all__ = [
     "add_configs",
     "branch_crops",
     "cat_configs",
+    "check_crops",
     "compose_config",
     "conv_pads",
     "extent",
@@ -63,6 +64,13 @@ def conv_pads(conv: Any) -> Pads:
     return tuple((int(p), int(p)) for p in padding)
 
 
+def check_crops(first: ConvConfig, second: ConvConfig) -> None:
+    """OptionError if the second op pads where the first crops: merged they would read what was cropped."""
+    for step, cropped, pads in zip(first.stride, first.padding, second.padding, strict=True):
+        if any(pad > 0 and -crop >= step for crop, pad in zip(cropped, pads, strict=True)):
+            raise OptionError(f"the second pads by {pads} where the first crops by {cropped}: it would read that")
+
+
 def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
     """The configuration of `compose` for two ops of these configurations. OptionError if they do not fit together."""
     if first.out_channels != second.in_channels or len(first.stride) != len(second.stride):
@@ -75,8 +83,6 @@ def compose_config(first: ConvConfig, second: ConvConfig) -> ConvConfig:
         step = gcd(d1 if k1 > 1 else 0, s1 * d2 if k2 > 1 else 0) or 1
         kernel.append((d1 * (k1 - 1) + s1 * d2 * (k2 - 1)) // step + 1)
         dilation.append(step)
-        if any(second_pads > 0 and -first_pads >= s1 for first_pads, second_pads in zip(p1, p2, strict=True)):
-            raise OptionError(f"the second pads by {p2} where the first crops by {p1}: it would read what was cropped")
         padding.append((p1[0] + s1 * p2[0], p1[1] + s1 * p2[1]))
     filled = first if first.fills else second
     fill = _fill(padding, filled.padding_mode, filled.padding_value)

@@ -113,7 +113,11 @@ class _Search:
         """The best graph. Raises `TraceError` if there is none."""
         late: list[_Attempt] = []  # only worth finishing if no other tracer does better
         for name in tracers:
-            for attempt in self._export() if name == "export" else [(name, partial(_traced, name, *self._source()))]:
+            for attempt in (
+                self._export(tracers == ["export"])
+                if name == "export"
+                else [(name, partial(_traced, name, *self._source()))]
+            ):
                 if self._try(*attempt, late if name != tracers[-1] else None):
                     return self._found()
         for attempt in late:
@@ -124,11 +128,16 @@ class _Search:
     def _source(self) -> tuple[nn.Module, Example]:
         return self.model, self.example
 
-    def _export(self) -> Iterator[_Attempt]:
+    @staticmethod
+    def _fixes(gm: fx.GraphModule, kinds: tuple[str, ...]) -> bool:
+        return any(gm.meta["lmfx"]["sizes"].get(kind) == "fixed" for kind in kinds)
+
+    def _export(self, alone: bool) -> Iterator[_Attempt]:
         """torch.export with the example's sizes and, where a graph of this batch size only is found, with free sizes.
 
         It takes seconds, so it is not asked for ops that another graph of all sizes hides, as long as no conv is one.
-        Nor is it for the image size alone: what computes with sizes (pads, say) would be opaque, and merge less.
+        Nor is it for the image size, unless it is asked `alone`: what computes with sizes (pads, say) would be opaque,
+        and merge less.
         """
         if any(kind in reason for kind in _DATA_DEPENDENT for reason in self.reasons):
             self.reasons.append("export: not tried, because the control flow depends on data")
@@ -142,7 +151,7 @@ class _Search:
         elif not rank.fixed:
             return
         kinds = ["both", "batch", "size"]
-        while kinds and self.best is not None and self.best[1].meta["lmfx"]["sizes"].get("batch") == "fixed":
+        while kinds and self.best is not None and self._fixes(self.best[1], ("batch", "size") if alone else ("batch",)):
             kind = kinds.pop(0)
             freed = self.probes.freed(kind)
             if freed is None:
