@@ -22,6 +22,7 @@ from ..graph import ops
 from ..graph.conv_configs import follows_rule, identity_config, module_config, pool_config, same_size
 from ..graph.map_shapes import GROWTH, follows, holds_tensors, observed_geometry, spatial_maps, values_at
 from ..graph.raw_nodes import op_name
+from ..graph.shapes import check_crops
 from ..ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .calls import Calls
 from .regions import find_regions
@@ -135,6 +136,7 @@ class Network:
                 return Refusal(reason, self.shared[name])
             step = self.step(name, config)
             try:
+                check_crops(config, step)
                 config = linear.compose_config(config, step)
             except OptionError as error:
                 return Refusal(str(error), (name,))

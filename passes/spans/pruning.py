@@ -18,6 +18,7 @@ from math import prod
 from ..algebra import linear
 from ..errors import OptionError
 from ..graph.conv_configs import identity_config, is_identity_config
+from ..graph.shapes import check_crops
 from ..ir import ConvConfig, Layer, Parallel, Refusal, Series
 from .layers import Network
 
@@ -63,8 +64,9 @@ class States:
         refused: OptionError | None = None
         for a, b in product(first, second):
             try:
+                check_crops(a.config, b.config)
                 config = linear.compose_config(a.config, b.config)
-            except OptionError as error:  # a crop after a pad that is filled from the map
+            except OptionError as error:  # a crop beside a pad, see `shapes`
                 refused = error
                 continue
             found.append(State(config, a.score + b.score, a.kept + b.kept, a.pruned and b.pruned))
