@@ -23,6 +23,7 @@ number that it gives.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterator
@@ -301,7 +302,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plan_only:
         return
     share, chosen_plan = run.share(args.batch), lmfx.load_plan(plan)
-    student = lmfx.rewrite(lmfx.trace(model, example(share)), chosen_plan, calibration=noise)
+    # The same network at another batch is another graph: its plan goes by the names of the layers.
+    by_name = dataclasses.replace(chosen_plan, fingerprint="")
+    student = lmfx.rewrite(lmfx.trace(model, example(share)), by_name, calibration=noise)
     chunks = -(-args.steps // args.save_every)
     lmfx.distill(
         student,

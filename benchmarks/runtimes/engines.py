@@ -107,7 +107,7 @@ def names(patterns: Sequence[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if pattern == "zoo":
-            found += list(importlib.import_module("tests.test_zoo").NETWORKS)
+            found += list(importlib.import_module("tests.lmfx.test_zoo").NETWORKS)
         else:
             found += fnmatch.filter(known, pattern)
     return list(dict.fromkeys(found))

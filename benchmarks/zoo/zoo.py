@@ -40,9 +40,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def sources() -> str:
     """A digest of all code that a row depends on."""
-    files = [*ROOT.glob("passes/*.py"), *ROOT.glob("lmfx/**/*.py"), *ROOT.glob("benchmarks/zoo_[ms]*.py")]
+    files = [*ROOT.glob("passes/**/*.py"), *ROOT.glob("lmfx/**/*.py"), *ROOT.glob("benchmarks/zoo/[ms]*.py")]
     digest = hashlib.sha256()
-    for file in sorted({f.resolve() for f in (*files, ROOT / "benchmarks" / "random_plans.py")}):
+    for file in sorted({f.resolve() for f in (*files, ROOT / "benchmarks" / "shared" / "random_plans.py")}):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -88,8 +88,8 @@ def test_it_needs_no_torchvision() -> None:
         "import sys\n"
         "for name in ('torchvision', 'timm', 'diffusers', 'tensorrt', 'tensorrt_rtx', 'hypothesis', 'sklearn'):\n"
         "    sys.modules[name] = None\n"
-        "import benchmarks.gpu\n"
-        "print(benchmarks.gpu.machine()['onnx'])\n"
+        "import benchmarks.runtimes.gpu as gpu\n"
+        "print(gpu.machine()['onnx'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
