@@ -146,6 +146,7 @@ def test_sampling_recovers_a_distribution_whose_best_denoiser_is_known() -> None
     assert torch.allclose(drawn, c.expand_as(drawn), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_diffusion_digits_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
