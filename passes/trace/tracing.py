@@ -166,12 +166,10 @@ class _Search:
                 continue
             before, fixed = self.best, _Fixed()
             yield "export", partial(fixed.watch, partial(_quietly, trace_free, self.model, *freed))
-            if self.best is not before and not alone and self._fixes(self.best[1], wanted):
-                self.best = before  # a graph of sizes that are computed, and still of one batch
             if self.best is not before:
                 return
             if fixed.seen is not None and kind == "both":
-                kinds = ["size"] * (not fixed.seen.size and alone) + ["batch"] * (not fixed.seen.batch)
+                kinds = ["size"] * (not fixed.seen.size) + ["batch"] * (not fixed.seen.batch)
 
     def _try(self, name: str, make: Callable[[], Traced], late: list[_Attempt] | None) -> bool:
         """Whether the graph that `make` traces leaves nothing to be wished for."""
