@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx, nn
 
+from lmfx import stages
 from lmfx.budget import Budget
 from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.calibration.model_checks import check_run_options, span_options
 from lmfx.environment.caller_state import entry
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
-from lmfx.latency import Backend, LatencyTable, Store, get_backend
+from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
-from lmfx.latency.profiling import profile_spans
 from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.graph.tensor_inputs import bare
-from lmfx.passes.ir import MergePlan, Realization
-from lmfx.passes.rewrite.trainable import merge as merge_spans
+from lmfx.passes.ir import MergePlan, Realization, Surrogate
 from lmfx.passes.rewrite.trainable import span_names
-from lmfx.passes.spans.enumeration import Method, Norm, SpanSet, enumerate_spans
-from lmfx.passes.spans.layers import Network
+from lmfx.passes.spans.enumeration import Method, Norm, SpanSet
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
-from lmfx.planning.frontier import solve_spans
 from lmfx.planning.search import Found, find_loss_free, find_plan
 from lmfx.result import Result
-from lmfx.stages import default_backend, rewrite, trace, worth_scoring
 
 __all__ = ["compress"]
-
-Surrogate = Literal["affine", "identity"]
 
 
 @entry
@@ -96,65 +91,80 @@ def compress(
     wanted = Budget.parse(budget)
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
-    options = span_options(
-        realize=realize,
-        max_kernel_size=max_kernel_size,
-        max_span_convs=max_span_convs,
-        max_fit_convs=max_span_convs,
-        method=method,
-        norm=norm,
-        activation_after=activation_after,
-        include=include,
-        exclude=exclude,
-    )
+    options: dict[str, Any] = {
+        "realize": realize,
+        "max_kernel_size": max_kernel_size,
+        "max_span_convs": max_span_convs,
+        "max_fit_convs": max_span_convs,
+        "method": method,
+        "norm": norm,
+        "activation_after": activation_after,
+        "include": include,
+        "exclude": exclude,
+    }
+    span_options(**options)  # said before anything is traced
     check_run_options(executor, cache_dir)
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
-    graph = trace(model, example_input)
-    spans = enumerate_spans(Network(graph), options)
+
+    graph = stages.trace(model, example_input)
+    spans = stages.spans(graph, **options)
     source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
     if isinstance(latency, LatencyTable):
         source = latency
         check_table(spans, source)
     else:
-        source = get_backend(latency if latency is not None else default_backend(graph))
+        source = get_backend(latency if latency is not None else stages.default_backend(graph))
     images = as_calibration(calibration, example_input)
-    found = _loss_free(spans, source, wanted, example_input, cache_dir, progress)
+
+    def profiled(some: SpanSet) -> LatencyTable:
+        if isinstance(source, LatencyTable):
+            return source
+        return stages.profile(graph, source, spans=some, cache_dir=cache_dir, progress=progress, calibrate=False)
+
+    found = _loss_free(graph, spans, profiled, source, wanted, example_input)
     if found is None and wanted.kind != "ms" and wanted.value == 1:
-        return _finish(graph, graph, MergePlan((), fingerprint(graph)), spans, wanted, source, merge, None, images)
+        same = stages.rewrite(graph, MergePlan((), fingerprint(graph)), spans=spans)
+        return _finish(graph, same, spans, wanted, source, merge, None, images)
     if not any(c.realization != "keep" for c in spans):
         raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
     if found is None:
-        with Store.open(cache_dir) as store:
-            table = source if isinstance(source, LatencyTable) else profile_spans(spans, source, store, progress)
-            scores = estimator.score(spans, worth_scoring(spans, table), images, store, progress, executor)
-        frontier = solve_spans(spans, table, scores, surrogate=surrogate)
+        table = profiled(spans)
+        scores = stages.score(
+            graph,
+            estimator,
+            calibration=images,
+            spans=spans,
+            latency=table,
+            cache_dir=cache_dir,
+            executor=executor,
+            progress=progress,
+        )
+        frontier = stages.solve(graph, table, scores, spans=spans, surrogate=surrogate)
         if isinstance(source, LatencyTable):
             found = predict_plan(frontier, wanted)
         else:
             found = find_plan(graph, frontier, wanted, source, example_input, progress)
-    student = rewrite(graph, found.plan, calibration=images, progress=progress)
-    net = merge_spans(student) if merge else student
-    return _finish(graph, net, found.plan, spans, wanted, source, merge, found, images)
+    student = stages.rewrite(graph, found.plan, calibration=images, spans=spans, progress=progress)
+    net = stages.merge(student) if merge else student
+    return _finish(graph, net, spans, wanted, source, merge, found, images)
 
 
 def _loss_free(
+    graph: fx.GraphModule,
     spans: SpanSet,
+    profiled: Callable[[SpanSet], LatencyTable],
     source: Backend | LatencyTable,
     budget: Budget,
     example_input: Any,
-    cache_dir: str | os.PathLike[str] | None,
-    progress: bool,
 ) -> Found | Predicted | None:
     """The fastest plan that loses nothing, if it is within the budget: nothing has to be scored for it."""
     if not any(c.exact for c in spans):
         return None
     free = replace(spans, candidates=tuple(c for c in spans if c.exact or c.realization == "keep"))
-    nothing = ImportanceTable({}, {})
+    frontier = stages.solve(graph, profiled(free), ImportanceTable({}, {}), spans=free)
     if isinstance(source, LatencyTable):
-        return predict_loss_free(solve_spans(free, source, nothing), budget)
-    with Store.open(cache_dir) as store:
-        frontier = solve_spans(free, profile_spans(free, source, store, progress), nothing)
-    return find_loss_free(spans.network.gm, frontier, budget, source, example_input)
+        return predict_loss_free(frontier, budget)
+    return find_loss_free(graph, frontier, budget, source, example_input)
 
 
 def _nothing_to_merge(
@@ -177,7 +187,6 @@ def _nothing_to_merge(
 def _finish(
     graph: fx.GraphModule,
     net: fx.GraphModule,
-    plan: MergePlan,
     spans: SpanSet,
     budget: Budget,
     source: Backend | LatencyTable,
@@ -186,6 +195,7 @@ def _finish(
     images: Calibration,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
+    plan: MergePlan = net.meta["lmfx"]["plan"]
     changed = {name for c in plan.candidates for name in c.all_convs}
     network = spans.network
     every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
@@ -209,8 +219,6 @@ def _finish(
         inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
         frontier=found.frontier if found else None,
     )
-    if net is graph:
-        net = rewrite(graph, plan)
     net.train(False)
     kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
     net.meta["lmfx"] = {"result": result, **kept, "origin": net.meta["lmfx"]["origin"]}

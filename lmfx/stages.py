@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from lmfx.calibration.fitting import fit_plan
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.model_checks import check_batched, check_graph, check_model, check_run_options, span_options
-from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.calibration.students import Students
 from lmfx.environment.caller_state import entry, ordinary
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.base import check_made_for
@@ -24,11 +23,10 @@ from lmfx.latency.profiling import profile_spans
 from lmfx.latency.whole_networks import calibrate_table
 from lmfx.passes.errors import InputError, PlanError, TableError
 from lmfx.passes.identity.fingerprint import Origin
-from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.passes.rewrite.regrouped_sums import regrouped
+from lmfx.passes.ir import Candidate, MergePlan, Surrogate
+from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.rewrite.trainable import merge as merge_spans
-from lmfx.passes.rewrite.trainable import rewrite as rewrite_graph
 from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace as trace_graph
@@ -51,21 +49,26 @@ __all__ = [
 
 @entry
 def rewrite(
-    graph: fx.GraphModule, plan: MergePlan, *, calibration: Any = None, progress: bool = False
+    graph: fx.GraphModule,
+    plan: MergePlan,
+    *,
+    calibration: Any = None,
+    spans: SpanSet | None = None,
+    progress: bool = False,
 ) -> fx.GraphModule:
     """The trainable form of a traced graph under a plan; `graph` is not changed, `lmfx.merge` makes the deploy form.
 
     Fitted convs and affine surrogates are set from `calibration` (a tensor of images or a loader; without it the
-    example that the graph was traced with stands in). Raises `PlanError` if the plan was made for another graph.
+    example that the graph was traced with stands in). `spans` of this graph save analysing it again. Raises `PlanError`
+    if the plan was made for another graph.
     """
     if not isinstance(plan, MergePlan):
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
     check_graph(graph, "rewrite")
     images = as_calibration(calibration, graph.meta["lmfx"]["example"])
-    network = Network(regrouped(graph, plan.sums), fine=plan.fine)
-    composed = any(c.realization == "compose" for c in plan.candidates)
-    surrogates = affine_surrogates(network, images) if composed and plan.surrogate == "affine" else None
-    student = fit_plan(network, rewrite_graph(graph, plan, surrogates), plan, images, progress)
+    same = spans is not None and spans.network.gm is graph
+    analysis = Analysis.of(spans.network) if spans is not None and same else Analysis(graph)
+    student = Students(analysis, images).student(plan, share_tensors=False, progress=progress)
     student.meta["lmfx"] = {**student.meta.get("lmfx", {}), "plan": plan, "origin": Origin.of(graph)}
     return student
 
@@ -223,9 +226,17 @@ def score(
 
 @entry
 def solve(
-    graph: fx.GraphModule, latency: LatencyTable, score: ImportanceTable, *, spans: SpanSet | None = None
+    graph: fx.GraphModule,
+    latency: LatencyTable,
+    score: ImportanceTable,
+    *,
+    spans: SpanSet | None = None,
+    surrogate: Surrogate = "identity",
 ) -> Frontier:
-    """Every Pareto-optimal plan from one exact solve; `.at(budget)`, `len()`, iteration, `.plot()`."""
+    """Every Pareto-optimal plan from one exact solve; `.at(budget)`, `len()`, iteration, `.plot()`.
+
+    `surrogate` is what `lmfx.rewrite` puts in place of the activations that the plans' composed spans remove.
+    """
     check_graph(graph, "solve")
     for table, kind, stage in ((latency, LatencyTable, "profile"), (score, ImportanceTable, "score")):
         if not isinstance(table, kind):
@@ -233,4 +244,4 @@ def solve(
     candidates = _candidates(graph, spans)
     check_table(candidates, latency)
     check_made_for(score.identity, candidates)
-    return solve_spans(candidates, latency, score)
+    return solve_spans(candidates, latency, score, surrogate=surrogate)

@@ -34,10 +34,12 @@ __all__ = [
     "Region",
     "Series",
     "Span",
+    "Surrogate",
 ]
 
 Realization = Literal["keep", "compose", "fit", "drop"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Surrogate = Literal["identity", "affine"]  # what stands for an activation that a composed span removes
 Join = Literal["add", "sub", "cat", "mul", "mesh"]
 
 
@@ -281,7 +283,7 @@ class MergePlan:
     fingerprint: str = ""
     latency: float | None = None
     importance: float | None = None
-    surrogate: Literal["identity", "affine"] = "identity"
+    surrogate: Surrogate = "identity"
     # An activation after each merged conv whose span ended without one (see `added_activations`).
     activation_after: str | None = field(default=None, metadata={"optional": True})
     # Its spans count layers of one op each, as those of `lmfx.simplify` do (see `find_regions`).

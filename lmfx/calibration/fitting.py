@@ -14,7 +14,7 @@ of a span's vectors together,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
 from lmfx.passes.rewrite.trainable import span_names, span_sides
 from lmfx.passes.spans.layers import Network
 
-__all__ = ["FitGroup", "FittedOp", "fit_groups", "fit_plan"]
+__all__ = ["FitGroup", "FittedOp", "fit_groups", "fit_plan", "fit_student", "set_fitted"]
 
 LEAST_SAMPLES = 4096
 MOST_SAMPLES = {True: 10000, False: 20000}  # quick or not
@@ -286,22 +286,38 @@ def fit_plan(
     calls = {span.entry for c in fits.values() if c.calls for span in c.spans}
     targets = record_batches(network.gm, calibration, {s.output for c in fits.values() for s in c.spans} | calls)
     batches = list(batches_for(network.gm, calibration))
-    with torch.no_grad(), progress_bar(len(fits), "fitting", progress) as bar:
-        for name, seen in _inputs(student, batches, calibration.names, set(fits)):
-            candidate = fits[name]
-            (group,) = fit_groups(network, [candidate])
-            # What enters a call that depends on another call is not known yet: the original's is close.
-            xs = [seen[i][0] if i in seen else targets[s.entry] for i, s in enumerate(candidate.spans)]
-            values = dict(zip(group.sides, seen[0][1:], strict=True)) if group.sides else {}
-            values.update((s.output, targets[s.output]) for s in candidate.spans)
-            op = group.fit(xs[0], values, others=xs[1:])[candidate.key]
-            set_fitted(student.get_submodule(name), op)
+    with progress_bar(len(fits), "fitting", progress) as bar:
+        for _ in fit_student(network, student, fits, targets, batches, calibration.names):
             bar.update(1)
     return student
 
 
+@torch.no_grad()
+def fit_student(
+    network: Network,
+    student: fx.GraphModule,
+    fits: Mapping[str, Candidate],
+    targets: Mapping[str, Tensor],
+    batches: Sequence[tuple[Tensor, ...]],
+    names: tuple[str, ...] | Frame,
+) -> Iterator[tuple[str, FittedOp]]:
+    """Sets the fitted convs `fits` (module name -> candidate) of `student` itself, in the order of the graph, and gives
+    each name with its op. `targets` is what the original has at their outputs and, where they have several calls, at
+    their entries."""
+    for name, seen in _inputs(student, batches, names, set(fits)):
+        candidate = fits[name]
+        (group,) = fit_groups(network, [candidate])
+        # What enters a call that depends on another call is not known yet: the original's is close.
+        xs = [seen[i][0] if i in seen else targets[s.entry] for i, s in enumerate(candidate.spans)]
+        values = dict(zip(group.sides, seen[0][1:], strict=True)) if group.sides else {}
+        values.update((s.output, targets[s.output]) for s in candidate.spans)
+        op = group.fit(xs[0], values, others=xs[1:])[candidate.key]
+        set_fitted(student.get_submodule(name), op)
+        yield name, op
+
+
 def _inputs(
-    student: fx.GraphModule, batches: list[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
+    student: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
 ) -> Iterator[tuple[str, dict[int, list[Tensor]]]]:
     """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its name and its
     inputs on all images, so that the caller can set the module before it runs: those of each call that can be had by

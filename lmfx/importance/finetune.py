@@ -22,11 +22,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from lmfx.calibration.fitting import fit_plan
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.calibration.students import Students
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.jobs import Evaluate, Job, Outcome, PackedNetwork, Train, isolated, run_job
@@ -34,8 +33,8 @@ from lmfx.importance.objective import Metric, Objective, ObjectiveName, importan
 from lmfx.importance.pool import ExecutorLike, run_jobs
 from lmfx.latency.profiling import digest
 from lmfx.passes.errors import InputError, OptionError
-from lmfx.passes.ir import Candidate, Layer, MergePlan
-from lmfx.passes.rewrite.trainable import rewrite
+from lmfx.passes.ir import Candidate, Layer, MergePlan, Surrogate
+from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.store.rows import Store
@@ -90,7 +89,7 @@ class Finetune:
     baseline: Literal["original", "trained"] = "original"
     scale: float = 1.0
     key: str | None = None
-    surrogate: Literal["affine", "identity"] = "affine"
+    surrogate: Surrogate = "affine"
     seed: int = 0
     threads: int = 1
     ahead: int = 16
@@ -234,10 +233,7 @@ class Finetune:
     ) -> Iterator[Job]:
         """The jobs of the rows `todo`, each made when it is asked for."""
         network = spans.network
-        surrogates: dict[str, tuple[Tensor, Tensor]] | None = None
-        if self.surrogate == "affine" and any(candidates[k].realization == "compose" for k in todo if k in candidates):
-            with isolated(self.seed, self.threads):
-                surrogates = affine_surrogates(network, calibration)
+        students = Students(Analysis.of(network), calibration)
         for key in todo:
             with isolated(self.seed, self.threads):  # a conv that nothing sets yet draws its values
                 if key in (ORIGINAL, TRAINED):
@@ -245,8 +241,9 @@ class Finetune:
                 elif key in layers:
                     net = reset_layer(network, layers[key])
                 else:
-                    plan = MergePlan((candidates[key],), activation_after=spans.options.activation_after)
-                    net = fit_plan(network, rewrite(network.gm, plan, surrogates), plan, calibration)
+                    added = spans.options.activation_after
+                    plan = MergePlan((candidates[key],), surrogate=self.surrogate, activation_after=added)
+                    net = students.student(plan, share_tensors=False)
             train = None if key == ORIGINAL else self.train
             yield Job(key, PackedNetwork.of(net), train, self.evaluate, self.seed, self.threads)
 

@@ -38,7 +38,7 @@ from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.calibration.model_checks import check_graph, check_run_options
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
-from lmfx.importance import Estimator, Finetune, ImportanceTable, Reconstruction, get_estimator
+from lmfx.importance import Estimator, Finetune, ImportanceTable, get_estimator
 from lmfx.importance.base import weights_identity
 from lmfx.importance.dominance import bounded_by, violations
 from lmfx.importance.pool import ExecutorLike
@@ -129,8 +129,6 @@ def score_on_demand(
     found = spans if spans is not None else find_spans(graph)
     data = as_calibration(calibration, graph.meta["lmfx"]["example"])
     chosen = [c for c in worth_scoring(found, latency) if c.realization != "keep"]
-    if isinstance(made, Reconstruction):
-        made = made.resolved(found.network, len(chosen), data)  # by the size of the table, not of a round
     wanted = [Budget.parse(b) for b in budgets]
     anything = solve_spans(found, latency, ImportanceTable({c.key: 0.0 for c in chosen}, {}))
     for budget in wanted:

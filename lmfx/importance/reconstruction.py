@@ -43,6 +43,7 @@ __all__ = ["Reconstruction"]
 
 VERSION = 5
 EXACT_MACS = 1e12  # some ten seconds on two cores
+CANDIDATES_A_CONV = 10  # that are usually worth scoring
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Reconstruction:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
         wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
         if self.exact is None:
-            resolved = self.resolved(spans.network, len(wanted), calibration)
+            resolved = self.resolved(spans.network, usual_candidates(spans.network), calibration)
             return resolved.score(spans, candidates, calibration, store, progress, executor)
         network = weights_identity(spans.network.gm)
         identity = {
@@ -152,12 +153,21 @@ class Reconstruction:
         return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
 
     def resolved(self, network: Network, candidates: int, calibration: Calibration) -> Reconstruction:
-        """The same with `exact` decided for this many candidates."""
+        """The same with `exact` decided for this many candidates.
+
+        Tables are made for `usual_candidates`, not for what one of them happens to hold, so that all tables of one
+        network and calibration share their rows: those of `compress` and of `lmfx.score`, of a round and of the whole.
+        """
         if self.exact is not None:
             return self
         judged = min(self.images, len(calibration.split(self.images)[1]))
         cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
         return replace(self, exact=cost <= EXACT_MACS or self.norms == "batch")
+
+
+def usual_candidates(network: Network) -> int:
+    """Roughly how many candidates of a network are scored, whatever the options are."""
+    return CANDIDATES_A_CONV * sum(len(network.convs(region.series.layers)[1]) for region in network.regions)
 
 
 def multiply_accumulates(network: Network) -> float:

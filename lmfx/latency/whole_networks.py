@@ -32,6 +32,7 @@ from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.identity.fingerprint import identify
 from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import example_arguments
@@ -92,7 +93,7 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
     return result
 
 
-def timing_form(graph: fx.GraphModule, plan: MergePlan) -> fx.GraphModule:
+def timing_form(graph: fx.GraphModule | Analysis, plan: MergePlan) -> fx.GraphModule:
     """The merged network of a plan with arbitrary values in its new convs: all that a timing needs."""
     plain = tuple(
         replace(c, realization="fit") if c.realization == "compose" and c.conv is not None and not c.conv.upscale else c
@@ -128,6 +129,7 @@ def _measure(
     progress: bool,
 ) -> list[float]:
     graph, identity = spans.network.gm, dict(table.identity)
+    analysis = Analysis.of(spans.network)
     keys = [_key(p) for p in plans]
     known = {} if store is None else store.get_many(KIND, identity, [*keys, ORIGINAL])
     todo = [i for i, k in enumerate(keys) if k not in known and k != ORIGINAL and k not in keys[:i]]
@@ -143,7 +145,7 @@ def _measure(
 
     with progress_bar(len(todo), f"whole networks ({backend.name})", progress) as bar:
         for group in _groups(todo, [_bytes(spans, p) for p in plans]) or ([] if ORIGINAL in known else [[]]):
-            nets = [timing_form(graph, plans[i]) for i in group]
+            nets = [timing_form(analysis, plans[i]) for i in group]
             networks: list[Whole] = [sentinel, *(bare(n, example) for n in (graph, *nets))]
             slow, originals, *times = time_wholes(backend, networks, rounds)
             if ORIGINAL not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from lmfx.importance import ImportanceTable
 from lmfx.latency import Calibration as Line
 from lmfx.latency import LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra
-from lmfx.passes.ir import Candidate, MergePlan, Series
+from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
 from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
 from lmfx.passes.solve.dynamic_program import Frontier as RawFrontier
 from lmfx.passes.spans.enumeration import SpanSet
@@ -43,7 +43,7 @@ class Frontier:
         raw: RawFrontier,
         original: float,
         line: Line = IDENTITY,
-        surrogate: Literal["identity", "affine"] = "identity",
+        surrogate: Surrogate = "identity",
     ) -> None:
         self.spans = spans
         self.raw = raw
@@ -152,7 +152,7 @@ def solve_spans(
     latency: LatencyTable,
     importance: ImportanceTable,
     line: Line | None = None,
-    surrogate: Literal["identity", "affine"] = "identity",
+    surrogate: Surrogate = "identity",
 ) -> Frontier:
     """Every budget from one exact solve. Candidates without a row in both tables cannot be chosen.
 

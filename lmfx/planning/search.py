@@ -24,6 +24,7 @@ from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import InfeasibleBudget
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.frontier import Frontier
 
@@ -81,6 +82,7 @@ class _Search:
         self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, example_input: Any
     ) -> None:
         self.graph, self.frontier, self.budget = graph, frontier, budget
+        self.analysis = Analysis.of(frontier.spans.network)
         self.backend, self.example = backend, example_arguments(example_input)
         self.sums: list[float] = []
         self.wholes: list[float] = []
@@ -92,7 +94,7 @@ class _Search:
 
     def measure(self, index: int, repeats: int = REPEATS) -> float:
         """The measured ratio of one plan to the original, both taken in turn."""
-        net = timing_form(self.graph, self.frontier.plan(index))
+        net = timing_form(self.analysis, self.frontier.plan(index))
         # A short network is run more often: a median of five runs of 2 ms is off by several percent.
         repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
         times = time_wholes(self.backend, [bare(self.graph, self.example), bare(net, self.example)], repeats)

@@ -4,6 +4,7 @@ In: a traced graph and a `MergePlan`. Out: a GraphModule in which each composed 
 trained, and from it one with plain convolutions. Names and modules of untouched layers stay as they are.
 """
 
+from .analysis import Analysis
 from .trainable import merge, rewrite
 
-__all__ = ["merge", "rewrite"]
+__all__ = ["Analysis", "merge", "rewrite"]

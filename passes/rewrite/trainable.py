@@ -27,7 +27,6 @@ from ..graph.conv_configs import identity_config
 from ..graph.graph_edit import drop_dead, is_attribute, set_submodule
 from ..graph.shapes import Pads
 from ..graph.verify import check_graph, drop_unread
-from ..identity.fingerprint import fingerprint, is_of
 from ..ir import Candidate, ConvConfig, Layer, MergePlan, Parallel, Span
 from ..model.model_copy import deep_copy
 from ..model.size_limits import limits_of, set_limits
@@ -35,19 +34,20 @@ from ..spans.layers import Network
 from ..spans.moved_norms import moved_norm
 from ..spans.pruning import is_dropped, side_inputs
 from .added_activations import activated
+from .analysis import Analysis
 from .one_pixel_vectors import vector_limits
-from .regrouped_sums import regrouped
 
 __all__ = ["build_span", "merge", "rewrite", "span_names", "span_sides"]
 
 
 def rewrite(
-    graph: fx.GraphModule,
+    graph: fx.GraphModule | Analysis,
     plan: MergePlan,
     surrogates: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
     share_tensors: bool = False,
 ) -> fx.GraphModule:
-    """The trainable form of `graph` under `plan`; `graph` is not changed.
+    """The trainable form of `graph` under `plan`; `graph` is not changed. Who rewrites one graph under many plans gives
+    its `Analysis`, which is then made once.
 
     `surrogates` maps activation nodes to (scale, bias) of shape (channels,) that linearize them; without it every
     linearized activation is the identity, and every linearized norm its own scale and bias. Fitted convs have values
@@ -57,13 +57,10 @@ def rewrite(
     With `share_tensors` what is not touched shares its parameters with `graph`, which saves a copy of a large network
     that only is to be timed. Raises `PlanError` if the plan was made for another graph.
     """
-    if plan.fingerprint and not is_of(plan.fingerprint, graph):
-        raise PlanError(
-            f"the plan was made for graph {plan.fingerprint}, this one is {fingerprint(graph)}: "
-            "trace the same model with an example of the same rank, or solve again"
-        )
-    graph = regrouped(graph, plan.sums)
-    network = Network(graph, fine=plan.fine)
+    analysis = graph if isinstance(graph, Analysis) else Analysis(graph)
+    analysis.check(plan)
+    network = analysis.network(plan)
+    graph = network.gm
     gm = _copy(graph, share_tensors)
     nodes = {n.name: n for n in gm.graph.nodes}
     placed: dict[str, str] = {}

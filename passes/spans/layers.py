@@ -36,6 +36,7 @@ class Network:
 
     def __init__(self, gm: fx.GraphModule, regions: tuple[Region, ...] | None = None, fine: bool = False) -> None:
         self.gm = gm
+        self.fine = fine
         self.nodes: dict[str, fx.Node] = {n.name: n for n in gm.graph.nodes}
         self.regions = find_regions(gm, fine) if regions is None else regions
         self.series: dict[str, Series] = {s.name: s for r in self.regions for s in r.series.walk()}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import lmfx
-from lmfx.importance import Reconstruction
+from lmfx.calibration.images import Calibration
+from lmfx.importance import Reconstruction, reconstruction
 from lmfx.latency import Store
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.graph.verify import relative_error
@@ -463,3 +464,24 @@ def test_a_network_in_which_nothing_can_be_merged_is_infeasible_with_its_own_lat
     with pytest.raises(lmfx.InfeasibleBudget, match=r"nothing in Tokens can be merged.*\(100\.0%\)") as caught:
         lmfx.compress(model, x, 0.5, latency="roofline", realize=("compose",), progress=False)
     assert caught.value.latency > 0
+
+
+def test_the_stages_by_hand_find_the_rows_of_compress(
+    tmp_path: Path, puts: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy()
+    graph = lmfx.trace(model, X)
+    spans = lmfx.spans(graph)
+    # Few candidates would be scored exactly, and all of them would not.
+    judged = len(Calibration((DATA,)).split(Reconstruction().images)[1])
+    macs = reconstruction.multiply_accumulates(spans.network) * judged / 2
+    monkeypatch.setattr(reconstruction, "EXACT_MACS", macs * 0.7 * len(spans))
+    compress(model, X, 0.6, calibration=DATA, cache_dir=tmp_path)
+    scored, timed = ({key for kind, key in puts if kind == wanted} for wanted in ("importance", "latency"))
+    assert len(scored) < 0.7 * len(spans)
+    puts.clear()
+    table = lmfx.score(graph, calibration=DATA, cache_dir=tmp_path, progress=False)
+    again = {key for kind, key in puts if kind == "importance"}
+    assert scored and again and not scored & again and scored <= set(table)
+    lmfx.profile(graph, "roofline", cache_dir=tmp_path, progress=False, calibrate=False)
+    assert not timed & {key for kind, key in puts if kind == "latency"}

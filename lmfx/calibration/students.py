@@ -1,0 +1,136 @@
+"""Builds the students of one graph, plan after plan, on the same calibration images.
+
+    Students ─ analysis      of the graph: nothing of it is analysed twice
+             ├ surrogates    what stands for removed activations: they depend on the original alone
+             ├ values        what the original has on the images, where some fit aims at it
+             └ ops           what was fitted: a fit depends on what the plan changes before it, and on nothing else
+
+A student shares the tensors of all that is unchanged with the graph unless it is asked for its own, so that building
+and judging many costs little more than the fits that differ. What is kept is bounded (`HELD_BYTES`); the least recently
+used goes first, and is made again when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from functools import cached_property
+from typing import Generic, TypeVar
+
+from torch import Tensor, fx
+
+from lmfx.calibration.fitting import FittedOp, fit_student, set_fitted
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.recording import batches_for, record_batches
+from lmfx.calibration.surrogates import affine_surrogates
+from lmfx.environment.progress import progress as progress_bar
+from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.rewrite.analysis import Analysis
+from lmfx.passes.rewrite.trainable import rewrite, span_names, span_sides
+from lmfx.passes.spans.layers import Network
+
+__all__ = ["Students"]
+
+HELD_BYTES = 2**30  # of recorded values, and of fitted ops
+V = TypeVar("V")
+
+
+class Students:
+    """The trainable forms of one graph under plans, set from the same calibration images."""
+
+    def __init__(self, analysis: Analysis, calibration: Calibration) -> None:
+        self.analysis, self.calibration = analysis, calibration
+        self._surrogates: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by the network's id, which analysis holds
+        self._values: _Kept[Tensor] = _Kept(lambda v: v.numel() * v.element_size())
+        self._ops: _Kept[FittedOp] = _Kept(lambda op: 8 * (op.weight.numel() + sum(m.numel() for m in op.sides)))
+
+    def student(self, plan: MergePlan, *, share_tensors: bool = True, progress: bool = False) -> fx.GraphModule:
+        """The trainable form under `plan`, its surrogates and fitted convs set.
+
+        With `share_tensors` what is unchanged shares its parameters with the graph: to be judged, not to be trained.
+        Raises `PlanError` if the plan was made for another graph.
+        """
+        network = self.analysis.network(plan)
+        composed = any(c.realization == "compose" for c in plan.candidates)
+        surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
+        student = rewrite(self.analysis, plan, surrogates, share_tensors)
+        self._fit(network, student, plan, progress)
+        return student
+
+    def surrogates(self, network: Network) -> dict[str, tuple[Tensor, Tensor]]:
+        """The affine surrogates of all activations of a form of the graph."""
+        if id(network) not in self._surrogates:
+            self._surrogates[id(network)] = affine_surrogates(network, self.calibration)
+        return self._surrogates[id(network)]
+
+    @cached_property
+    def _batches(self) -> list[tuple[Tensor, ...]]:
+        return list(batches_for(self.analysis.graph, self.calibration))
+
+    def _fit(self, network: Network, student: fx.GraphModule, plan: MergePlan, progress: bool) -> None:
+        names = dict(zip(span_names(network.gm, plan), plan.candidates, strict=True))
+        fits = {name: c for name, c in names.items() if c.realization == "fit"}
+        if not fits:
+            return
+        causes = {name: _causes(network, c, plan) for name, c in fits.items()}
+        todo = {}
+        for name, c in fits.items():
+            known = self._ops.get(causes[name])
+            if known is None:
+                todo[name] = c
+            else:
+                set_fitted(student.get_submodule(name), known)
+        if not todo:
+            return
+        targets = self._targets(network, todo.values())
+        with progress_bar(len(todo), "fitting", progress) as bar:
+            for name, op in fit_student(network, student, todo, targets, self._batches, self.calibration.names):
+                self._ops.put(causes[name], op)
+                bar.update(1)
+
+    def _targets(self, network: Network, candidates: Iterable[Candidate]) -> dict[str, Tensor]:
+        """What the original has where fits aim, and where their other calls enter."""
+        wanted = {n for c in candidates for s in c.spans for n in ([s.output, s.entry] if c.calls else [s.output])}
+        # A form with sums in another order has nodes of its own.
+        keys: dict[str, Hashable] = {n: (id(network), n) for n in sorted(wanted)}
+        found = {n: v for n, key in keys.items() if (v := self._values.get(key)) is not None}
+        if missing := wanted - set(found):
+            recorded = record_batches(network.gm, self.calibration, missing)
+            for name, value in recorded.items():
+                self._values.put(keys[name], value)
+            found |= recorded
+        return found
+
+
+def _causes(network: Network, candidate: Candidate, plan: MergePlan) -> Hashable:
+    """All that a fit depends on but for the images: itself, and what the plan changes before what it reads."""
+    queue = [network.nodes[name] for name in (*(s.entry for s in candidate.spans), *span_sides(network, candidate))]
+    before: set[str] = set()
+    while queue:
+        node = queue.pop()
+        if node.name not in before:
+            before.add(node.name)
+            queue += node.all_input_nodes
+    changed = tuple(c for c in plan.candidates if any(s.output in before for s in c.spans))
+    return candidate, changed, plan.sums, plan.fine, plan.surrogate, plan.activation_after
+
+
+class _Kept(Generic[V]):
+    """Values by key; beyond `HELD_BYTES` the least recently used are dropped."""
+
+    def __init__(self, size: Callable[[V], int]) -> None:
+        self.size, self.held = size, 0
+        self.values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable) -> V | None:
+        if key in self.values:
+            self.values.move_to_end(key)
+        return self.values.get(key)
+
+    def put(self, key: Hashable, value: V) -> None:
+        if key in self.values:
+            return
+        self.values[key] = value
+        self.held += self.size(value)
+        while self.held > HELD_BYTES:
+            self.held -= self.size(self.values.popitem(last=False)[1])
