@@ -50,8 +50,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: install ## train a small network, compress it to half its latency without training, write out/
 	$(PY) examples/demo.py $(ARGS)
 
-test: lint ## lint and types, then every test that needs neither a GPU nor long
-	$(PY) -m pytest $(ARGS)
+test: lint ## lint and types, then every test that needs neither a GPU nor long, in two processes
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-slow: install ## the tests marked slow
 	$(PY) -m pytest -m slow -o timeout=1800 -o faulthandler_timeout=2000 $(ARGS)

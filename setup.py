@@ -37,6 +37,7 @@ EXTRAS["dev"] = sorted(
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "ruff",
         "scikit-learn",
         "setuptools>=77",

@@ -146,14 +146,40 @@ def test_sampling_recovers_a_distribution_whose_best_denoiser_is_known() -> None
     assert torch.allclose(drawn, c.expand_as(drawn), atol=1e-4)
 
 
-@pytest.mark.slow
+class SmallDenoiser(nn.Module):
+    """Two residual blocks with a time embedding, GroupNorm and a long skip: a U-Net's parts, quick to trace.
+
+    The library's own denoiser, traced at a batch of 1 and run at larger ones, is in test_multi_input.py.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(2 * width, 1, 3, padding=1)
+        self.time = nn.Linear(1, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(m for _ in range(2) for m in self.layers(width)), nn.Conv2d(width, width, 3, padding=1))
+            for _ in range(2)
+        )
+
+    @staticmethod
+    def layers(width: int) -> tuple[nn.Module, ...]:
+        return nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(4, width), nn.SiLU()
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        late = self.time(timestep[:, None] / diffusion.TIMES)[:, :, None, None]
+        first = y = self.first(sample)
+        for block in self.blocks:
+            y = y + block(y + late)
+        return self.last(torch.cat([first, y], 1))
+
+
 def test_diffusion_digits_runs_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("diffusers")
     whole = diffusion.digits.load(0)
     few = diffusion.digits.Digits(*(v[:70] for v in vars(whole).values()))
     monkeypatch.setattr(diffusion.digits, "load", lambda seed: few)
+    monkeypatch.setattr(diffusion_digits, "Denoiser", SmallDenoiser)
     arguments = (
         "--steps 2 --fine-tune 2 --width 8 --budgets 0.85 --samples 8 --images 16 --batch 1 --latency roofline "
         f"--classifier-epochs 1 --out {tmp_path}"

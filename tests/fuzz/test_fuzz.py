@@ -1,9 +1,11 @@
-"""A thousand random networks in the default run, and that the fuzzer itself finds what is wrong."""
+"""Some hundred random networks in the default run, and that the fuzzer itself finds what is wrong."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,36 +22,59 @@ from tests.helpers import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CHUNKS, NETWORKS = 10, 100
-seen: Counter[str] = Counter()
+CHUNKS, NETWORKS = 10, 40
+SHARES = Shares(compress=5, again=30, save=60, onnx=3, keys=6, simplify=8)
+REACHED = ("tracer symbolic", "tracer shapes", "tracer export", "oracle", "another size", "compressed", "saved")
+REACHED += ("keys: told apart", "simplified")
+
+
+@pytest.fixture(scope="session")
+def chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the counts of each chunk; the workers of one run (pytest-xdist) have one for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "fuzz"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_every_property_holds_on_random_networks(chunk: int) -> None:
-    result = run_chunk(30 + chunk, NETWORKS, Shares(compress=3, again=30, save=50, onnx=3, keys=5, simplify=6))
-    seen.update(result["events"], networks=result["networks"])
+def test_every_property_holds_on_random_networks(chunk: int, chunks: Path) -> None:
+    result = run_chunk(30 + chunk, NETWORKS, SHARES)
     assert result["networks"] == NETWORKS
     records = [json.loads(r) for r in result["failures"]]
     assert not records, "\n\n".join(f"{r['error']}\n{r['source']}" for r in records)
+    counts = {**result["events"], "networks": result["networks"]}
+    part = chunks / f"{chunk}.part"
+    part.write_text(json.dumps(counts))
+    part.replace(chunks / f"{chunk}.json")
+    done = [json.loads(file.read_text()) for file in chunks.glob("*.json")]
+    if len(done) == CHUNKS:  # the last one that ends, wherever it ran
+        check_reached(sum(map(Counter, done), Counter()))
 
 
-def test_the_random_networks_reach_what_they_are_meant_to_reach() -> None:
-    if seen["networks"] < CHUNKS * NETWORKS:
-        pytest.skip("needs the tests above, all of them")
+def check_reached(seen: Counter[str]) -> None:
+    """The networks are of many kinds, and every slow check was made on some."""
     assert seen["networks with a merged span"] > 0.5 * seen["networks"]
     assert seen["does not run"] + seen["not finite"] < 0.02 * seen["networks"]
-    for event in (
-        "tracer symbolic",
-        "tracer shapes",
-        "tracer export",
-        "oracle",
-        "another size",
-        "compressed",
-        "saved",
-        "keys: told apart",
-        "simplified",
-    ):
+    for event in REACHED:
         assert seen[event], f"no network had {event!r}"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({}, None),
+        ({"networks with a merged span": 40}, "40"),
+        ({"does not run": 1, "not finite": 1}, "assert"),
+        *(({event: 0}, event) for event in REACHED),
+    ],
+)
+def test_networks_that_reach_too_little_are_noticed(change: dict[str, int], text: str | None) -> None:
+    seen = Counter({"networks": 100, "networks with a merged span": 60, **dict.fromkeys(REACHED, 1), **change})
+    if text is None:
+        return check_reached(seen)
+    with pytest.raises(AssertionError, match=text):
+        check_reached(seen)
 
 
 # --- the fuzzer can fail ----------------------------------------------------------------------------------------------

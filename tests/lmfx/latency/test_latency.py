@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from lmfx.latency.table import kendall_tau
 from lmfx.passes.errors import DeviceError, LmfxError, MissingExtra, OptionError, StoreError, TableError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Span
 
+ROOT = Path(__file__).resolve().parents[3]
 IMAGE = ((1, 8, 12, 12), torch.float32)
 
 
@@ -616,17 +618,11 @@ def test_tensorrt_engines_are_timed() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is a POSIX thing")
 def test_a_killed_profile_resumes_and_measures_nothing_twice() -> None:
     pytest.importorskip("onnxruntime")
-    script = Path(__file__).parents[3] / "benchmarks" / "promises" / "kill_resume.py"
+    script = ROOT / "benchmarks" / "promises" / "kill_resume.py"
     command = [sys.executable, str(script), "--kills", "2", "--rows", "24"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parent.parent, env=_with_path(script))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok   no finished row was measured twice" in done.stdout
-
-
-def _with_path(script: Path) -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(script.parent.parent)}
 
 
 # tables
