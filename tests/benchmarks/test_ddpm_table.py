@@ -30,7 +30,7 @@ def ours(name: str) -> SpanSet:
     return trace_spans(model_of(name), X)
 
 
-@pytest.mark.parametrize("name", ["published", "diffusers"])
+@pytest.mark.parametrize("name", ["published", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_the_published_rule_gives_the_published_counts_and_all_are_ours(name: str) -> None:
     entries = published_entries(model_of(name), X)
     path = main_path(model_of(name), X)

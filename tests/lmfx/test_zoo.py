@@ -63,9 +63,7 @@ def libraries() -> None:
     pytest.importorskip("diffusers")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETWORKS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETWORKS])
 def test_a_network_of_the_zoo_is_traced_merged_exactly_and_compressed(name: str) -> None:
     row = examine(name, NETWORKS[name], seconds=240, sizes=(64, 96, 128, 224, 256))
     failed = {stage: row[stage] for stage in row if str(row[stage]).startswith("error")}

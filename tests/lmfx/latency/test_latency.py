@@ -620,7 +620,9 @@ def test_a_killed_profile_resumes_and_measures_nothing_twice() -> None:
     pytest.importorskip("onnxruntime")
     script = ROOT / "benchmarks" / "promises" / "kill_resume.py"
     command = [sys.executable, str(script), "--kills", "2", "--rows", "24"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok   no finished row was measured twice" in done.stdout
 

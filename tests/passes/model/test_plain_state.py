@@ -137,7 +137,9 @@ def for_the_size(net: Any, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("between", "start"), [(last, None), (listed, []), (only_counted, 0), (for_the_size, None)], ids=lambda v: getattr(v, "__name__", str(v))
+    ("between", "start"),
+    [(last, None), (listed, []), (only_counted, 0), (for_the_size, None)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_what_is_kept_and_changes_nothing_is_no_state(between: Any, start: Any) -> None:
     model = double(Keeps(between, seen=start))
