@@ -1,9 +1,11 @@
-"""Other processes that use a store. They import it without torch, which takes seconds."""
+"""Other processes that use a store, and waiting for them. They import it without torch, which takes seconds."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 BARE = """
@@ -22,3 +24,20 @@ def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     root = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, "-c", BARE + code, root, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def go(*processes: subprocess.Popen[str]) -> None:
+    """Lets processes that have said "ready" and wait for a line begin, all at once."""
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Comes back as soon as the condition holds, or after `seconds`, which a busy machine may need."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)

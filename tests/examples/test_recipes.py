@@ -85,7 +85,7 @@ def kill_when(main: Callable[[list[str]], None], arguments: list[str], ready: Ca
     context.set_forkserver_preload(["lmfx", "torchvision", "timm", "diffusers.models.unets.unet_2d"])
     process = context.Process(target=told, args=(main, arguments, said))
     process.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     try:
         while not ready():
             assert process.is_alive(), said.read_text() if said.exists() else "it ended before it could be killed"

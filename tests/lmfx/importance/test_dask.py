@@ -69,7 +69,7 @@ def test_two_worker_processes_of_which_one_is_killed_give_the_table_of_one_proce
                 killed.append(pids[0])
             time.sleep(0.02)
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     killer = threading.Thread(target=kill)
     killer.start()
     with Store.open(tmp_path) as store:

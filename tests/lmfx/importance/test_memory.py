@@ -72,7 +72,7 @@ def test_a_job_touches_its_memory_once_instead_of_each_time() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=250,
     )
     before, inside, after = json.loads(done.stdout)
     assert before > 50 * 200 and after > 50 * 200, "256 pages of 4 KB each time"

@@ -20,7 +20,7 @@ from lmfx.latency import LatencyTable
 from lmfx.store.claims import HUNG_SECONDS, STALE_SECONDS, Owner, is_live, start_of, this_place
 from lmfx.store.rows import Store
 from lmfx.store.shared_rows import Share, alone
-from tests.store_processes import start
+from tests.store_processes import go, start, wait_until
 
 HERE = {"backend": "b", "threads": 1}
 KEYS = ["a", "b", "c", "d"]
@@ -135,10 +135,7 @@ def test_a_killed_child_that_nobody_waited_for_is_gone() -> None:
     owner = Owner(pid=child.pid, started=start_of(child.pid))
     assert is_live(owner, time.time(), time.time())
     child.kill()
-    for _ in range(500):
-        if not is_live(owner, time.time(), time.time()):
-            break
-        time.sleep(0.01)
+    wait_until(lambda: not is_live(owner, time.time(), time.time()))
     assert not is_live(owner, time.time(), time.time())
     assert Path(f"/proc/{child.pid}").exists(), "it is a zombie still"
     child.communicate()
@@ -173,13 +170,13 @@ def test_claims_are_renewed_as_long_as_they_are_held(tmp_path: Path, monkeypatch
     monkeypatch.setattr("lmfx.store.claims.BEAT_SECONDS", 0.02)
     with Store.open(tmp_path) as store:
         store.claim("latency", HERE, ["a"])
-        beat = [store.run(lambda db: db.execute("SELECT beat FROM claims").fetchone()[0])]
-        for _ in range(500):
-            beat.append(store.run(lambda db: db.execute("SELECT beat FROM claims").fetchone()[0]))
-            if beat[-1] > beat[0]:
-                break
-            time.sleep(0.01)
-        assert beat[-1] > beat[0]
+
+        def beat() -> float:
+            return float(store.run(lambda db: db.execute("SELECT beat FROM claims").fetchone()[0]))
+
+        first = beat()
+        wait_until(lambda: beat() > first)
+        assert beat() > first
 
 
 def test_a_claim_that_makes_no_sense_holds_nobody_up(tmp_path: Path) -> None:
@@ -208,6 +205,7 @@ keys = [str(i) for i in range(int(sys.argv[2]))]
 with Store(sys.argv[1]) as store, Share(store, "latency", {"b": 1}) as share:
     left = dict.fromkeys(keys)
     print("ready", flush=True)
+    sys.stdin.readline()
     while left:
         taken = share.take(left, 3)
         for key in store.get_many("latency", {"b": 1}, taken or left):
@@ -223,9 +221,10 @@ with Store(sys.argv[1]) as store, Share(store, "latency", {"b": 1}) as share:
 
 
 def test_processes_that_begin_together_share_the_rows(tmp_path: Path) -> None:
-    workers = [start(WORKER, tmp_path / "lmfx.sqlite", 60, 0.01) for _ in range(3)]
+    workers = [start(WORKER, tmp_path / "lmfx.sqlite", 60, 0.02) for _ in range(3)]
+    go(*workers)
     for worker in workers:
-        worker.communicate(timeout=60)
+        worker.communicate(timeout=200)
     assert {worker.returncode for worker in workers} == {0}
     with Store.open(tmp_path) as store:
         assert store.times_put() == {str(i): 1 for i in range(60)} and claims(store) == []
@@ -235,21 +234,17 @@ def test_processes_that_begin_together_share_the_rows(tmp_path: Path) -> None:
 
 @linux
 def test_what_a_killed_process_had_claimed_is_made_by_the_others(tmp_path: Path) -> None:
-    victim = start(WORKER, tmp_path / "lmfx.sqlite", 30, 30)
+    victim = start(WORKER, tmp_path / "lmfx.sqlite", 30, 300)
+    go(victim)
     with Store.open(tmp_path) as store:
-        for _ in range(1000):
-            if claims(store) == ["0", "1", "2"]:
-                break
-            time.sleep(0.01)
+        wait_until(lambda: claims(store) == ["0", "1", "2"])
         helper = start(WORKER, tmp_path / "lmfx.sqlite", 30, 0)
-        for _ in range(1000):
-            if store.count() == 27:
-                break
-            time.sleep(0.01)
+        go(helper)
+        wait_until(lambda: store.count() == 27)
         time.sleep(0.3)
         assert store.count() == 27 and helper.poll() is None, "the helper waits for the three that the victim has"
         victim.send_signal(signal.SIGKILL)
-        helper.communicate(timeout=30)
+        helper.communicate(timeout=200)
         victim.communicate()
         assert helper.returncode == 0
         assert store.times_put() == {str(i): 1 for i in range(30)} and claims(store) == []
@@ -273,7 +268,7 @@ lmfx.profile(graph, backend, cache_dir=sys.argv[1], progress=True).save(sys.argv
 
 
 def profiles(folder: Path, min_ms: float = 1.0) -> list[Any]:
-    """Two processes that are ready to profile one model into one fresh store."""
+    """Two processes that will profile one model into one fresh store."""
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     started = [
@@ -287,14 +282,7 @@ def profiles(folder: Path, min_ms: float = 1.0) -> list[Any]:
         )
         for n in range(2)
     ]
-    for process in started:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return started
-
-
-def go(process: Any) -> None:
-    process.stdin.write("\n")
-    process.stdin.flush()
 
 
 def logged(path: Path) -> dict[int, int]:
@@ -312,9 +300,8 @@ def logged(path: Path) -> dict[int, int]:
 
 def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(tmp_path: Path) -> None:
     processes = profiles(tmp_path)
-    for process in processes:
-        go(process)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    go(*processes)
+    errors = [process.communicate(timeout=250)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     first, second = (LatencyTable.load(tmp_path / f"{n}.json") for n in range(2))
     assert first == second and len(first) > 20
@@ -330,15 +317,12 @@ def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(t
 def test_a_profile_that_is_killed_is_finished_by_the_other_process(tmp_path: Path) -> None:
     victim, survivor = profiles(tmp_path, min_ms=10.0)
     go(victim)
-    for _ in range(3000):
-        if logged(tmp_path / "lmfx.sqlite").get(victim.pid, 0) >= 3:
-            break
-        time.sleep(0.01)
+    wait_until(lambda: logged(tmp_path / "lmfx.sqlite").get(victim.pid, 0) >= 3)
     go(survivor)
     time.sleep(0.2)
     victim.kill()
     before = logged(tmp_path / "lmfx.sqlite")[victim.pid]
-    _, errors = survivor.communicate(timeout=120)
+    _, errors = survivor.communicate(timeout=250)
     victim.communicate()
     assert survivor.returncode == 0, errors
     assert victim.returncode == -signal.SIGKILL and not (tmp_path / "0.json").exists()

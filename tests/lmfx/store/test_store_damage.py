@@ -217,7 +217,7 @@ def test_of_several_processes_that_find_the_damage_at_once_one_moves_the_file(pa
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
-    warned = sum(int(process.communicate(timeout=60)[0]) for process in processes)
+    warned = sum(int(process.communicate(timeout=200)[0]) for process in processes)
     assert {process.returncode for process in processes} == {0}
     assert warned == len(asides(path)) == 1
     with Store(path) as store:

@@ -291,7 +291,7 @@ def test_a_process_that_is_killed_loses_at_most_one_epoch(tmp_path: Path) -> Non
         assert process.stdout is not None
         assert [process.stdout.readline().strip() for _ in range(2)] == ["1", "2"]
         process.send_signal(signal.SIGKILL)
-    done = subprocess.run([*command, "go"], cwd=root, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([*command, "go"], cwd=root, capture_output=True, text=True, check=True, timeout=250)
     assert done.stdout.split() == ["3"]
 
 

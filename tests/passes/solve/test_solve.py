@@ -446,20 +446,26 @@ def test_pareto_of_equal_labels_keeps_the_first():
 # ---------------------------------------------------------------------------------------------- speed
 
 
-def seconds(entries):
-    """CPU seconds, best of three."""
+def seconds(work):
+    """(CPU seconds, best of three, and what `work` gives)"""
     best = inf
     for _ in range(3):
         begin = time.process_time()
-        frontier = solve_series(entries)
+        result = work()
         best = min(best, time.process_time() - begin)
-    return best, frontier
+    return best, result
+
+
+def machine():
+    """How many times slower this machine is, here and now, than one that adds half a million squares in 20 ms."""
+    return max(1.0, seconds(lambda: sum(i * i for i in range(500_000)))[0] / 0.02)
 
 
 def test_all_budgets_of_391_entries_take_milliseconds():
     # 20 ms is asked for; three times that here, because test machines are shared. benchmarks/speed/solver.py has the
     # figure.
-    assert seconds(random_entries(52, 391))[0] < 0.06
+    entries = random_entries(52, 391)
+    assert seconds(lambda: solve_series(entries))[0] < 0.06 * machine()
 
 
 @pytest.mark.parametrize("integers", [False, True])
@@ -468,7 +474,7 @@ def test_a_thousand_layers_with_ten_thousand_entries_take_under_a_second(make, i
     entries = make(1000, 10_000)
     if integers:
         entries = [(a, b, float(max(1, round(40 * c))), d) for a, b, c, d in entries]
-    taken, frontier = seconds(entries)
-    assert taken < 3.0  # 1 s is asked for; see above
+    taken, frontier = seconds(lambda: solve_series(entries))
+    assert taken < 3.0 * machine()  # 1 s is asked for; see above
     assert_path(entries, frontier.choice(len(frontier) // 2), 1000)
     assert np.median(frontier.gaps) < 1e-3 * np.ptp(frontier.importance)
