@@ -73,6 +73,11 @@ class FitGroup:
         """The nodes whose values the fit needs."""
         return {self.entry, *self.calls, *self.sides, *(s.output for c in self.candidates for s in c.spans)}
 
+    def samples(self, quick: bool) -> int:
+        """The number of output pixels that its fits are made from, if there are as many."""
+        narrow = [n for n in map(_unknowns, self.candidates) if n <= MAX_UNKNOWNS]
+        return _samples(max(narrow, default=MAX_UNKNOWNS), quick)
+
     def fit(
         self, x: Tensor, ys: dict[str, Tensor], quick: bool = False, others: Sequence[Tensor] = ()
     ) -> dict[str, FittedOp]:
@@ -110,8 +115,7 @@ class FitGroup:
             rounding=0.0 if x.dtype == torch.float64 else FLOAT32_ROUNDING,
             sides=beside.values.shape[1],
         )
-        unknowns = window.unknowns(self.depthwise)
-        want = min(max(SAMPLES_AN_UNKNOWN[quick] * unknowns, LEAST_SAMPLES), MOST_SAMPLES[quick])
+        want = _samples(window.unknowns(self.depthwise), quick)
         images = sum(map(len, xs))
         generator = torch.Generator().manual_seed(0)
         for i, entering in enumerate(xs):
@@ -146,6 +150,10 @@ class FitGroup:
         return {
             c.key: FittedOp(op.weight[..., 0], op.bias, (), (), ()) for c, op in zip(self.candidates, ops, strict=True)
         }
+
+
+def _samples(unknowns: int, quick: bool) -> int:
+    return min(max(SAMPLES_AN_UNKNOWN[quick] * unknowns, LEAST_SAMPLES), MOST_SAMPLES[quick])
 
 
 def _one_pixel(candidate: Candidate) -> ConvConfig:

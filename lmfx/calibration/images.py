@@ -22,9 +22,10 @@ from lmfx.passes.errors import InputError
 from lmfx.passes.identity.content import Describer, digest_of
 from lmfx.passes.trace.tracing import example_arguments
 
-__all__ = ["Calibration", "Frame", "as_calibration", "fits"]
+__all__ = ["Calibration", "Frame", "Roles", "as_calibration", "fits"]
 
 MAX_IMAGES = 512
+LEAST_HELD, LEAST_JUDGED = 4, 16  # images of which some are held out, of which some only judge
 
 
 class _Batched:
@@ -73,12 +74,26 @@ class Calibration:
         return self if count == len(self) else Calibration(tuple(t[take] for t in self.tensors), self.names)
 
     def split(self, held: int) -> tuple[Calibration, Calibration]:
-        """(images to fit on, at most `held` others to judge on): each fourth; below four images both are all."""
-        if len(self) < 4:
+        """(images to fit on, at most `held` others to choose by); see `roles`."""
+        roles = self.roles()
+        if roles.seen:
             return self, self
-        apart = torch.arange(len(self)) % 4 == 3
-        rest, judged = (tuple(t[mask] for t in self.tensors) for mask in (~apart, apart))
-        return Calibration(rest, self.names), Calibration(tuple(t[:held] for t in judged), self.names)
+        return roles.fit, Calibration(tuple(t[:held] for t in roles.choose.tensors), self.names)
+
+    def roles(self) -> Roles:
+        """Who may see which image. From 16 images on each fourth is held out, and one half of these judges the result;
+        from 4 on the held-out ones choose and judge; below that all images do everything."""
+        count = len(self)
+        if count < LEAST_HELD:
+            return Roles(self, self, self, seen=True)
+        apart = torch.arange(count) % 4 == 3
+        if count < LEAST_JUDGED:
+            return Roles(self._of(~apart), self._of(apart), self._of(apart), seen=False)
+        judging = torch.arange(count) % 8 == 7
+        return Roles(self._of(~apart), self._of(apart & ~judging), self._of(judging), seen=False)
+
+    def _of(self, mask: Tensor) -> Calibration:
+        return Calibration(tuple(t[mask.to(t.device)] for t in self.tensors), self.names)
 
     def digest(self) -> str:
         """A short digest of all values, and of the constants beside them, which names stored importances."""
@@ -94,6 +109,17 @@ class Calibration:
         form = str(self.names.spec) if isinstance(self.names, Frame) else ""
         lines = [describer.array(t) for t in self.tensors] + [form] + [describer.value(v, "the example") for v in held]
         return lines, describer.unsure
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The parts of some calibration images: what fits are made from, what plans and fits are chosen by, and what judges
+    the result. `seen` if fits saw the images that judge."""
+
+    fit: Calibration
+    choose: Calibration
+    judge: Calibration
+    seen: bool
 
 
 def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES) -> Calibration:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import Replaced, batches_for, flat_output, output_rows, record, record_batches, resume
+from lmfx.calibration.recording import Replaced, batches_for, flat_output, output_rows, record, resume
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance.added_activations import After
 from lmfx.passes.algebra.linear import LinearOp
@@ -33,7 +34,6 @@ from lmfx.passes.spans.moved_norms import moved_norm
 __all__ = ["Judging", "Scorer"]
 
 AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
-HELD_BYTES = 3 << 30  # values of all calibration images that may be held at once
 
 
 class Judging(Protocol):
@@ -65,7 +65,15 @@ class Part:
 class Scorer:
     """Judges the candidates of one graph on the held-out part of some calibration images."""
 
-    def __init__(self, options: Judging, spans: SpanSet, calibration: Calibration, executor: Executor | None) -> None:
+    def __init__(
+        self,
+        options: Judging,
+        spans: SpanSet,
+        calibration: Calibration,
+        executor: Executor | None = None,
+        candidates: Sequence[Candidate] = (),
+    ) -> None:
+        """`candidates` are all that may be scored, so that the network runs once for them (default: those of `run`)."""
         self.options = options
         self.spans = spans
         self.network = spans.network
@@ -74,66 +82,62 @@ class Scorer:
         self.calibration, self.judged = calibration.split(options.images)
         self.executor = executor
         self.rows = output_rows(self.gm, self.judged)
+        self.names: set[str] = set()
+        self.values: FitValues | None = None
+        self.judged_parts: tuple[list[Part], float] = ([], 1.0)
+        self.surrogates: dict[str, tuple[Tensor, Tensor]] | None = None
+        if candidates:
+            self.prepare(candidates)
+
+    def prepare(self, candidates: Sequence[Candidate]) -> None:
+        """Sees to it that what these candidates need of the network can be had."""
+        spans = [span for c in candidates for span in c.spans]
+        names = {s.entry for s in spans} | {s.output for s in spans}
+        names |= {side for c in candidates for side in span_sides(self.network, c)}
+        names |= {name for c in candidates for one in c.each() for name in self.after.names(one)}
+        if names <= self.names:
+            return
+        self.names = names
+        self.judged_parts = self.parts(names)
+        groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
+        self.values = FitValues(self.network, self.calibration, groups, quick=True)
 
     def run(
         self, candidates: list[Candidate], take: Callable[[Sequence[Candidate]], list[Candidate]]
     ) -> Iterator[tuple[str, float]]:
         """Key and importance of those candidates that `take` gives when their turn comes."""
-        spans = [span for c in candidates for span in c.spans]
-        names = {s.entry for s in spans} | {s.output for s in spans}
-        names |= {side for c in candidates for side in span_sides(self.network, c)}
-        names |= {name for c in candidates for one in c.each() for name in self.after.names(one)}
-        parts, scale = self.parts(names)
-        surrogates = None
-        if self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates):
-            surrogates = affine_surrogates(self.network, self.calibration)
+        self.prepare(candidates)
+        parts, scale = self.judged_parts
+        affine = self.options.surrogate == "affine" and any(c.realization == "compose" for c in candidates)
+        if self.surrogates is None and affine:
+            self.surrogates = affine_surrogates(self.network, self.calibration)
+        surrogates = self.surrogates
         others = [c for c in candidates if c.realization != "fit"]
         for i in range(0, len(others), AT_ONCE):
             for c in take(others[i : i + AT_ONCE]):
                 yield c.key, self.value(c, *self.composed(c, surrogates), parts, scale)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
-        for chunk in self.chunks(groups):
-            jobs = self.jobs(chunk, take)
-            results: Iterable[tuple[FitGroup, dict[str, FittedOp]]]
-            if self.executor is None:
-                results = ((job[0], _fit_job(job)) for job in jobs)
-            else:
-                listed = list(jobs)
-                results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
-            for group, ops in results:
-                for c in group.candidates:
-                    sides = ops[c.key].side_convs(group.sides, parts[0].output)
-                    yield c.key, self.value(c, ops[c.key], sides, parts, scale)
+        jobs = self.jobs(groups, take)
+        results: Iterable[tuple[FitGroup, dict[str, FittedOp]]]
+        if self.executor is None:
+            results = ((job[0], _fit_job(job)) for job in jobs)
+        else:
+            listed = list(jobs)
+            results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
+        for group, ops in results:
+            for c in group.candidates:
+                sides = ops[c.key].side_convs(group.sides, parts[0].output)
+                yield c.key, self.value(c, ops[c.key], sides, parts, scale)
 
     def jobs(
-        self, chunk: list[FitGroup], take: Callable[[Sequence[Candidate]], list[Candidate]]
+        self, groups: Sequence[FitGroup], take: Callable[[Sequence[Candidate]], list[Candidate]]
     ) -> Iterator[tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]]:
-        """The fits of groups of which `take` gives something; the network runs once for all of them."""
-        wanted = {n for g in chunk for n in g.names}
-        held: dict[str, Tensor] = {}
-        for whole in chunk:
+        """The fits of groups of which `take` gives something."""
+        for whole in groups:
             if mine := take(whole.candidates):
                 group = replace(whole, candidates=tuple(mine))
-                held = held or record_batches(self.gm, self.calibration, wanted)
-                yield group, held[group.entry], {n: held[n] for n in group.names}, [held[n] for n in group.calls]
-
-    def chunks(self, groups: list[FitGroup]) -> Iterator[list[FitGroup]]:
-        """Groups whose values together fit in memory, so that the network runs as seldom as possible."""
-        chunk: list[FitGroup] = []
-        held: set[str] = set()
-        for group in groups:
-            more = group.names
-            if chunk and self.bytes(held | more) > HELD_BYTES:
-                yield chunk
-                chunk, held = [], set()
-            chunk.append(group)
-            held |= more
-        if chunk:
-            yield chunk
-
-    def bytes(self, names: set[str]) -> int:
-        batch = {n: self.network.shape(n) for n in names}
-        return sum(len(self.calibration) * 4 * int(torch.Size(s[1:]).numel()) for s in batch.values())
+                assert self.values is not None
+                yield group, *self.values.of(group)
 
     def composed(
         self, c: Candidate, surrogates: dict[str, tuple[Tensor, Tensor]] | None
@@ -206,7 +210,7 @@ class Scorer:
                     if way is not None:
                         new = self.after.value(way, c.span.output, new, part.values)
                     gradients = part.gradients[way.place if way else c.span.output]
-                    changes = [((new - y).double() * g).flatten(1).sum(1) for g in gradients]
+                    changes = [_products(new - y, g) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
         return -0.5 * total / images / scale
 
@@ -223,8 +227,8 @@ class Scorer:
                 new, place = made(part.values[span.entry]), way.place if way else span.output
                 if way is not None:
                     new = self.after.value(way, span.output, new, part.values)
-                errors.append(((new - part.values[place]).double(), part.gradients[place]))
-            probes = [[(e * g[i]).flatten(1).sum(1) for e, g in errors] for i in range(self.options.probes)]
+                errors.append((new - part.values[place], part.gradients[place]))
+            probes = [[_products(e, g[i]) for e, g in errors] for i in range(self.options.probes)]
             return sum(float(torch.stack(p).sum(0).square().sum()) for p in probes) / self.options.probes
         outputs = {nodes[span.output] for span, _ in calls}
         behind = outputs | _after_any(outputs)
@@ -298,6 +302,13 @@ def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
     assert c.conv is not None
     none = ((0, 0),) * op.ndim
     return replace(op.like(x), padding=none)(fill_pad(x, c.conv))
+
+
+def _products(error: Tensor, gradient: Tensor) -> Tensor:
+    """The scalar product of each image's error with its gradient, (images,); added up in float64."""
+    if error.dtype in (torch.float16, torch.bfloat16):
+        error = error.float()
+    return (error * gradient).flatten(1).sum(1, dtype=torch.float64)
 
 
 def _scale(z: Tensor) -> float:

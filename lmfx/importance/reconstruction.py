@@ -8,8 +8,9 @@ on the original network's value. How it reaches the output is taken to first ord
     z' - z = J e        |J e|^2 = E over v of (v'J e)^2,  v of random signs      g = J'v, a backward pass a probe
 
 `exact=True` runs the rest of the network instead. Fits are made from sampled pixels of three quarters of the images,
-one Gram matrix for each (span start, stride) that serves every stop and kernel, and judged on images of the last
-quarter: on the images that it was made from, a fit with more unknowns than pixels has no error at all.
+one Gram matrix for each (span start, stride) that serves every stop and kernel. They are judged on other images, one
+half of the rest (the other half judges the compressed network): on the images that it was made from, a fit with more
+unknowns than pixels has no error at all.
 
 A least-squares fit gives a map of too small a variance where it fits badly, and batch norms after it, which have the
 original's statistics, pass that on. Any training in train mode begins by putting that right. `norms="batch"` takes the
@@ -20,6 +21,7 @@ which says what the network does as it is.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,15 +35,16 @@ from lmfx.importance.change import Scorer
 from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.profiling import digest
 from lmfx.passes.errors import InputError, OptionError
+from lmfx.passes.identity.fingerprint import Identity
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.store.rows import Store
 from lmfx.store.shared_rows import Share
 
-__all__ = ["Reconstruction"]
+__all__ = ["Reconstruction", "ReconstructionSession"]
 
-VERSION = 5
+VERSION = 6
 EXACT_MACS = 1e12  # some ten seconds on two cores
 CANDIDATES_A_CONV = 10  # that are usually worth scoring
 
@@ -87,27 +90,96 @@ class Reconstruction:
     ) -> ImportanceTable:
         """See `Estimator.score`. Rows are stored as they are made, under all that the network and the calibration data
         are; of those that cannot be told from all others, none is."""
+        return self.session(spans, candidates, calibration).score(
+            spans, candidates, calibration, store, progress, executor
+        )
+
+    def session(
+        self, spans: SpanSet, candidates: Sequence[Candidate], calibration: Calibration | None
+    ) -> ReconstructionSession:
+        """An estimator for parts of `candidates`, in any order: what they need of the network is recorded once.
+
+        Raises `InputError` without calibration images.
+        """
         if calibration is None:
             raise InputError("importance='reconstruction' needs calibration images: pass calibration=")
-        wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
-        if self.exact is None:
-            resolved = self.resolved(spans.network, usual_candidates(spans.network), calibration)
-            return resolved.score(spans, candidates, calibration, store, progress, executor)
-        network = weights_identity(spans.network.gm)
-        identity = {
-            "estimator": self.name,
+        changing = [c for c in candidates if c.realization != "keep" and not c.exact]
+        return ReconstructionSession(
+            self.resolved(spans.network, usual_candidates(spans.network), calibration), spans, changing, calibration
+        )
+
+    def resolved(self, network: Network, candidates: int, calibration: Calibration) -> Reconstruction:
+        """The same with `exact` decided for this many candidates.
+
+        Tables are made for `usual_candidates`, not for what one of them happens to hold, so that all tables of one
+        network and calibration share their rows: those of `compress` and of `lmfx.score`, of a round and of the whole.
+        """
+        if self.exact is not None:
+            return self
+        judged = min(self.images, len(calibration.split(self.images)[1]))
+        cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
+        return replace(self, exact=cost <= EXACT_MACS or self.norms == "batch")
+
+
+class ReconstructionSession:
+    """Scores candidates of one graph on one set of images, in as many calls as one likes."""
+
+    def __init__(
+        self,
+        options: Reconstruction,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration,
+    ) -> None:
+        self.options, self.spans, self.candidates, self.calibration = options, spans, candidates, calibration
+        self.name = options.name
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the rows hold for."""
+        options, spans = self.options, self.spans
+        return {
+            "estimator": options.name,
             "version": VERSION,
-            "exact": self.exact,
-            "images": self.images,
-            "probes": self.probes,
-            "surrogate": self.surrogate,
-            "norms": self.norms,
+            "exact": options.exact,
+            "images": options.images,
+            "probes": options.probes,
+            "surrogate": options.surrogate,
+            "norms": options.norms,
             "activation_after": spans.options.activation_after,
             "prunes": spans.options.method not in ("depth", "exact"),  # else all convs of a span are composed
-            "weights": network.digest,
-            "calibration": calibration.digest(),
+            "weights": self.network.digest,
+            "calibration": self.calibration.digest(),
         }
-        if not (network.certain and calibration.certain()):
+
+    @functools.cached_property
+    def network(self) -> Identity:
+        """What the network is, with its values."""
+        return weights_identity(self.spans.network.gm)
+
+    @functools.cached_property
+    def certain(self) -> bool:
+        """Whether the rows can be told from those of all other networks and images."""
+        return self.network.certain and self.calibration.certain()
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """What has the network's values."""
+        return Scorer(self.options, self.spans, self.calibration, None, self.candidates)
+
+    def score(
+        self,
+        spans: SpanSet,
+        candidates: Sequence[Candidate],
+        calibration: Calibration | None,
+        store: Store | None = None,
+        progress: bool = False,
+        executor: ExecutorLike = None,
+    ) -> ImportanceTable:
+        """See `Estimator.score`; the spans and images are those of the session."""
+        wanted = {c.key: c for c in candidates if c.realization != "keep" and not c.exact}
+        identity = self.identity
+        if not self.certain:
             store = None  # rows of another network might be taken for these
         rows = {c.key: 0.0 for c in candidates if c.realization == "keep" or c.exact}
         if store is not None:
@@ -135,7 +207,8 @@ class Reconstruction:
                     return [c for c in some if c.key in mine and c.key in todo]
 
                 while todo:
-                    for key, value in Scorer(self, spans, calibration, pool).run(list(todo.values()), take):
+                    self.scorer.executor = pool
+                    for key, value in self.scorer.run(list(todo.values()), take):
                         del todo[key]
                         bar.update(1)
                         if not math.isfinite(value):
@@ -151,18 +224,6 @@ class Reconstruction:
                         share.give_back(free)
                         collect(todo)
         return ImportanceTable(rows, {**identity, "graph": digest(spans.network.gm)})
-
-    def resolved(self, network: Network, candidates: int, calibration: Calibration) -> Reconstruction:
-        """The same with `exact` decided for this many candidates.
-
-        Tables are made for `usual_candidates`, not for what one of them happens to hold, so that all tables of one
-        network and calibration share their rows: those of `compress` and of `lmfx.score`, of a round and of the whole.
-        """
-        if self.exact is not None:
-            return self
-        judged = min(self.images, len(calibration.split(self.images)[1]))
-        cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
-        return replace(self, exact=cost <= EXACT_MACS or self.norms == "batch")
 
 
 def usual_candidates(network: Network) -> int:

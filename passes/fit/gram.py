@@ -158,9 +158,14 @@ class Gram:
             if len(chosen):
                 if part not in self._sums:
                     self._sums[part] = Sums.zeros(*self._shape, self.targets, x.device)
-                ys = {name: targets[name][chosen] for name in self.targets}
-                w = None if weights is None else weights.to(x.device)[chosen]
-                self._accumulate(self._sums[part], x[chosen], ys, out_size, positions[chosen], w, vectors[chosen])
+                every = len(chosen) == len(x)
+
+                def of(t: Tensor, chosen: Tensor = chosen, every: bool = every) -> Tensor:
+                    return t if every else t[chosen]
+
+                ys = {name: of(targets[name]) for name in self.targets}
+                w = None if weights is None else of(weights.to(x.device))
+                self._accumulate(self._sums[part], of(x), ys, out_size, of(positions), w, of(vectors))
                 self._sums[part].images += len(chosen)
         self._images += len(x)
 

@@ -1,0 +1,106 @@
+"""Keeps the values that fits are made from: of each node on as many images as its fits need samples of, and no more.
+
+A fit reads sampled output pixels. A large map has many in one image, so a few images serve it; a map of 7 x 7 needs
+hundreds. Memory goes with (images) x (pixels), so it is about the same for each node,
+
+    images(group) = samples / output pixels,  at least LEAST_IMAGES, at most all
+
+and the network runs once for all groups whose values fit into `limit` bytes together. The images come in an order of
+which each beginning is spread evenly over all of them: data are often sorted by class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lmfx.calibration.fitting import FitGroup
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.recording import batches_for, record
+from lmfx.passes.spans.layers import Network
+
+__all__ = ["FitValues", "spread"]
+
+LEAST_IMAGES = 24
+HELD_BYTES = 3 << 29  # 1.5 GiB
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def spread(images: Calibration) -> Calibration:
+    """The same images in an order of which each beginning is spread over the whole."""
+    order = ((torch.arange(len(images), dtype=torch.float64) * GOLDEN) % 1).argsort()
+    return Calibration(tuple(t[order.to(t.device)] for t in images.tensors), images.names)
+
+
+class FitValues:
+    """Values of a network's nodes for groups of fits; `groups` are those that may be asked for, in graph order."""
+
+    def __init__(
+        self, network: Network, images: Calibration, groups: Sequence[FitGroup], quick: bool, limit: int = HELD_BYTES
+    ) -> None:
+        self.network, self.images, self.groups, self.limit = network, spread(images), list(groups), limit
+        self.quick = quick
+        self.held: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def of(self, group: FitGroup) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """What enters the group's span, the values at all its other nodes, and what enters its other calls."""
+        count = self.count(group)
+        if any(self.counts.get(n, 0) < count for n in group.names):
+            self.record(group)
+        values = {n: self.taken(n, count) for n in group.names}
+        return values[group.entry], values, [values[n] for n in group.calls]
+
+    def taken(self, name: str, count: int) -> Tensor:
+        """The value on the first `count` images; what no image changes as it is."""
+        value = self.held[name]
+        return value[:count] if len(value) >= count else value
+
+    def count(self, group: FitGroup) -> int:
+        """The number of images that a group's fits are made from."""
+        if group.sides:
+            return len(self.images)  # a vector from the side has one sample an image
+        size = self.network.shape(group.candidates[0].span.output)[2:]
+        wanted = math.ceil(group.samples(self.quick) / max(math.prod(size), 1))
+        return min(len(self.images), max(LEAST_IMAGES, wanted))
+
+    def record(self, first: FitGroup) -> None:
+        """Runs the network for `first`, and for what comes after it as long as there is room."""
+        self.held, self.counts = {}, {}
+        at = next((i for i, g in enumerate(self.groups) if g.names >= first.names), len(self.groups))
+        counts: dict[str, int] = {}
+        for group in [first, *self.groups[at:]]:
+            more = {n: max(self.count(group), counts.get(n, 0)) for n in group.names}
+            if counts and self.bytes({**counts, **more}) > self.limit:
+                break
+            counts.update(more)
+        self.counts = counts
+        self.held = record_some(self.network, self.images, counts)
+
+    def bytes(self, counts: Mapping[str, int]) -> int:
+        """What the values of nodes on so many images take."""
+        shapes = {n: self.network.shape(n) for n in counts}
+        return sum(4 * count * int(torch.Size(shapes[n][1:]).numel()) for n, count in counts.items())
+
+
+@torch.no_grad()
+def record_some(network: Network, images: Calibration, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The value of each node on its number of images, the first ones; (images, channels, size...)."""
+    parts: dict[str, list[Tensor]] = {n: [] for n in counts}
+    done = 0
+    for batch in batches_for(network.gm, images):
+        left = {n: count - done for n, count in counts.items() if count > done}
+        if not left:
+            break
+        rows = len(batch[0])
+        values, _ = record(network.gm, batch, set(left), images.names)
+        for name, value in values.items():
+            if len(value) != rows:  # no image changes it
+                parts[name] = parts[name] or [value]
+            else:
+                parts[name].append(value[: left[name]].clone() if left[name] < rows else value)
+        done += rows
+    return {name: torch.cat(found) for name, found in parts.items()}

@@ -1,0 +1,10 @@
+"""Measures what a network still does of what another one did, on images that no fit saw.
+
+In: a traced network and calibration images. Out: a `Judge`, which gives the `Quality` of any network with the same
+inputs and outputs: divergence of every output, agreement of the arg-max and KL of scores, PSNR of maps.
+"""
+
+from .judge import Judge, compare
+from .measures import OutputQuality, Quality, QualityName
+
+__all__ = ["Judge", "OutputQuality", "Quality", "QualityName", "compare"]

@@ -1,0 +1,177 @@
+"""The figures by which two networks are compared: divergence, agreement, KL, PSNR; y is the reference, y' the other.
+
+    divergence   sum |y' - y|^2 / sum |y - mean of y|^2      0: equal; 1: as far off as the mean of the images would be
+    agreement    share of rows whose arg-max is the same; of a sequence, of the steps at which either has another class
+                 than the most frequent one (a blank would agree with itself)
+    KL           mean of sum p (log p - log p'),  p = softmax(y), in nats, over the rows
+    PSNR         10 log10( (max y - min y)^2 / mean |y' - y|^2 ) in dB: 0 dB is an error as large as the picture's range
+
+A loss, by which plans are compared, is lower for the better network, and 0 for the reference itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmfx.quality.outputs import Output
+
+__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "measure_output"]
+
+QualityName = Literal["auto", "kl", "agreement", "divergence", "psnr"]
+NAMES = ("auto", "kl", "agreement", "divergence", "psnr")
+LEAST_AGREEMENT, MOST_DIVERGENCE = 0.6, 0.5  # on the other side of which a network has collapsed
+LEAST_PROBABILITY = 1e-12
+MOST_KL = 1e3  # of one row; what is not finite counts as this
+
+
+@dataclass(frozen=True)
+class OutputQuality:
+    """One output against the reference's; what does not apply to its kind is None."""
+
+    name: str
+    kind: str  # scores, map, values
+    divergence: float
+    agreement: float | None = None
+    kl: float | None = None
+    psnr: float | None = None
+
+    def __str__(self) -> str:
+        parts = [] if self.agreement is None else [f"agreement {self.agreement:.1%}"]
+        parts += [] if self.kl is None else [f"KL {self.kl:.3g}"]
+        parts += [] if self.psnr is None else [f"PSNR {self.psnr:.1f} dB"]
+        return ", ".join([*parts, f"divergence {self.divergence:.3g}"])
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a network kept of the original, on `images` images; `held_out` if neither fits nor the choice saw them."""
+
+    outputs: tuple[OutputQuality, ...]
+    images: int
+    held_out: bool = True
+
+    @property
+    def agreement(self) -> float | None:
+        """The lowest agreement of an output of scores, None where there is none."""
+        return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+
+    @property
+    def kl(self) -> float | None:
+        """The sum of the KL over the outputs of scores, nats; None where there is none."""
+        found = [o.kl for o in self.outputs if o.kl is not None]
+        return sum(found) if found else None
+
+    @property
+    def psnr(self) -> float | None:
+        """The lowest PSNR of an output that is a map, dB; None where there is none."""
+        return min((o.psnr for o in self.outputs if o.psnr is not None), default=None)
+
+    @property
+    def divergence(self) -> float:
+        """The mean of the outputs' divergences."""
+        return sum(o.divergence for o in self.outputs) / max(len(self.outputs), 1)
+
+    @property
+    def kept(self) -> float:
+        """The share of what the original did that is left: agreement, or 1 - divergence where nothing is a score."""
+        return max(0.0, 1 - self.divergence) if self.agreement is None else self.agreement
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether an output no longer says what the original's did."""
+        return any(
+            o.divergence > MOST_DIVERGENCE if o.agreement is None else o.agreement < LEAST_AGREEMENT
+            for o in self.outputs
+        )
+
+    def loss(self, name: QualityName = "auto") -> float:
+        """What a plan is chosen by, lower is better.
+
+        "auto": KL of scores, divergence of all other outputs, added up. "agreement" counts rows that disagree, and
+        where two plans have as many, the KL decides; "psnr" is the divergence of maps. A name that fits none of the
+        outputs stands for "auto".
+        """
+        auto = sum(o.divergence if o.kl is None else o.kl for o in self.outputs)
+        if name == "agreement" and self.agreement is not None:
+            return (1 - self.agreement) + 1e-3 * auto / (1 + auto)
+        if name == "kl" and self.kl is not None:
+            return self.kl
+        if name == "psnr" and self.psnr is not None:
+            return sum(o.divergence for o in self.outputs if o.psnr is not None)
+        return self.divergence if name == "divergence" else auto
+
+    def __str__(self) -> str:
+        if len(self.outputs) == 1:
+            return str(self.outputs[0])
+        return "; ".join(f"{o.name}: {o}" for o in self.outputs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for files."""
+        return {"images": self.images, "held_out": self.held_out, "outputs": [vars(o) for o in self.outputs]}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Quality:
+        """The quality that `as_json` wrote. Raises TypeError or KeyError for anything else."""
+        outputs = tuple(OutputQuality(**{k: _plain(k, v) for k, v in o.items()}) for o in found["outputs"])
+        return cls(outputs, int(found["images"]), bool(found["held_out"]))
+
+
+def _plain(key: str, value: Any) -> Any:
+    if key in ("name", "kind"):
+        return str(value)
+    return None if value is None else float(value)
+
+
+def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQuality:
+    """One output of all images, in the layout that the network gives it, against the reference's."""
+    assert output.rows is not None
+    y, z = (t.movedim(output.rows, 0).double() for t in (reference, other))
+    z = torch.nan_to_num(z, nan=1e30, posinf=1e30, neginf=-1e30)
+    divergence = _divergence(y, z)
+    if output.kind == "scores":
+        a, b = (t.clamp_min(LEAST_PROBABILITY).log() if output.probabilities else t for t in (y, z))
+        return OutputQuality(output.name, "scores", divergence, _agreement(y, z), _kl(a, b))
+    if output.kind == "map":
+        return OutputQuality(output.name, "map", divergence, psnr=_psnr(y, z))
+    return OutputQuality(output.name, output.kind, divergence)
+
+
+def _divergence(y: Tensor, z: Tensor) -> float:
+    """See the module's text. Of one image, or images that are all alike, it is relative to the mean square."""
+    y, z = y.flatten(1), z.flatten(1)
+    error = float((z - y).square().sum())
+    whole = float(y.square().sum())
+    variance = float((y - y.mean(0)).square().sum()) if len(y) > 1 else whole
+    scale = variance if variance > 1e-12 * whole else whole
+    if not math.isfinite(error):
+        return math.inf
+    return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+
+
+def _agreement(y: Tensor, z: Tensor) -> float:
+    a, b = y.argmax(-1), z.argmax(-1)
+    same = a == b
+    if a.dim() > 1:
+        common = a.flatten().mode().values
+        says = (a != common) | (b != common)
+        if bool(says.any()):
+            same = same[says]
+    return float(same.double().mean())
+
+
+def _kl(y: Tensor, z: Tensor) -> float:
+    p, q = y.log_softmax(-1), z.log_softmax(-1)
+    rows = (p.exp() * (p - q)).sum(-1)
+    return float(torch.nan_to_num(rows, nan=MOST_KL, posinf=MOST_KL).clamp(0, MOST_KL).mean())
+
+
+def _psnr(y: Tensor, z: Tensor) -> float:
+    span, error = float(y.max() - y.min()), float((z - y).square().mean())
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(span**2 / error) if span > 0 and math.isfinite(error) else -math.inf

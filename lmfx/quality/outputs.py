@@ -1,0 +1,108 @@
+"""Tells what the outputs of a traced network are: scores of classes, maps, or other values.
+
+    scores    (images, classes), or a sequence of them (images, steps, classes): what an arg-max is taken of
+    map       (images, channels, size...): a picture
+    values    all else: boxes, embeddings, one number an image
+
+A softmax says that its output is scores, and then the outputs beside it are not, unless they are softmaxes as well.
+Else the last layer that computes decides: a Linear or a convolution, perhaps pooled, gives scores where it has two
+columns or more; a sigmoid, a tanh or a division by the norm does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from lmfx.calibration.recording import Rows
+
+__all__ = ["Kind", "Output", "outputs_of"]
+
+Kind = Literal["scores", "map", "values"]
+
+SOFTMAX = {"softmax", "log_softmax", "softmax2d"}
+MOVES = {  # what gives the same numbers in another order or shape, or their averages
+    "flatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "contiguous", "dropout", "identity",
+    "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool1d", "avg_pool2d",
+    "avg_pool3d", "adaptiveavgpool1d", "adaptiveavgpool2d", "adaptiveavgpool3d", "avgpool1d", "avgpool2d", "avgpool3d",
+    "channelaffine", "getitem", "clone", "detach", "float", "to",
+}  # fmt: skip
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LazyLinear)
+LAYER_OPS = {"linear", "addmm", "matmul", "conv1d", "conv2d", "conv3d"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """One floating tensor of the output: its name, the dimension of the images (None: constant), and what it is."""
+
+    name: str
+    rows: int | None
+    kind: Kind
+    probabilities: bool = False  # scores that are a softmax already
+
+
+def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> list[Output]:
+    """The floating tensors of the output in order; `values` is what one batch gave, `rows` their image dimensions."""
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    leaves, _ = pytree.tree_flatten_with_path(output.args[0])
+    nodes = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, fx.Node)]
+    floating = [(name, n) for name, n in nodes if _is_floating(n)]
+    if len(floating) != len(values):  # an output whose tensors the graph does not name one by one
+        floating = [(str(i), None) for i in range(len(values))]
+    sources = [(_Source(None, False) if node is None else _source(gm, node)) for _, node in floating]
+    softmax = any(s.softmax for s in sources)
+    found = []
+    for (name, _), source, value, dim in zip(floating, sources, values, rows, strict=True):
+        kind: Kind = "values"
+        if dim is not None:
+            shape = [n for i, n in enumerate(value.shape) if i != dim]
+            scored = source.softmax if softmax else source.layer
+            if len(shape) in (1, 2) and shape[-1] >= 2 and scored:
+                kind = "scores"
+            elif len(shape) >= 2 and max(shape[1:]) > 1:
+                kind = "map"
+        found.append(Output(name, dim, kind, kind == "scores" and source.softmax and not source.log))
+    return found
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What computes a value, apart from moves: a layer whose rows may be scores, a softmax (its logarithm)."""
+
+    layer: bool | None
+    softmax: bool
+    log: bool = False
+
+
+def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
+    while True:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        name = _operation(node, module)
+        if name in SOFTMAX:
+            return _Source(True, True, name == "log_softmax")
+        if isinstance(module, LAYERS) or name in LAYER_OPS:
+            return _Source(True, False)
+        if name not in MOVES or not node.all_input_nodes:
+            # A pooled activation (a classifier that ends in a conv) is a row of scores as well.
+            return _Source(name in ("relu", "batchnorm1d", "batchnorm2d"), False)
+        node = node.all_input_nodes[0]
+
+
+def _operation(node: fx.Node, module: nn.Module | None) -> str:
+    """The name of what a node does in lower case: softmax, linear, relu, ..."""
+    if module is not None:
+        return type(module).__name__.lower()
+    return str(getattr(node.target, "__name__", node.target)).lower().removesuffix("_")
+
+
+def _is_floating(node: fx.Node) -> bool:
+    dtype: Any = node.meta.get("dtype")
+    return not isinstance(dtype, torch.dtype) or dtype.is_floating_point
+
+
+def _name(path: Any) -> str:
+    return "".join(str(p) for p in path).strip(".[]'") or "output"
