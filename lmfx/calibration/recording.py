@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -124,30 +125,40 @@ def record_batches(
 @torch.no_grad()
 def resume(
     gm: fx.GraphModule,
-    known: dict[fx.Node, Any],
+    known: Mapping[fx.Node, Any],
     replaced: Replaced | None = None,
     then: Mapping[fx.Node, Function] | None = None,
 ) -> Any:
-    """The output when some nodes' values are given; only what depends on none of them alone is computed.
+    """The output when some nodes' values are given; only what it needs besides them is computed.
 
     Those that are `replaced` are what a function makes of another node's value; `then` is a function of what they are.
     """
-    runner = _Resumed(gm, replaced or {}, then or {})
-    return runner.run(initial_env=dict(known), enable_io_processing=False)
-
-
-class _Resumed(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, replaced: Replaced, then: Mapping[fx.Node, Function]) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.replaced, self.then = replaced, then
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n in self.replaced:
-            entry, made = self.replaced[n]
-            value = made(self.env[entry])
+    replaced, then = replaced or {}, then or {}
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    reads: dict[fx.Node, list[fx.Node]] = {}
+    queue = [output]
+    while queue:
+        node = queue.pop()
+        if node not in reads and node not in known:
+            reads[node] = [replaced[node][0]] if node in replaced else node.all_input_nodes
+            queue += reads[node]
+    left = Counter(i for inputs in reads.values() for i in inputs)  # readers that have not run
+    runner = fx.Interpreter(gm, garbage_collect_values=False)
+    runner.env = dict(known)
+    for node in gm.graph.nodes:
+        if node not in reads:
+            continue
+        if node in replaced:
+            entry, made = replaced[node]
+            value = made(runner.env[entry])
         else:
-            value = super().run_node(n)
-        return self.then[n](value) if n in self.then else value
+            value = runner.run_node(node)
+        runner.env[node] = then[node](value) if node in then else value
+        for i in reads[node]:
+            left[i] -= 1
+            if not left[i] and i not in known:
+                del runner.env[i]
+    return runner.env[output]
 
 
 def flat_output(output: Any, images: int | None = None, rows: Rows = ()) -> Tensor:

@@ -83,6 +83,8 @@ class Scorer:
         self.executor = executor
         self.rows = output_rows(self.gm, self.judged)
         self.names: set[str] = set()
+        self._crossings: dict[frozenset[fx.Node], set[str]] = {}
+        self.ops: dict[str, FittedOp] = {}  # of the candidates that were fitted
         self.values: FitValues | None = None
         self.judged_parts: tuple[list[Part], float] = ([], 1.0)
         self.surrogates: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -91,16 +93,31 @@ class Scorer:
 
     def prepare(self, candidates: Sequence[Candidate]) -> None:
         """Sees to it that what these candidates need of the network can be had."""
+        names = self.reads(candidates)
+        if self.options.exact:
+            names = names.union(*(self.crossing(c) for c in candidates))
+        if names <= self.names:
+            return
+        self.names = names | self.names
+        self.judged_parts = self.parts(self.names)
+        groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
+        self.values = FitValues(self.network, self.calibration, groups, quick=True)
+
+    def reads(self, candidates: Sequence[Candidate]) -> set[str]:
+        """The nodes at the ends of the candidates' spans, and what else their values are made of."""
         spans = [span for c in candidates for span in c.spans]
         names = {s.entry for s in spans} | {s.output for s in spans}
         names |= {side for c in candidates for side in span_sides(self.network, c)}
-        names |= {name for c in candidates for one in c.each() for name in self.after.names(one)}
-        if names <= self.names:
-            return
-        self.names = names
-        self.judged_parts = self.parts(names)
-        groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
-        self.values = FitValues(self.network, self.calibration, groups, quick=True)
+        return names | {name for c in candidates for one in c.each() for name in self.after.names(one)}
+
+    def crossing(self, c: Candidate) -> set[str]:
+        """The nodes whose values are read after a candidate's span, and are not changed by it."""
+        outputs = frozenset(self.network.nodes[s.output] for s in c.spans)
+        if outputs not in self._crossings:
+            after = outputs | _after_any(set(outputs))
+            reads = {i for n in after for i in n.all_input_nodes}
+            self._crossings[outputs] = {i.name for i in reads - after if i.op != "get_attr"}
+        return self._crossings[outputs]
 
     def run(
         self, candidates: list[Candidate], take: Callable[[Sequence[Candidate]], list[Candidate]]
@@ -125,6 +142,7 @@ class Scorer:
             listed = list(jobs)
             results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
         for group, ops in results:
+            self.ops.update(ops)
             for c in group.candidates:
                 sides = ops[c.key].side_convs(group.sides, parts[0].output)
                 yield c.key, self.value(c, ops[c.key], sides, parts, scale)
@@ -157,17 +175,17 @@ class Scorer:
         found, outputs = [], []
         generator = torch.Generator().manual_seed(0)
         for batch in batches_for(self.gm, self.judged, self.options.images, self.options.images):
-            part = self.exact_part(batch) if self.options.exact else self.part(batch, names, generator)
+            part = self.exact_part(batch, names) if self.options.exact else self.part(batch, names, generator)
             if self.options.norms == "batch" and len(part.output) < 2:
                 raise InputError("norms='batch' needs statistics of two images and more: pass more calibration images")
             found.append(part)
             outputs.append(part.output)
         return found, _scale(torch.cat(outputs))
 
-    def exact_part(self, batch: tuple[Tensor, ...]) -> Part:
+    def exact_part(self, batch: tuple[Tensor, ...], names: set[str]) -> Part:
+        """A part without gradients, in which `names` are kept: those that the candidates read, and the crossing ones."""
         with torch.no_grad():
-            every = {n.name for n in self.gm.graph.nodes}
-            values, output = record(self.gm, batch, every, self.calibration.names)
+            values, output = record(self.gm, batch, names, self.calibration.names)
             return Part(values, {}, flat_output(output, len(batch[0]), self.rows))
 
     def part(self, batch: tuple[Tensor, ...], names: set[str], generator: torch.Generator) -> Part:
@@ -190,20 +208,15 @@ class Scorer:
         self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], parts: list[Part], scale: float
     ) -> float:
         total, images = 0.0, 0
-        norm, way = None, self.after.way(c)
-        if c.post_norm is not None and c.conv is not None:
-            norm = moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
+        norm, way = self.norm(c), self.after.way(c)
         for part in parts:
-            x, y = part.values[c.span.entry], part.values[way.place if way else c.span.output]
-            images += len(x)
+            y = part.values[way.place if way else c.span.output]
+            images += len(part.values[c.span.entry])
             with torch.no_grad():
                 if c.calls:
                     total += self.moved(c, lambda x: _made(x, c, op, norm), part)
                     continue
-                new = _made(x, c, op, None)
-                for name, conv in sides.items():
-                    new = new + conv(part.values[name])
-                new = new if norm is None else norm(new)
+                new = self.new(c, op, sides, norm, part)
                 if self.options.exact:
                     total += self.squared_change(c, new, part)
                 else:
@@ -213,6 +226,54 @@ class Scorer:
                     changes = [_products(new - y, g) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
         return -0.5 * total / images / scale
+
+    def norm(self, c: Candidate) -> nn.Module | None:
+        """The norm that a candidate moves to after its conv."""
+        if c.post_norm is None or c.conv is None:
+            return None
+        return moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
+
+    def new(
+        self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], norm: nn.Module | None, part: Part
+    ) -> Tensor:
+        """The value at the end of a candidate's span."""
+        new = _made(part.values[c.span.entry], c, op, None)
+        for name, conv in sides.items():
+            new = new + conv(part.values[name])
+        return new if norm is None else norm(new)
+
+    # --- the change of the outputs itself -----------------------------------------------------------------------------
+
+    def made(self, c: Candidate) -> tuple[LinearOp | None, dict[str, nn.Module]]:
+        """The op of a candidate and the convs of its vectors: composed, or fitted on the original's values."""
+        if c.realization != "fit":
+            affine = self.options.surrogate == "affine" and c.realization == "compose"
+            if affine and self.surrogates is None:
+                self.surrogates = affine_surrogates(self.network, self.calibration)
+            return self.composed(c, self.surrogates if affine else None)
+        if c.key not in self.ops:
+            assert self.values is not None
+            (group,) = fit_groups(self.network, [c])
+            self.ops.update(_fit_job((group, *self.values.of(group))))
+        op = self.ops[c.key]
+        (group,) = fit_groups(self.network, [c])
+        return op, op.side_convs(group.sides, op.weight)
+
+    @torch.no_grad()
+    def outputs(self, c: Candidate, part: Part) -> Any:
+        """The network's output on an exact part when only the candidate is applied."""
+        op, sides = self.made(c)
+        norm, way, nodes = self.norm(c), self.after.way(c), self.network.nodes
+        if c.calls:
+            known, replaced, acted = self.replaced(c, lambda x: _made(x, c, op, norm), part)
+            return resume(self.gm, known, replaced, acted)
+        new = self.new(c, op, sides, norm, part)
+        after = _descendants(nodes[c.span.output])
+        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in after and nodes[n].op != "output"}
+        known[nodes[c.span.output]] = new
+        if way is not None:
+            known[nodes[way.place]] = self.after.value(way, c.span.output, new, part.values)
+        return resume(self.gm, known)
 
     def moved(self, c: Candidate, made: Callable[[Tensor], Tensor], part: Part) -> float:
         """The squared change of the output, over all images, when `made` gives the span's output at all of its calls.
@@ -231,10 +292,7 @@ class Scorer:
             probes = [[_products(e, g[i]) for e, g in errors] for i in range(self.options.probes)]
             return sum(float(torch.stack(p).sum(0).square().sum()) for p in probes) / self.options.probes
         outputs = {nodes[span.output] for span, _ in calls}
-        behind = outputs | _after_any(outputs)
-        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"}
-        replaced: Replaced = {nodes[span.output]: (nodes[span.entry], made) for span, _ in calls}
-        acted = {nodes[way.place]: self.after.activation() for _, way in calls if way is not None}
+        known, replaced, acted = self.replaced(c, made, part)
         images, wanted = len(part.values[c.span.entry]), part.output
         with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
             output = flat_output(resume(self.gm, known, replaced, acted), images, self.rows)
@@ -245,6 +303,18 @@ class Scorer:
                     part.renewed[key] = flat_output(resume(self.gm, same), images, self.rows)
                 wanted = part.renewed[key]
         return float((output.double() - wanted).square().sum())
+
+    def replaced(
+        self, c: Candidate, made: Callable[[Tensor], Tensor], part: Part
+    ) -> tuple[dict[fx.Node, Any], Replaced, dict[fx.Node, nn.Module]]:
+        """What `resume` takes for a candidate with several calls: what is known, what they make, what acts on it."""
+        nodes, calls = self.network.nodes, [(one.span, self.after.way(one)) for one in c.each()]
+        outputs = {nodes[span.output] for span, _ in calls}
+        after = outputs | _after_any(outputs)
+        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in after and nodes[n].op != "output"}
+        replaced: Replaced = {nodes[span.output]: (nodes[span.entry], made) for span, _ in calls}
+        acted = {nodes[way.place]: self.after.activation() for _, way in calls if way is not None}
+        return known, replaced, acted
 
     def squared_change(self, c: Candidate, new: Tensor, part: Part) -> float:
         """The squared change of the output, over all images, when the span's output is `new`."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.layers import Network
 
-__all__ = ["bounded_by", "violations"]
+__all__ = ["bounded_by", "places", "violations"]
 
 
 def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArray[np.intp]]:
@@ -33,7 +33,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     inside: dict[str, list[tuple[int, int, int]]] = {}
     for i, d in enumerate(candidates):
         if d.realization in ("compose", "fit"):
-            for series, start, stop in _places(d):
+            for series, start, stop in places(d):
                 inside.setdefault(series, []).append((start, stop, i))
     tables = {name: np.array(rows) for name, rows in inside.items()}
     for i, c in enumerate(candidates):
@@ -47,7 +47,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     return found
 
 
-def _places(d: Candidate) -> list[tuple[str, int, int]]:
+def places(d: Candidate) -> list[tuple[str, int, int]]:
     """Where a candidate lies: in its own series, and as a part of one layer in each series around that."""
     name, places = d.span.series, [(d.span.series, d.span.start, d.span.stop)]
     while "/" in name:

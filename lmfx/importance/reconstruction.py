@@ -25,13 +25,13 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, Literal
 
 from lmfx.calibration.images import Calibration
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.change import Scorer
+from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.profiling import digest
 from lmfx.passes.errors import InputError, OptionError
@@ -229,12 +229,3 @@ class ReconstructionSession:
 def usual_candidates(network: Network) -> int:
     """Roughly how many candidates of a network are scored, whatever the options are."""
     return CANDIDATES_A_CONV * sum(len(network.convs(region.series.layers)[1]) for region in network.regions)
-
-
-def multiply_accumulates(network: Network) -> float:
-    """Multiply-accumulates of the convs in a network's regions, for one image."""
-    total = 0.0
-    for name in (c for region in network.regions for c in network.convs(region.series.layers)[1]):
-        conv: Any = network.module(name)
-        total += conv.weight.numel() * prod(network.shape(name)[2:])
-    return total

@@ -49,9 +49,10 @@ class Judge:
     @torch.no_grad()
     def outputs(self, net: nn.Module) -> list[Tensor]:
         """Every floating tensor of the output, of all images; one without an image dimension, of the first batch."""
-        parts: list[list[Tensor]] = []
-        for batch in self.batches:
-            parts.append(floating(self.run(net, batch)))
+        return self.joined([floating(self.run(net, batch)) for batch in self.batches])
+
+    def joined(self, parts: list[list[Tensor]]) -> list[Tensor]:
+        """The tensors of all batches from those of each."""
         return [
             parts[0][i] if dim is None else torch.cat([p[i] for p in parts], dim) for i, dim in enumerate(self.rows)
         ]

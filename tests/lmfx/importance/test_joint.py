@@ -1,0 +1,73 @@
+"""Losses of whole plans from the changes that their candidates make alone."""
+
+import pytest
+import torch
+from torch import nn
+
+import lmfx
+from lmfx.calibration.images import as_calibration
+from lmfx.importance import Reconstruction
+from lmfx.importance.change import Scorer
+from lmfx.importance.joint import JointLoss, overlap
+from lmfx.passes.ir import Candidate
+from benchmarks.shared.random_plans import randomise_norms
+
+
+class Sum(nn.Module):
+    """Two branches whose sum is the output of a Linear: their errors add up exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))  # noqa: E731
+        self.a, self.b, self.head = make(), make(), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.a(x) + self.b(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def joint() -> tuple[lmfx.passes.spans.enumeration.SpanSet, JointLoss]:  # type: ignore[name-defined]
+    torch.manual_seed(0)
+    model = randomise_norms(Sum().double().eval())
+    images = torch.randn(32, 3, 9, 7, dtype=torch.float64)
+    spans = lmfx.spans(lmfx.trace(model, images[:1]))
+    scorer = Scorer(Reconstruction(exact=True), spans, as_calibration(images, images[:1]), None, list(spans))
+    return spans, JointLoss(scorer, list(spans))
+
+
+def in_branch(spans: object, branch: str) -> Candidate:
+    return next(c for c in spans if c.realization == "fit" and c.all_convs == (f"{branch}.0", f"{branch}.2"))  # type: ignore[attr-defined]
+
+
+def test_a_plan_of_branches_that_are_added_loses_what_is_predicted(joint) -> None:  # type: ignore[no-untyped-def]
+    spans, losses = joint
+    plan = [in_branch(spans, "a"), in_branch(spans, "b")]
+    both = losses.scorer.outputs
+    first = losses.change(plan[0]) + losses.change(plan[1])
+    assert losses.loss(plan) == pytest.approx(losses.space.loss(first), rel=1e-9)
+    assert losses.loss(plan[:1]) > 0 and both is not None
+
+
+def test_seen_from_a_plan_a_candidate_costs_what_it_adds(joint) -> None:  # type: ignore[no-untyped-def]
+    spans, losses = joint
+    a, b = in_branch(spans, "a"), in_branch(spans, "b")
+    seen, alone = losses.seen_from([a, b]), losses.seen_from([])
+    u, v = (losses.vectors[c.key].double() for c in (a, b))
+    assert -alone[a.key] == pytest.approx(0.5 * float(u @ u), rel=1e-6)
+    assert -seen[a.key] == pytest.approx(0.5 * float(u @ u) + float(u @ v), rel=1e-6)
+    assert -(seen[a.key]) != pytest.approx(-alone[a.key])
+
+
+def test_what_overlaps_is_told(joint) -> None:  # type: ignore[no-untyped-def]
+    spans, _ = joint
+    a, b = in_branch(spans, "a"), in_branch(spans, "b")
+    whole = next(c for c in spans if {"a.0", "b.0"} <= set(c.all_convs))
+    assert overlap(a, a) and not overlap(a, b)
+    assert overlap(whole, a) and overlap(a, whole)
+
+
+def test_a_candidate_that_loses_nothing_changes_nothing(joint) -> None:  # type: ignore[no-untyped-def]
+    spans, losses = joint
+    keep = next(c for c in spans if c.realization == "keep")
+    assert keep.realization == "keep"
+    assert losses.loss([]) == 0
