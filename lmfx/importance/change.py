@@ -183,7 +183,7 @@ class Scorer:
         return found, _scale(torch.cat(outputs))
 
     def exact_part(self, batch: tuple[Tensor, ...], names: set[str]) -> Part:
-        """A part without gradients, in which `names` are kept: those that the candidates read, and the crossing ones."""
+        """A part without gradients, with the values `names`: what the candidates read, and what crosses their spans."""
         with torch.no_grad():
             values, output = record(self.gm, batch, names, self.calibration.names)
             return Part(values, {}, flat_output(output, len(batch[0]), self.rows))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import lmfx
 from lmfx.calibration.images import Calibration
-from lmfx.importance import Reconstruction, reconstruction
+from lmfx.importance import Reconstruction, macs, reconstruction
 from lmfx.latency import Store
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.graph.verify import relative_error
@@ -474,8 +474,8 @@ def test_the_stages_by_hand_find_the_rows_of_compress(
     spans = lmfx.spans(graph)
     # Few candidates would be scored exactly, and all of them would not.
     judged = len(Calibration((DATA,)).split(Reconstruction().images)[1])
-    macs = reconstruction.multiply_accumulates(spans.network) * judged / 2
-    monkeypatch.setattr(reconstruction, "EXACT_MACS", macs * 0.7 * len(spans))
+    cost = macs.multiply_accumulates(spans.network) * judged / 2
+    monkeypatch.setattr(reconstruction, "EXACT_MACS", cost * 0.7 * len(spans))
     compress(model, X, 0.6, calibration=DATA, cache_dir=tmp_path)
     scored, timed = ({key for kind, key in puts if kind == wanted} for wanted in ("importance", "latency"))
     assert len(scored) < 0.7 * len(spans)

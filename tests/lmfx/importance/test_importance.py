@@ -258,7 +258,8 @@ def test_new_statistics_repair_a_wrong_scale_in_front_of_a_norm() -> None:
     changes = {}
     for norms in ("kept", "batch"):
         scorer = Scorer(Reconstruction(exact=True, norms=norms), made.spans, made.data, None)  # type: ignore[arg-type]
-        (part,), _ = scorer.parts(set())
+        scorer.prepare([first])
+        (part,), _ = scorer.judged_parts
         y = part.values[first.span.output]
         assert scorer.squared_change(first, y, part) == 0
         turned = y[:, [1, 0, 2, 3, 4, 5]]

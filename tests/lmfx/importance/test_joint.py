@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 import lmfx
+from benchmarks.shared.random_plans import randomise_norms
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import Reconstruction
 from lmfx.importance.change import Scorer
 from lmfx.importance.joint import JointLoss, overlap
 from lmfx.passes.ir import Candidate
-from benchmarks.shared.random_plans import randomise_norms
 
 
 class Sum(nn.Module):
