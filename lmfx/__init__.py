@@ -24,6 +24,8 @@ from lmfx.passes.errors import (
     ModelError,
     OptionError,
     PlanError,
+    QualityError,
+    QualityWarning,
     SizeError,
     StoreError,
     TableError,
@@ -34,6 +36,7 @@ from lmfx.passes.ir import Candidate, MergePlan, Refusal
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.plan_file import load_plan, save_plan
 from lmfx.planning.saved_networks import load, save
+from lmfx.quality import Quality, compare
 from lmfx.report import report
 from lmfx.result import Result, result_of
 from lmfx.simplify import simplify
@@ -60,6 +63,9 @@ __all__ = [
     "OnDemand",
     "OptionError",
     "PlanError",
+    "Quality",
+    "QualityError",
+    "QualityWarning",
     "Refusal",
     "Result",
     "SizeError",
@@ -69,6 +75,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "build_engine",
+    "compare",
     "compress",
     "distill",
     "export_onnx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -12,24 +13,31 @@ from torch import fx, nn
 
 from lmfx import stages
 from lmfx.budget import Budget
-from lmfx.calibration.images import Calibration, as_calibration
+from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
 from lmfx.calibration.model_checks import check_run_options, span_options
 from lmfx.environment.caller_state import entry
-from lmfx.importance import Estimator, ImportanceTable, get_estimator
+from lmfx.importance import Estimator, ImportanceTable, Reconstruction, get_estimator
+from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
+from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.whole_times import time_wholes
-from lmfx.passes.errors import InfeasibleBudget, OptionError
+from lmfx.passes.errors import InfeasibleBudget, OptionError, QualityWarning
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Realization, Surrogate
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import Method, Norm, SpanSet
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
+from lmfx.planning.judged import Judged
 from lmfx.planning.search import Found, find_loss_free, find_plan
+from lmfx.quality import Judge, Quality, QualityName
+from lmfx.quality.measures import NAMES
 from lmfx.result import Result
 
 __all__ = ["compress"]
+
+WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
 
 @entry
@@ -53,6 +61,7 @@ def compress(
     executor: ExecutorLike = None,
     cache_dir: str | os.PathLike[str] | None = None,
     merge: bool = True,
+    quality: QualityName | None = "auto",
     progress: bool = True,
 ) -> fx.GraphModule:
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
@@ -83,6 +92,9 @@ def compress(
             an executor).
         cache_dir: where measurements are kept (default: the user's cache); a second budget reuses them.
         merge: False gives the trainable form; `lmfx.merge` makes the deploy form of it.
+        quality: what plans are chosen by, on calibration images that no fit saw: "auto" (KL of scores, divergence of
+            other outputs), "kl", "agreement" (of the arg-max), "psnr" (of maps) or "divergence"; None takes the plan
+            of best importance, and judges none. Plans are judged with importance="reconstruction", from 16 images on.
         progress: show progress bars on stderr.
 
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
@@ -91,6 +103,8 @@ def compress(
     wanted = Budget.parse(budget)
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
+    if quality is not None and quality not in NAMES:
+        raise OptionError(f"quality={quality!r}: use one of {', '.join(map(repr, NAMES))}, or None")
     options: dict[str, Any] = {
         "realize": realize,
         "max_kernel_size": max_kernel_size,
@@ -121,6 +135,10 @@ def compress(
             return source
         return stages.profile(graph, source, spans=some, cache_dir=cache_dir, progress=progress, calibrate=False)
 
+    session = None
+    if quality is not None and isinstance(estimator, Reconstruction) and len(images) >= LEAST_JUDGED:
+        session = estimator.session(spans, list(spans), images)
+
     found = _loss_free(graph, spans, profiled, source, wanted, example_input)
     if found is None and wanted.kind != "ms" and wanted.value == 1:
         same = stages.rewrite(graph, MergePlan((), fingerprint(graph)), spans=spans)
@@ -129,22 +147,20 @@ def compress(
         raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
     if found is None:
         table = profiled(spans)
-        scores = stages.score(
-            graph,
-            estimator,
-            calibration=images,
-            spans=spans,
-            latency=table,
-            cache_dir=cache_dir,
-            executor=executor,
-            progress=progress,
-        )
+        scores = _scores(graph, session or estimator, images, spans, table, wanted, cache_dir, executor, progress)
         frontier = stages.solve(graph, table, scores, spans=spans, surrogate=surrogate)
+        judged = None
+        if session is not None and quality is not None:
+            judged = Judged(spans, table, scores, session, images, quality, surrogate, progress)
         if isinstance(source, LatencyTable):
             found = predict_plan(frontier, wanted)
+            if judged is not None:
+                found = judged.better_predicted(found, wanted.resolve(frontier.original))
         else:
             found = find_plan(graph, frontier, wanted, source, example_input, progress)
-    student = stages.rewrite(graph, found.plan, calibration=images, spans=spans, progress=progress)
+            if judged is not None:
+                found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
+    student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=progress)
     net = stages.merge(student) if merge else student
     return _finish(graph, net, spans, wanted, source, merge, found, images)
 
@@ -165,6 +181,43 @@ def _loss_free(
     if isinstance(source, LatencyTable):
         return predict_loss_free(frontier, budget)
     return find_loss_free(graph, frontier, budget, source, example_input)
+
+
+def _scores(
+    graph: fx.GraphModule,
+    estimator: Estimator,
+    images: Calibration,
+    spans: SpanSet,
+    table: LatencyTable,
+    budget: Budget,
+    cache_dir: str | os.PathLike[str] | None,
+    executor: ExecutorLike,
+    progress: bool,
+) -> ImportanceTable:
+    """Importances of all candidates, or, of a network in which that takes long, of those that the budget depends on."""
+    options: dict[str, Any] = {"calibration": images, "spans": spans, "cache_dir": cache_dir, "executor": executor}
+    if not isinstance(estimator, ReconstructionSession) or estimator.options.exact:
+        return stages.score(graph, estimator, latency=table, progress=progress, **options)
+    free = {c.key: 0.0 for c in stages.worth_scoring(spans, table)}
+    anything = stages.solve(graph, table, ImportanceTable(free, {}), spans=spans)
+    share = max(budget.resolve(anything.original), float(anything.latency[0])) / anything.original
+    shares = [s for s in (share, BELOW * share) if s * anything.original >= float(anything.latency[0]) and s <= 1]
+    found = score_on_demand(graph, estimator, table, shares, width=WIDTH, progress=progress, **options)
+    return found.table
+
+
+def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
+    """What a network keeps of the original, on images that nothing else saw. Warns if that is little."""
+    roles = images.roles()
+    found = Judge(graph, roles.judge, held_out=not roles.seen)(net)
+    if found.collapsed:
+        warnings.warn(
+            f"the compressed network no longer does what the original did ({found}, on {found.images} images): allow a "
+            "larger budget, train it (lmfx.recover, lmfx.distill), or keep layers with exclude=",
+            QualityWarning,
+            stacklevel=6,
+        )
+    return found
 
 
 def _nothing_to_merge(
@@ -218,8 +271,8 @@ def _finish(
         line=found.frontier.line if found else None,
         inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
         frontier=found.frontier if found else None,
+        quality=_quality(graph, net.train(False), images),
     )
-    net.train(False)
     kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
     net.meta["lmfx"] = {"result": result, **kept, "origin": net.meta["lmfx"]["origin"]}
     return net

@@ -13,6 +13,7 @@ from lmfx.latency import Calibration
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import MergePlan, Refusal
 from lmfx.planning.frontier import Frontier
+from lmfx.quality.measures import Quality
 
 __all__ = ["Result", "result_of"]
 
@@ -41,6 +42,8 @@ class Result:
     inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
     # How a network from `simplify` was compared with its model.
     checked: str = field(default="", metadata={"optional": True})
+    # What the network keeps of the original, on images that neither a fit nor the choice of the plan saw.
+    quality: Quality | None = field(default=None, metadata={"optional": True})
     # Not saved with the network:
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 

@@ -89,3 +89,11 @@ class ExportError(LmfxError, RuntimeError):
 
 class VerifyError(LmfxError, AssertionError):
     """A pass broke its own postcondition; always a bug in lmfx, never in the caller's model."""
+
+
+class QualityError(LmfxError, ValueError):
+    """A network that keeps as much of the original as was asked for cannot be had within the budget."""
+
+
+class QualityWarning(UserWarning):
+    """What `compress` returns no longer does what the original did."""

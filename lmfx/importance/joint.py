@@ -51,6 +51,7 @@ class JointLoss:
         self.changes: dict[str, Tensor] = {}
         self.vectors: dict[str, Tensor] = {}
         self.candidates: dict[str, Candidate] = {}
+        self._alone: dict[str, float] = {}
 
     def change(self, c: Candidate) -> Tensor:
         """What candidate c alone adds to the outputs, (images, features)."""
@@ -64,6 +65,12 @@ class JointLoss:
                 self.changes[c.key] = self.space.flat(joined) - self.space.reference
             self.vectors[c.key] = self.space.vectors(self.changes[c.key])
         return self.changes[c.key]
+
+    def alone(self, key: str) -> float:
+        """What a candidate whose change is known loses alone."""
+        if key not in self._alone:
+            self._alone[key] = self.space.loss(self.changes[key])
+        return self._alone[key]
 
     def loss(self, candidates: Iterable[Candidate]) -> float:
         """The predicted loss of a plan."""

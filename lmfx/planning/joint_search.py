@@ -3,8 +3,9 @@
 The solver is exact for a sum of importances, and the loss of a plan is none (`lmfx.importance.joint`). So it is asked
 several times, each answer is judged by its joint loss, and only candidates of its answers are ever run:
 
-    proposals   the importances as they are, and with every one multiplied by a random factor
-    descent     the importances as they are seen from the best plan so far, until they propose nothing new
+    truth       the importances, those that were run replaced by what they lose alone, until a plan has no other
+    draws       the same with every one multiplied by a random factor
+    descent     the importances as they are seen from the best plan so far, until they propose nothing better
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from lmfx.passes.ir import MergePlan
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import solve_spans
 
-__all__ = ["Proposal", "propose"]
+__all__ = ["Proposal", "Surrogate", "propose"]
+
+Surrogate = Literal["identity", "affine"]
 
 DRAWS, SPREAD = 12, 0.6  # random factors are exp(SPREAD * normal)
-DESCENT = 8
+TRUTH, DESCENT = 10, 8  # rounds at most
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ class _Search:
         table: LatencyTable,
         joint: JointLoss,
         limit: float,
-        surrogate: Literal["identity", "affine"],
+        surrogate: Surrogate,
     ) -> None:
         self.spans, self.table, self.joint, self.limit, self.surrogate = spans, table, joint, limit, surrogate
         self.found: dict[tuple[str, ...], Proposal] = {}
+
+    def rows(self, scores: ImportanceTable) -> dict[str, float]:
+        """The importances, by what they lose alone where that is known."""
+        return {k: -self.joint.alone(k) if k in self.joint.changes else v for k, v in scores.rows.items()}
 
     def ask(self, rows: Mapping[str, float]) -> Proposal | None:
         """The plan that the solver gives for these importances within the limit, with its joint loss."""
@@ -68,24 +75,29 @@ def propose(
     scores: ImportanceTable,
     joint: JointLoss,
     limit: float,
-    surrogate: Literal["identity", "affine"] = "affine",
+    surrogate: Surrogate = "affine",
     draws: int = DRAWS,
 ) -> list[Proposal]:
     """Plans whose rows add up to at most `limit` ms, the one of least joint loss first; none if there is none."""
     search = _Search(spans, table, joint, limit, surrogate)
-    rows = dict(scores.rows)
     random = np.random.default_rng(0)
-    keys = sorted(rows)
-    best = search.ask(rows)
-    if best is None:
+    keys = sorted(scores.rows)
+    if search.ask(search.rows(scores)) is None:
         return []
+    for _ in range(TRUTH):
+        known = len(joint.changes)
+        search.ask(search.rows(scores))
+        if len(joint.changes) == known:
+            break
     for _ in range(draws):
+        rows = search.rows(scores)
         factors = np.exp(SPREAD * random.standard_normal(len(keys)))
         search.ask({k: rows[k] * float(f) for k, f in zip(keys, factors, strict=True)})
     best = min(search.found.values(), key=lambda p: p.loss)
     for _ in range(DESCENT):
-        seen = joint.seen_from(best.plan.candidates)
-        asked = [search.ask(seen), search.ask({k: 0.5 * v + 0.5 * rows[k] for k, v in seen.items() if k in rows})]
+        seen, rows = joint.seen_from(best.plan.candidates), search.rows(scores)
+        mixed = {k: 0.5 * v + 0.5 * rows[k] for k, v in seen.items() if k in rows}
+        asked = [search.ask(seen), search.ask(mixed), search.ask({**rows, **seen})]
         better = min((p for p in asked if p is not None), key=lambda p: p.loss, default=best)
         if better.loss >= best.loss:
             break

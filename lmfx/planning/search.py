@@ -28,7 +28,7 @@ from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.frontier import Frontier
 
-__all__ = ["Found", "find_loss_free", "find_plan"]
+__all__ = ["ACCEPT", "Found", "find_loss_free", "find_plan", "measure_plan"]
 
 MARGIN = 0.98  # aim this far below the budget, and accept what is measured up to ACCEPT of it
 ACCEPT = 0.99
@@ -77,6 +77,23 @@ def find_loss_free(
     return _Search(graph, frontier, budget, backend, example_input).fastest()
 
 
+def measure_plan(analysis: Analysis, plan: MergePlan, backend: Backend, example_input: Any, original: float) -> float:
+    """The measured latency of a plan's network over that of the original (about `original` ms), both taken in turn."""
+    example = example_arguments(example_input)
+    networks = [bare(analysis.graph, example), bare(timing_form(analysis, plan), example)]
+    times = time_wholes(backend, networks, _repeats(FINAL_REPEATS, max(original, _least(backend))))
+    return median(b / a for a, b in zip(*times, strict=True))
+
+
+def _least(backend: Backend) -> float:
+    return float(getattr(getattr(backend, "sampling", None), "min_ms", 1.0))
+
+
+def _repeats(repeats: int, ms: float) -> int:
+    """A short network is run more often: a median of five runs of 2 ms is off by several percent."""
+    return max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / ms)))
+
+
 class _Search:
     def __init__(
         self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, example_input: Any
@@ -88,15 +105,14 @@ class _Search:
         self.wholes: list[float] = []
         self.ratios: dict[int, float] = {}
         self.original = 0.0
-        self.least = getattr(getattr(backend, "sampling", None), "min_ms", 1.0)
+        self.least = _least(backend)
         self.steps = 0
         self.dropped = 0
 
     def measure(self, index: int, repeats: int = REPEATS) -> float:
         """The measured ratio of one plan to the original, both taken in turn."""
         net = timing_form(self.analysis, self.frontier.plan(index))
-        # A short network is run more often: a median of five runs of 2 ms is off by several percent.
-        repeats = max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / max(self.original, self.least))))
+        repeats = _repeats(repeats, max(self.original, self.least))
         times = time_wholes(self.backend, [bare(self.graph, self.example), bare(net, self.example)], repeats)
         self.dropped += sum(p.numel() * p.element_size() for p in net.parameters())
         del net

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -109,22 +109,6 @@ class Quality:
         if len(self.outputs) == 1:
             return str(self.outputs[0])
         return "; ".join(f"{o.name}: {o}" for o in self.outputs)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for files."""
-        return {"images": self.images, "held_out": self.held_out, "outputs": [vars(o) for o in self.outputs]}
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Quality:
-        """The quality that `as_json` wrote. Raises TypeError or KeyError for anything else."""
-        outputs = tuple(OutputQuality(**{k: _plain(k, v) for k, v in o.items()}) for o in found["outputs"])
-        return cls(outputs, int(found["images"]), bool(found["held_out"]))
-
-
-def _plain(key: str, value: Any) -> Any:
-    if key in ("name", "kind"):
-        return str(value)
-    return None if value is None else float(value)
 
 
 def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQuality:

@@ -9,6 +9,7 @@ from torch import nn
 import lmfx
 from lmfx.calibration.images import Calibration
 from lmfx.passes.errors import InputError
+from lmfx.planning.plan_file import decode, encode
 from lmfx.quality import Judge, OutputQuality, Quality, compare
 from lmfx.quality.measures import measure_output
 from lmfx.quality.outputs import Output
@@ -109,9 +110,9 @@ def test_what_has_collapsed_is_told(output: OutputQuality, collapsed: bool) -> N
     assert Quality((OutputQuality("fine", "values", 0.0), output), 4).collapsed is collapsed
 
 
-def test_a_quality_comes_back_from_plain_values() -> None:
-    quality = Quality((OutputQuality("a", "scores", 0.4, 0.7, 0.1), OutputQuality("b", "map", 0.1, psnr=30.0)), 10)
-    assert Quality.from_json(quality.as_json()) == quality
+def test_a_quality_comes_back_from_a_file() -> None:
+    quality = Quality((OutputQuality("a", "scores", 0.4, 0.7, 0.1), OutputQuality("b", "map", 0.1, psnr=math.inf)), 10)
+    assert decode(Quality, encode(quality), "quality") == quality
 
 
 # --- what outputs are -------------------------------------------------------------------------------------------------

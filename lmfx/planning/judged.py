@@ -1,0 +1,136 @@
+"""Chooses among plans by the networks that they give: the proposals of least joint loss are built, fitted and judged.
+
+    scores ─▶ solver ─▶ a plan that holds the budget        `planning.search`
+                 │
+                 └▶ proposals of as little latency           `planning.joint_search`: by the joint loss, a sum of vectors
+                        └▶ the best few as students          fitted in the context of their plan, judged on images that
+                              └▶ the best that measures      no fit saw
+                                 within the budget
+
+Nothing depends on the clock: with the same rows of latency the same plan is chosen, and of two plans of equal quality
+the faster one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.students import Students
+from lmfx.environment.progress import progress as progress_bar
+from lmfx.importance import ImportanceTable
+from lmfx.importance.joint import JointLoss
+from lmfx.importance.reconstruction import ReconstructionSession
+from lmfx.latency import Backend, LatencyTable
+from lmfx.latency.carried_table import Predicted
+from lmfx.passes.ir import MergePlan
+from lmfx.passes.rewrite.analysis import Analysis
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.planning.joint_search import Proposal, Surrogate, propose
+from lmfx.planning.search import ACCEPT, Found, measure_plan
+from lmfx.quality import Judge, QualityName
+
+__all__ = ["Finalist", "Judged"]
+
+FINALISTS = 3  # proposals that are built
+NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan whose network was judged: `loss` on the images that plans are chosen by."""
+
+    proposal: Proposal
+    loss: float
+
+
+class Judged:
+    """Judges the plans of one graph. `name` says by which quality."""
+
+    def __init__(
+        self,
+        spans: SpanSet,
+        table: LatencyTable,
+        scores: ImportanceTable,
+        session: ReconstructionSession,
+        images: Calibration,
+        name: QualityName,
+        surrogate: Surrogate,
+        progress: bool = False,
+    ) -> None:
+        self.spans, self.table, self.scores, self.session = spans, table, scores, session
+        self.name, self.surrogate, self.progress = name, surrogate, progress
+        self.analysis = Analysis.of(spans.network)
+        self.roles = images.roles()
+        self.students = Students(self.analysis, self.roles.fit)
+        self.losses: dict[tuple[str, ...], float] = {}
+
+    @cached_property
+    def joint(self) -> JointLoss:
+        """What predicts the losses of whole plans."""
+        return JointLoss(self.session.scorer, self.session.candidates)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What judges the students."""
+        return Judge(self.analysis.graph, self.roles.choose, held_out=not self.roles.seen)
+
+    def loss(self, plan: MergePlan) -> float:
+        """The loss of a plan's student, fitted in context, on the images that plans are chosen by."""
+        key = tuple(c.key for c in plan.candidates)
+        if key not in self.losses:
+            self.losses[key] = self.judge(self.students.student(plan)).loss(self.name)
+        return self.losses[key]
+
+    def finalists(self, limit: float, also: Iterable[Proposal] = ()) -> list[Finalist]:
+        """The plans within `limit` ms (a sum of rows) that are worth judging, and `also` others; the best first."""
+        proposals = propose(self.spans, self.table, self.scores, self.joint, limit, self.surrogate)
+        near = [p for p in proposals if p.loss <= NEAR * proposals[0].loss][:FINALISTS]
+        unique = {tuple(c.key for c in p.plan.candidates): p for p in (*near, *also)}
+        with progress_bar(len(unique), "judging plans", self.progress) as bar:
+            found = []
+            for proposal in unique.values():
+                found.append(Finalist(proposal, self.loss(proposal.plan)))
+                bar.update(1)
+        return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
+
+    def better(self, found: Found, backend: Backend, example_input: Any, fraction: float) -> Found:
+        """The plan of best quality that measures within the budget, `fraction` of the original; `found` does."""
+        limit = max(self._sum_at(found, ACCEPT * fraction), self._sum(found))
+        for finalist in self.finalists(limit, [self._proposal(found)]):
+            plan = finalist.proposal.plan
+            if plan.candidates == found.plan.candidates:
+                return found
+            ratio = measure_plan(self.analysis, plan, backend, example_input, found.original)
+            if ratio <= fraction:
+                predicted = found.frontier.line(finalist.proposal.sum)
+                plan = replace(plan, latency=predicted)
+                return replace(found, plan=plan, predicted=predicted, measured=ratio * found.original, ratio=ratio)
+        return found
+
+    def better_predicted(self, found: Predicted, limit_ms: float) -> Predicted:
+        """The same with a table that was measured elsewhere: what is predicted within the budget of `limit_ms`."""
+        line = found.frontier.line
+        for finalist in self.finalists((limit_ms - line.a) / line.b, [self._proposal(found)]):
+            plan, predicted = finalist.proposal.plan, line(finalist.proposal.sum)
+            if plan.candidates == found.plan.candidates:
+                return found
+            if predicted <= limit_ms:
+                return replace(found, plan=replace(plan, latency=predicted), predicted=predicted)
+        return found
+
+    def _proposal(self, found: Found | Predicted) -> Proposal:
+        return Proposal(found.plan, self._sum(found), self.joint.loss(found.plan.candidates))
+
+    @staticmethod
+    def _sum(found: Found | Predicted) -> float:
+        return float(found.frontier.raw.latency[found.index])
+
+    @staticmethod
+    def _sum_at(found: Found, ratio: float) -> float:
+        """The sum of rows at which a whole network is predicted to take `ratio` of the original."""
+        line = found.frontier.line
+        return (ratio * found.original - line.a) / line.b
