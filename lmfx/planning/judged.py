@@ -1,10 +1,10 @@
 """Chooses among plans by the networks that they give: the proposals of least joint loss are built, fitted and judged.
 
-    scores ─▶ solver ─▶ a plan that holds the budget        `planning.search`
+    scores ─▶ solver ─▶ a plan that holds the budget     `planning.search`
                  │
-                 └▶ proposals of as little latency           `planning.joint_search`: by the joint loss, a sum of vectors
-                        └▶ the best few as students          fitted in the context of their plan, judged on images that
-                              └▶ the best that measures      no fit saw
+                 └▶ proposals of as little latency        `planning.joint_search`: by a sum of vectors
+                        └▶ the best few as students       fitted in the context of their plan, judged on images
+                              └▶ the best that measures   that no fit saw
                                  within the budget
 
 Nothing depends on the clock: with the same rows of latency the same plan is chosen, and of two plans of equal quality
