@@ -50,7 +50,7 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
     output = next(n for n in gm.graph.nodes if n.op == "output")
     leaves, _ = pytree.tree_flatten_with_path(output.args[0])
     nodes = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, fx.Node)]
-    floating = [(name, n) for name, n in nodes if _is_floating(n)]
+    floating: list[tuple[str, fx.Node | None]] = [(name, n) for name, n in nodes if _is_floating(n)]
     if len(floating) != len(values):  # an output whose tensors the graph does not name one by one
         floating = [(str(i), None) for i in range(len(values))]
     sources = [(_Source(None, False) if node is None else _source(gm, node)) for _, node in floating]
