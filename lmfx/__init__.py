@@ -25,7 +25,6 @@ from lmfx.passes.errors import (
     OptionError,
     PlanError,
     QualityError,
-    QualityWarning,
     SizeError,
     StoreError,
     TableError,
@@ -36,7 +35,7 @@ from lmfx.passes.ir import Candidate, MergePlan, Refusal
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.plan_file import load_plan, save_plan
 from lmfx.planning.saved_networks import load, save
-from lmfx.quality import Quality, compare
+from lmfx.quality import Quality, QualityWarning, compare
 from lmfx.report import report
 from lmfx.result import Result, result_of
 from lmfx.simplify import simplify

@@ -23,20 +23,23 @@ from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.whole_times import time_wholes
-from lmfx.passes.errors import InfeasibleBudget, OptionError, QualityWarning
+from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, QualityError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Realization, Surrogate
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import Method, Norm, SpanSet
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
+from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
-from lmfx.planning.search import Found, find_loss_free, find_plan
-from lmfx.quality import Judge, Quality, QualityName
+from lmfx.planning.keeping import fastest_that_keeps, parse_keep
+from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
+from lmfx.quality import Judge, Quality, QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
 from lmfx.result import Result
 
 __all__ = ["compress"]
 
+KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
 WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
 
@@ -44,8 +47,9 @@ WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second bu
 def compress(
     model: nn.Module,
     example_input: Any,
-    budget: Budget | float | str,
+    budget: Budget | float | str | None = None,
     *,
+    keep: float | str | None = None,
     calibration: Any = None,
     latency: str | Backend | LatencyTable | None = None,
     importance: str | Estimator | ImportanceTable = "reconstruction",
@@ -71,6 +75,9 @@ def compress(
         example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise.
         budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms". A plan that loses nothing is taken
             wherever it is within the budget; 1.0 does that at most.
+        keep: the share of what the original does that must be left, 0.98 or "98%" (agreement of the arg-max, or 1 -
+            divergence where nothing is a score). In place of a budget: the fastest network that keeps it. With one: a
+            network that keeps less is an error.
         calibration: unlabelled images, a tensor (images, ...) or a loader of batches; without it the example stands in.
         latency: backend to measure on, "onnxruntime" (default on a CPU), "torch" (default on a GPU), "tensorrt",
             "roofline", or a backend object; or a `LatencyTable` of `lmfx.profile` that was measured elsewhere: then
@@ -100,7 +107,10 @@ def compress(
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
     `InfeasibleBudget` (with the fastest latency reached) if no plan is fast enough.
     """
-    wanted = Budget.parse(budget)
+    share = None if keep is None else parse_keep(keep)
+    if budget is None and share is None:
+        raise BudgetError("say how fast the network must be, budget=0.6, or what it must keep, keep=0.98")
+    wanted = None if budget is None else Budget.parse(budget)
     if surrogate not in ("affine", "identity"):
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
     if quality is not None and quality not in NAMES:
@@ -139,10 +149,15 @@ def compress(
     if quality is not None and isinstance(estimator, Reconstruction) and len(images) >= LEAST_JUDGED:
         session = estimator.session(spans, list(spans), images)
 
-    found = _loss_free(graph, spans, profiled, source, wanted, example_input)
-    if found is None and wanted.kind != "ms" and wanted.value == 1:
-        same = stages.rewrite(graph, MergePlan((), fingerprint(graph)), spans=spans)
-        return _finish(graph, same, spans, wanted, source, merge, None, images)
+    if share is not None and session is None:
+        raise OptionError(
+            f"keep={keep!r} is measured, on at least {LEAST_JUDGED} calibration images (there are {len(images)}) and "
+            "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
+        )
+    found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
+    same = MergePlan((), fingerprint(graph))
+    if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
+        return _finish(graph, stages.rewrite(graph, same, spans=spans), spans, wanted, source, merge, None, images)
     if not any(c.realization != "keep" for c in spans):
         raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
     if found is None:
@@ -152,7 +167,10 @@ def compress(
         judged = None
         if session is not None and quality is not None:
             judged = Judged(spans, table, scores, session, images, quality, surrogate, progress)
-        if isinstance(source, LatencyTable):
+        if wanted is None:
+            assert judged is not None and share is not None
+            found = _that_keeps(judged, frontier, share, source, example_input)
+        elif isinstance(source, LatencyTable):
             found = predict_plan(frontier, wanted)
             if judged is not None:
                 found = judged.better_predicted(found, wanted.resolve(frontier.original))
@@ -162,7 +180,20 @@ def compress(
                 found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
     student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=progress)
     net = stages.merge(student) if merge else student
-    return _finish(graph, net, spans, wanted, source, merge, found, images)
+    made = _finish(graph, net, spans, wanted, source, merge, found, images, share)
+    _check_kept(made, share, wanted)
+    return made
+
+
+def _check_kept(net: fx.GraphModule, share: float | None, budget: Budget | None) -> None:
+    """Raises `QualityError` for a network within a budget that keeps less than was asked for."""
+    quality = net.meta["lmfx"]["result"].quality
+    if share is not None and budget is not None and quality.kept < share:
+        raise QualityError(
+            f"within the budget {budget} the best network keeps {quality.kept:.1%} of what the original does, and "
+            f"keep={share:g} was asked for ({quality}, on {quality.images} images): allow a larger budget, keep less, "
+            "or leave budget= out for the fastest network that keeps so much"
+        )
 
 
 def _loss_free(
@@ -189,7 +220,7 @@ def _scores(
     images: Calibration,
     spans: SpanSet,
     table: LatencyTable,
-    budget: Budget,
+    budget: Budget | None,
     cache_dir: str | os.PathLike[str] | None,
     executor: ExecutorLike,
     progress: bool,
@@ -200,10 +231,28 @@ def _scores(
         return stages.score(graph, estimator, latency=table, progress=progress, **options)
     free = {c.key: 0.0 for c in stages.worth_scoring(spans, table)}
     anything = stages.solve(graph, table, ImportanceTable(free, {}), spans=spans)
-    share = max(budget.resolve(anything.original), float(anything.latency[0])) / anything.original
-    shares = [s for s in (share, BELOW * share) if s * anything.original >= float(anything.latency[0]) and s <= 1]
+    fastest = float(anything.latency[0]) / anything.original
+    share = 1.0 if budget is None else budget.resolve(anything.original) / anything.original
+    asked = KEEP_SHARES if budget is None else (share, BELOW * share)
+    shares = [s for s in asked if fastest <= s <= 1] or [fastest]
     found = score_on_demand(graph, estimator, table, shares, width=WIDTH, progress=progress, **options)
     return found.table
+
+
+def _that_keeps(
+    judged: Judged, frontier: Frontier, share: float, source: Backend | LatencyTable, example_input: Any
+) -> Found | Predicted:
+    """The fastest plan that keeps a share, with its latency: measured, or predicted where nothing is measured."""
+    kept = fastest_that_keeps(judged, frontier, share)
+    predicted = frontier.line(kept.proposal.sum)
+    plan = replace(kept.proposal.plan, latency=predicted)
+    if isinstance(source, LatencyTable):
+        return Predicted(len(frontier) - 1, plan, frontier, predicted, frontier.original)
+    original = median(time_wholes(source, [bare(judged.analysis.graph, example_arguments(example_input))])[0])
+    ratio = measure_plan(judged.analysis, plan, source, example_input, original)
+    if ratio >= 1:  # what is not faster is not worth what it loses
+        plan, ratio = MergePlan((), plan.fingerprint), 1.0
+    return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
 
 
 def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
@@ -241,11 +290,12 @@ def _finish(
     graph: fx.GraphModule,
     net: fx.GraphModule,
     spans: SpanSet,
-    budget: Budget,
+    budget: Budget | None,
     source: Backend | LatencyTable,
     merged: bool,
     found: Found | Predicted | None,
     images: Calibration,
+    keep: float | None = None,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
     plan: MergePlan = net.meta["lmfx"]["plan"]
@@ -272,6 +322,7 @@ def _finish(
         inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
         frontier=found.frontier if found else None,
         quality=_quality(graph, net.train(False), images),
+        keep=keep,
     )
     kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
     net.meta["lmfx"] = {"result": result, **kept, "origin": net.meta["lmfx"]["origin"]}

@@ -26,7 +26,7 @@ class Result:
     none)."""
 
     plan: MergePlan
-    budget: Budget | None  # None: only what loses nothing was merged (`simplify`)
+    budget: Budget | None  # None: what `keep` allows, or only what loses nothing (`simplify`)
     merged: bool  # the deploy form, or the trainable one
     backend: dict[str, Any]
     names: tuple[str, ...] = ()
@@ -44,6 +44,7 @@ class Result:
     checked: str = field(default="", metadata={"optional": True})
     # What the network keeps of the original, on images that neither a fit nor the choice of the plan saw.
     quality: Quality | None = field(default=None, metadata={"optional": True})
+    keep: float | None = field(default=None, metadata={"optional": True})  # the share that had to be kept
     # Not saved with the network:
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 

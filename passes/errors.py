@@ -15,6 +15,7 @@ __all__ = [
     "ModelError",
     "OptionError",
     "PlanError",
+    "QualityError",
     "SizeError",
     "StoreError",
     "TableError",
@@ -93,7 +94,3 @@ class VerifyError(LmfxError, AssertionError):
 
 class QualityError(LmfxError, ValueError):
     """A network that keeps as much of the original as was asked for cannot be had within the budget."""
-
-
-class QualityWarning(UserWarning):
-    """What `compress` returns no longer does what the original did."""

@@ -92,6 +92,12 @@ class Calibration:
         judging = torch.arange(count) % 8 == 7
         return Roles(self._of(~apart), self._of(apart & ~judging), self._of(judging), seen=False)
 
+    @classmethod
+    def joined(cls, first: Calibration, second: Calibration) -> Calibration:
+        """The images of both."""
+        pairs = zip(first.tensors, second.tensors, strict=True)
+        return cls(tuple(torch.cat(pair) for pair in pairs), first.names)
+
     def _of(self, mask: Tensor) -> Calibration:
         return Calibration(tuple(t[mask.to(t.device)] for t in self.tensors), self.names)
 

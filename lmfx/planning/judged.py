@@ -85,9 +85,13 @@ class Judged:
             self.losses[key] = self.judge(self.students.student(plan)).loss(self.name)
         return self.losses[key]
 
+    def proposals(self, limit: float) -> list[Proposal]:
+        """The plans within `limit` ms (a sum of rows), the one of least predicted loss first."""
+        return propose(self.spans, self.table, self.scores, self.joint, limit, self.surrogate)
+
     def finalists(self, limit: float, also: Iterable[Proposal] = ()) -> list[Finalist]:
         """The plans within `limit` ms (a sum of rows) that are worth judging, and `also` others; the best first."""
-        proposals = propose(self.spans, self.table, self.scores, self.joint, limit, self.surrogate)
+        proposals = self.proposals(limit)
         near = [p for p in proposals if p.loss <= NEAR * proposals[0].loss][:FINALISTS]
         unique = {tuple(c.key for c in p.plan.candidates): p for p in (*near, *also)}
         with progress_bar(len(unique), "judging plans", self.progress) as bar:

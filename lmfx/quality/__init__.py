@@ -5,6 +5,6 @@ inputs and outputs: divergence of every output, agreement of the arg-max and KL 
 """
 
 from .judge import Judge, compare
-from .measures import OutputQuality, Quality, QualityName
+from .measures import OutputQuality, Quality, QualityName, QualityWarning
 
-__all__ = ["Judge", "OutputQuality", "Quality", "QualityName", "compare"]
+__all__ = ["Judge", "OutputQuality", "Quality", "QualityName", "QualityWarning", "compare"]

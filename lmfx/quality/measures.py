@@ -20,13 +20,18 @@ from torch import Tensor
 
 from lmfx.quality.outputs import Output
 
-__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "measure_output"]
+__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "QualityWarning", "measure_output"]
 
 QualityName = Literal["auto", "kl", "agreement", "divergence", "psnr"]
 NAMES = ("auto", "kl", "agreement", "divergence", "psnr")
-LEAST_AGREEMENT, MOST_DIVERGENCE = 0.6, 0.5  # on the other side of which a network has collapsed
+# On the other side of which a network has collapsed; scores may be of another scale and still say the same.
+LEAST_AGREEMENT, MOST_DIVERGENCE, MOST_OF_SCORES = 0.6, 0.5, 1.0
 LEAST_PROBABILITY = 1e-12
 MOST_KL = 1e3  # of one row; what is not finite counts as this
+
+
+class QualityWarning(UserWarning):
+    """What `compress` returns no longer does what the original did."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ class Quality:
     def collapsed(self) -> bool:
         """Whether an output no longer says what the original's did."""
         return any(
-            o.divergence > MOST_DIVERGENCE if o.agreement is None else o.agreement < LEAST_AGREEMENT
+            o.divergence > MOST_DIVERGENCE
+            if o.agreement is None
+            else o.agreement < LEAST_AGREEMENT or o.divergence > MOST_OF_SCORES
             for o in self.outputs
         )
 

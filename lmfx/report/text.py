@@ -93,9 +93,12 @@ def _head(result: Result) -> str:
     if not plan.candidates:
         title = f"nothing was changed: all {before} convolutions are as they were"
     lines = [title, "  budget     none: only what loses nothing was merged"]
-    if result.budget is not None:
-        lines[1:] = [f"  budget     {result.budget}{_budget_ms(result)}", f"  latency    {_latency(result)}"]
+    if result.budget is not None or result.keep is not None:
+        budget = f"{result.budget}{_budget_ms(result)}" if result.budget is not None else "none"
+        asked = budget if result.keep is None else f"{budget}, and to keep {result.keep:.4g}"
+        lines[1:] = [f"  budget     {asked}", f"  latency    {_latency(result)}"]
         lines.append(f"  backend    {_backend(result)}")
+    lines += _quality(result)
     line = result.line
     if line is not None:
         lines.append(f"  table      {_line(line)}")
@@ -107,6 +110,21 @@ def _head(result: Result) -> str:
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
+
+
+def _quality(result: Result) -> list[str]:
+    """What the network keeps of the original, and on which images that was measured."""
+    quality = result.quality
+    if quality is None:
+        return []
+    seen = _count(quality.images, "image") + (" that no fit saw" if quality.held_out else " that the fits saw")
+    lines = [f"  quality    {quality}, on {seen}"]
+    if quality.collapsed:
+        lines.append(
+            "             COLLAPSED: it no longer does what the original did. Allow a larger budget, train it "
+            "(lmfx.recover, lmfx.distill) or keep layers with exclude="
+        )
+    return lines
 
 
 def _sizes(net: fx.GraphModule) -> str:
