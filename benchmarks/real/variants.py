@@ -1,0 +1,190 @@
+"""How a network is made faster: by lmfx, and by what else one would do at the same measured latency.
+
+    lmfx             `lmfx.compress(model, example, budget, calibration=...)`, its defaults
+    smaller input    the original on smaller images, where it takes them: the largest size within the budget
+    torch-pruning    channels pruned by the best of three importances (`pruned`)
+    uniform          whole layers dropped, as few as possible, each counting the same; nothing is merged or fitted
+
+Each is followed, on request, by the same recovery without labels (`X+recover`): `lmfx.recover` for so many minutes on
+the calibration images and more of their kind. For a smaller input the student scales the images itself, and its teacher
+sees them whole. A module, not a script.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lmfx
+from benchmarks.real.exported import draft, latencies
+from benchmarks.real.pruned import Missed, best_pruned
+from benchmarks.real.subjects import Subject
+from lmfx.importance import ImportanceTable
+from lmfx.latency.profiling import digest
+
+__all__ = ["RECOVERED", "VARIANTS", "Made", "Work", "make", "uses_planning"]
+
+RECOVERED = "+recover"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A network that is ready to be exported; `trainable` is what recovery trains, `facts` go into the row."""
+
+    net: nn.Module
+    example: Tensor
+    facts: dict[str, Any] = field(default_factory=dict)
+    trainable: nn.Module | None = None
+
+
+@dataclass
+class Work:
+    """One network, and what its variants share."""
+
+    subject: Subject
+    folder: Path
+    minutes: float = 3.0
+    options: dict[str, Any] = field(default_factory=dict)  # of lmfx.compress
+    widths: dict[tuple[int, ...], float] = field(default_factory=dict)  # measured ratios of pruned networks
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self.subject.model()
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        return self.subject.images("cal", self.subject.calibration, self.subject.size)
+
+    @cached_property
+    def ratios(self) -> dict[int, float]:
+        """Measured ratio of every smaller size."""
+        sizes = self.subject.smaller
+        whole = draft(self.model, self.subject.example)
+        files = [draft(self.model, self.subject.images("cal", 1, size)) for size in sizes]
+        return {s: t.ratio for s, t in zip(sizes, latencies(whole, files), strict=True)}
+
+
+class _Scaled(nn.Module):
+    """The network on images that are made smaller first: what recovery trains."""
+
+    def __init__(self, net: nn.Module, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.net, self.shape = net, tuple(shape)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(nn.functional.interpolate(x, size=self.shape, mode="bilinear", antialias=True))
+
+
+def lmfx_itself(work: Work, budget: float) -> Made:
+    """What `lmfx.compress` gives."""
+    student = lmfx.compress(
+        work.model,
+        work.subject.example,
+        budget,
+        calibration=work.calibration,
+        cache_dir=work.folder / "cache",
+        merge=False,
+        progress=False,
+        **work.options,
+    )
+    found = lmfx.result_of(student)
+    facts = {"reported": found.ratio, "spans": len(found.plan.candidates)}
+    return Made(lmfx.merge(student), work.subject.example, facts, student)
+
+
+def smaller_input(work: Work, budget: float) -> Made:
+    """The original at the largest size whose ratio is within the budget. Raises `Missed` where there is none."""
+    if not work.subject.smaller:
+        raise Missed(1.0)
+    fitting = [size for size, ratio in work.ratios.items() if ratio <= budget]
+    if not fitting:
+        raise Missed(min(work.ratios.values()))
+    size = max(fitting)
+    example = work.subject.images("cal", 1, size)
+    return Made(work.model, example, {"size": size}, _Scaled(work.subject.model(), example.shape[2:]))
+
+
+def torch_pruning(work: Work, budget: float) -> Made:
+    """See `pruned.best_pruned`."""
+    net, facts = best_pruned(work.subject, work.model, budget, work.widths)
+    return Made(net, work.subject.example, facts, net)
+
+
+@dataclass(frozen=True)
+class _Equal:
+    """An importance that counts layers: minus how many convs a candidate drops."""
+
+    name: str = "equal"
+
+    def score(self, spans: Any, candidates: Sequence[Any], *_: Any, **__: Any) -> ImportanceTable:
+        rows = {c.key: -float(len(set(c.all_convs) - set(c.kept))) for c in candidates}
+        rows |= {c.key: 0.0 for c in candidates if c.realization == "keep"}
+        return ImportanceTable(rows, {"estimator": self.name, "graph": digest(spans.network.gm)})
+
+
+def uniform(work: Work, budget: float) -> Made:
+    """As few layers dropped as the budget allows. Raises `Missed` where too few may go."""
+    try:
+        student = lmfx.compress(
+            work.model,
+            work.subject.example,
+            budget,
+            calibration=work.calibration[:8],
+            importance=_Equal(),
+            method="layeronly",
+            realize=("compose",),
+            surrogate="identity",
+            cache_dir=work.folder / "cache",
+            merge=False,
+            progress=False,
+            **_without_judging(),
+            **work.options,
+        )
+    except lmfx.InfeasibleBudget as error:
+        raise Missed(error.latency / error.original) from error
+    facts = {"reported": lmfx.result_of(student).ratio}
+    return Made(lmfx.merge(student), work.subject.example, facts, student)
+
+
+def _without_judging() -> dict[str, Any]:
+    """What later versions of `compress` do on top is none of this baseline's."""
+    known = inspect.signature(lmfx.compress).parameters
+    return {name: False for name in ("refit",) if name in known}
+
+
+VARIANTS: dict[str, Callable[[Work, float], Made]] = {
+    "lmfx": lmfx_itself,
+    "smaller input": smaller_input,
+    "torch-pruning": torch_pruning,
+    "uniform": uniform,
+}
+
+
+def uses_planning(variant: str) -> bool:
+    """Whether a newer lmfx makes another network of it; the other rows stay."""
+    return variant.removesuffix(RECOVERED) == "lmfx"
+
+
+def make(work: Work, variant: str, budget: float) -> Made:
+    """A variant, recovered if its name says so. Raises `Missed`, or an `LmfxError`."""
+    made = VARIANTS[variant.removesuffix(RECOVERED)](work, budget)
+    if not variant.endswith(RECOVERED):
+        return made
+    recover: Any = getattr(lmfx, "recover", None)
+    if recover is None:
+        raise SystemExit("this lmfx has no recover: leave variants with +recover out")
+    subject = work.subject
+    images = subject.images("cal", subject.recovery, subject.size)
+    torch.manual_seed(0)
+    trained = recover(made.trainable, work.model, images, minutes=work.minutes)
+    facts = {**made.facts, "minutes": work.minutes}
+    if isinstance(trained, _Scaled):
+        return replace(made, net=trained.net, facts=facts)
+    return replace(made, net=lmfx.merge(trained) if hasattr(trained, "graph") else trained, facts=facts)

@@ -1,0 +1,181 @@
+"""The benchmark of real networks, on a stand-in that needs no package of others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.real import mosaics, packages, pruned, real, real_report, text_lines, variants
+from benchmarks.real.rows import Key, Rows
+from benchmarks.real.subjects import Outputs, Subject, agreement, divergence
+from tests.helpers import one_thread as one_thread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stand_in() -> Subject:
+    """Four convs of equal width, so that there is something to drop, to merge, to prune and to scale."""
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()]
+        for _ in range(3):
+            layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 7)).eval()
+
+    def images(kind: str, count: int, size: int) -> Tensor:
+        random = torch.Generator().manual_seed(len(kind))
+        return torch.randn(count, 3, size, size, generator=random)
+
+    def judge(outputs: Outputs, original: Outputs) -> dict[str, float]:
+        return {"agreement": agreement(outputs[0], original[0]), "kl": divergence(outputs[0], original[0])}
+
+    return Subject("stand-in", "a stand-in", model, images, judge, "agreement", 24, (16, 12), 8, 16, 12, pinned=("10",))
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    monkeypatch.setattr(real, "NETWORKS", {"stand-in": stand_in})
+    monkeypatch.setattr(real, "version", lambda: "one")
+    return f"--budgets 0.6 --rounds 3 --latency roofline --out {tmp_path}".split()
+
+
+def made(folder: Path) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return [(r["variant"], r["version"]) for r in lines if r["stage"] == "made"]
+
+
+def test_stages_run_to_the_table_and_nothing_is_done_twice(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["--variants", "lmfx", "smaller input", "uniform"]
+    for stage in ("make", "measure", "judge"):
+        real.main([*arguments, *named, "--stage", stage])
+    assert not (tmp_path / "real.png").exists()
+    before = (tmp_path / "rows.jsonl").read_text()
+    real.main([*arguments, *named])
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert (tmp_path / "real.png").exists()
+    rows = Rows(tmp_path / "rows.jsonl")
+    for name in ("lmfx", "smaller input", "uniform"):
+        row = rows.whole(Key("stand-in", name, 0.6))
+        assert row["ratio"] > 0 and 0 <= row["agreement"] <= 1 and row["kl"] >= 0
+    assert rows.whole(Key("stand-in", "original", 1.0))["agreement"] == 1
+    told = capsys.readouterr().out
+    assert "stand-in" in told and "smaller input" in told and "100.0%" in told
+    # A newer lmfx replaces its own rows, and only those.
+    monkeypatch.setattr(real, "version", lambda: "two")
+    real.main([*arguments, *named, "--stage", "make"])
+    assert made(tmp_path) == [
+        *((name, "one") for name in ("original", "lmfx", "smaller input", "uniform")), ("lmfx", "two"),
+    ]  # fmt: skip
+
+
+def test_channels_are_pruned_to_a_measured_latency(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            pruned._torch_pruning()
+        except ImportError:
+            pytest.skip("torch_pruning is not installed")
+        patch.setattr(pruned, "IMPORTANCES", ("magnitude", "taylor", "hessian"))
+        real.main([*arguments, "--variants", "torch-pruning"])
+    row = Rows(tmp_path / "rows.jsonl").whole(Key("stand-in", "torch-pruning", 0.6))
+    assert 0 < row["channels"] < 1 and row["importance"] == min(row["errors"], key=row["errors"].get)
+    assert row["ratio"] < 1
+
+
+def test_recovery_trains_the_same_for_all(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def recover(student: nn.Module, model: nn.Module, images: Tensor, *, minutes: float) -> nn.Module:
+        asked.append((student(images[:2]).shape, len(images), minutes))
+        return student
+
+    monkeypatch.setattr(variants.lmfx, "recover", recover, raising=False)
+    named = ["--variants", "lmfx+recover", "smaller input+recover", "--recover", "0.5"]
+    real.main([*arguments, *named])
+    assert asked == [((2, 7), 16, 0.5)] * 2
+    row = Rows(tmp_path / "rows.jsonl").whole(Key("stand-in", "smaller input+recover", 0.6))
+    assert row["minutes"] == 0.5 and row["size"] in (16, 12) and row["ratio"] < 1
+
+
+def test_a_network_whose_package_is_absent_is_left_out_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REAL", str(tmp_path / "nothing"))
+    real.main(["--networks", "mtcnn-onet", "crnn-english", "--out", str(tmp_path)])
+    told = capsys.readouterr().err
+    for name, package in (("mtcnn-onet", "facenet_pytorch"), ("crnn-english", "easyocr")):
+        assert f"{name} is left out" in told and package in told and "fetch.sh" in told
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_baseline_that_misses_a_budget_says_what_it_reaches(tmp_path: Path) -> None:
+    rows = Rows(tmp_path / "rows.jsonl")
+    rows.add(Key("net", "original", 1.0), "made", digest="a")
+    rows.add(Key("net", "original", 1.0), "judged", digest="a", figure="lines", lines=0.99, unit="%")
+    rows.add(Key("net", "uniform", 0.5), "made", missed=0.83)
+    rows.add(Key("net", "lmfx", 0.5), "made", digest="b", version="c")
+    rows.add(Key("net", "lmfx", 0.5), "judged", digest="older", figure="lines", lines=0.5, unit="%")
+    told = real_report.table(Rows(tmp_path / "rows.jsonl"))
+    assert "cannot be reached, least 0.830" in told
+    assert "50.0%" not in told  # that line is about another file
+
+
+def test_the_least_share_of_channels_is_found() -> None:
+    tried: list[float] = []
+
+    def ratio(share: float) -> float:
+        tried.append(share)
+        return 1 - share
+
+    share = pruned.least_share(ratio, 0.7)
+    assert 0.3 <= share < 0.31 and len(tried) < 10
+    with pytest.raises(pruned.Missed, match=r"0\.200"):
+        pruned.least_share(ratio, 0.1)
+
+
+def test_lines_are_the_same_every_time_and_are_read_from_scores() -> None:
+    text_lines.draw.cache_clear()
+    lines, texts = text_lines.draw("held", 3)
+    text_lines.draw.cache_clear()
+    again, same = text_lines.draw("held", 3)
+    assert torch.equal(lines, again) and texts == same and lines.shape == (3, 1, 64, 384)
+    assert not torch.equal(lines, text_lines.draw("cal", 3)[0])
+    letters = [0, *(text_lines.ALPHABET.index(c) + 1 for c in "bb"), 0, text_lines.ALPHABET.index("b") + 1]
+    assert text_lines.read(np.eye(len(text_lines.ALPHABET) + 1)[letters]) == "bb"
+    assert text_lines._distance("kitten", "sitting") == 3
+
+
+def test_a_mosaic_has_one_colour_a_pixel() -> None:
+    found = mosaics.mosaic(torch.ones(1, 3, 4, 4))
+    assert torch.equal(found.sum(1), torch.ones(1, 4, 4))
+    assert found[0, :, 0, 0].tolist() == [0, 1, 0] and found[0, :, 0, 1].tolist() == [1, 0, 0]
+    assert found[0, :, 1, 0].tolist() == [0, 0, 1]
+
+
+def test_a_module_is_loaded_without_what_its_package_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "site" / "outer_package" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("import nothing_like_this")
+    (inner / "__init__.py").write_text("import nothing_like_this")
+    (inner / "net.py").write_text(
+        "import gone\nimport outer_package\nfrom .other import B\nA = gone.a + outer_package.c"
+    )
+    (inner / "other.py").write_text("B = 5")
+    monkeypatch.setenv("REAL", str(tmp_path))
+    module = packages.load_module("outer_package.inner.net", parents={"c": 1}, gone={"a": 2})
+    assert (module.A, module.B) == (3, 5)
+    import sys
+
+    assert not {"gone", "outer_package", "outer_package.inner"} & set(sys.modules)
+    with pytest.raises(packages.Absent, match="not_there"):
+        packages.load_module("not_there.net")
