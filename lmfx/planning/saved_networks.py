@@ -314,6 +314,7 @@ def _build(
         try:
             net = rewrite(graph, plan, surrogates)
             net = merge(net) if merged else net
+            _add_biases(net, weights)
         except LmfxError:
             raise
         except Exception as error:  # a plan that was edited by hand may break the rewrite anywhere
@@ -322,6 +323,15 @@ def _build(
         if not problem:
             return net
     raise PlanError(f"the weights in {folder / WEIGHTS} are not those of the plan: {problem}. Save the network again")
+
+
+def _add_biases(net: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give layers the bias that a refit gave them."""
+    for name in [n for n in weights if n.endswith(".bias")]:
+        owner = name.removesuffix(".bias")
+        layer: Any = dict(net.named_modules()).get(owner)
+        if isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(weights[name], device=layer.weight.device))
 
 
 def _identity_surrogates(graph: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:

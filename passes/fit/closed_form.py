@@ -40,10 +40,19 @@ from torch import Tensor
 from ..algebra.linear import LinearOp, densify
 from ..errors import OptionError
 from .conjugate_gradients import fit_cg
-from .gram import PARTS, Gram, Part, sample_positions
+from .gram import Gram, Part, sample_positions
 from .normal_equations import Fit, System, usual_damping
 
-__all__ = ["Fit", "Gram", "evaluate", "fit_cg", "sample_positions", "solve"]
+__all__ = [
+    "Fit",
+    "Gram",
+    "evaluate",
+    "fit_cg",
+    "fit_system",
+    "sample_positions",
+    "search_damping",
+    "solve",
+]
 
 AUTO_UNKNOWNS = 2500  # above it a factorisation takes seconds, and damping is not searched
 GRID = tuple(10.0 ** (e / 2) for e in range(-14, 5))
@@ -82,16 +91,16 @@ def solve(
     if damping == "auto":
         cheap = total.matrix.shape[1] <= AUTO_UNKNOWNS and gram.can_hold_out()
         damping = (
-            _choose(gram, target, taps, depthwise, start)
+            search_damping(gram.system("rest", taps, depthwise), gram.system("held", taps, depthwise), target, start)
             if cheap
             else usual_damping(total.matrix.shape[1], total.sums.n)
         )
     elif isinstance(damping, str) or not 0 <= damping < float("inf"):
         raise OptionError(f"damping {damping!r}; give 'auto' or a number of at least 0")
-    weight, bias, residual = _fit(total, target, start, damping)
+    weight, bias, residual = fit_system(total, target, start, damping)
     unseen = None
     if heldout and gram.can_hold_out():
-        w, b, _ = _fit(gram.system("rest", taps, depthwise), target, start, damping)
+        w, b, _ = fit_system(gram.system("rest", taps, depthwise), target, start, damping)
         unseen = gram.system("held", taps, depthwise).error(target, w, b)
     own = weight.shape[1] - gram.sides
     side = weight[:, own:].permute(0, 2, 1).reshape(shape[0], -1) if gram.sides else None
@@ -134,7 +143,7 @@ def evaluate(
     return gram.system(part, taps, depthwise).error(target, packed, bias.detach().double())
 
 
-def _fit(system: System, target: str, start: Tensor | None, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+def fit_system(system: System, target: str, start: Tensor | None, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Packed weight, bias (out,) and mean squared error (out,) on the same samples."""
     xy, yy, mean = system.target(target)
     right = xy if start is None else xy - system.matrix @ start
@@ -148,9 +157,11 @@ def _fit(system: System, target: str, start: Tensor | None, damping: float) -> t
     return weight, bias, (squares / system.sums.n).clamp_min(0.0)
 
 
-def _choose(gram: Gram, target: str, taps: tuple[int, ...], depthwise: bool, start: Tensor | None) -> float:
-    """The damping of GRID with the smallest held-out error, walking downhill from the usual one."""
-    rest, held = (gram.system(part, taps, depthwise) for part in PARTS)
+def search_damping(
+    rest: System, held: System, target: str, start: Tensor | None, grid: Sequence[float] = GRID
+) -> float:
+    """The damping of a grid with which a fit to the rest has the smallest error on what is held out, walking downhill
+    from the usual one."""
     (xy, _, mean), (xy_held, _, mean_held) = rest.target(target), held.target(target)
     sketch = None
     if xy.shape[2] > SKETCH:
@@ -171,18 +182,18 @@ def _choose(gram: Gram, target: str, taps: tuple[int, ...], depthwise: bool, sta
 
     def error(i: int) -> float:  # but for a constant
         if i not in seen:
-            delta, _ = rest.solve(GRID[i], right)
+            delta, _ = rest.solve(grid[i], right)
             seen[i] = float((delta * (about(delta) - 2 * right_held)).sum())
         return seen[i]
 
     usual = usual_damping(rest.matrix.shape[1], rest.sums.n)
-    best = min(range(len(GRID)), key=lambda i: abs(log(GRID[i] / usual)))
+    best = min(range(len(grid)), key=lambda i: abs(log(grid[i] / usual)))
     for step in (2, 1):
         at = -1
         while at != best:
             at = best
-            best = min((i for i in (at, at - step, at + step) if 0 <= i < len(GRID)), key=error)
-    return GRID[best]
+            best = min((i for i in (at, at - step, at + step) if 0 <= i < len(grid)), key=error)
+    return grid[best]
 
 
 def _known(gram: Gram, target: str) -> None:
