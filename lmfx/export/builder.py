@@ -69,6 +69,12 @@ class Builder:
             self._shapes = eval_shapes(self.gm, self.specs)
         return self._shapes[node]
 
+    def stand_in(self, node: fx.Node, like: fx.Node, name: str) -> None:
+        """Let `node` of another graph stand for a value of the shape of `like` that is called `name`."""
+        self.shape(like)
+        assert self._shapes is not None
+        self.values[node], self._shapes[node] = name, self._shapes[like]
+
     def value(self, argument: Any) -> str:
         if isinstance(argument, fx.Node):
             if argument in self.pads:  # somebody other than the conv reads the padded value

@@ -25,6 +25,7 @@ from lmfx.passes.graph.ops import (
     PixelSlice,
     SpaceToDepth,
 )
+from lmfx.passes.graph.pointwise import PART, Pointwise, is_operand
 from lmfx.passes.graph.shapes import per_dimension
 
 __all__ = ["FUNCTION_RULES", "MODULE_RULES"]
@@ -325,6 +326,51 @@ def _unary(op: str, **attributes: Callable[[Any], Any]) -> Callable[[Builder, fx
     return lambda e, node, m: e.node(op, e.value(node.args[0]), **{k: f(m) for k, f in attributes.items()})
 
 
+def _softplus(e: Builder, node: fx.Node, m: nn.Softplus) -> str:
+    if m.beta != 1:
+        raise UnsupportedOp(f"{node.name}: softplus with a beta of {m.beta}")
+    return e.node("Softplus", e.value(node.args[0]))
+
+
+# Steps of a formula that are one op of ONNX.
+_STEPS = {
+    **{name: name.capitalize() for name in ("add", "sub", "mul", "div", "pow", "abs", "exp", "log", "sqrt", "erf")},
+    **{name: name.capitalize() for name in ("reciprocal", "neg", "sin", "cos", "tan", "sinh", "cosh", "sigmoid")},
+    **{
+        name: name.capitalize() for name in ("asin", "acos", "atan", "asinh", "acosh", "atanh", "tanh", "sign", "floor")
+    },
+    **{"ceil": "Ceil", "round": "Round", "relu": "Relu", "where": "Where", "maximum": "Max", "minimum": "Min"},
+    **{"max": "Max", "min": "Min", "gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual"},
+}
+
+
+def _pointwise(e: Builder, node: fx.Node, m: Pointwise) -> str:
+    """A formula step by step; a part of it reads a stand-in for the value that it reads."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    names = [e.value(source)]
+    apart = fx.Graph()
+    for name, args, kwargs in m.steps:
+        if name == PART:
+            part = m.get_submodule(str(args[0]))
+            rule = MODULE_RULES.get(type(part))
+            if rule is None:
+                raise UnsupportedOp(f"the emitter has no rule for {type(part).__name__} in the formula of {node.name}")
+            read = apart.placeholder("value")
+            e.stand_in(read, source, names[int(args[1][1:])])
+            names.append(rule(e, apart.call_module("part", (read,)), part))
+            continue
+        given = [names[int(a[1:])] if is_operand(a) else e.value(a) for a in args]
+        if name == "square":
+            given, name = given * 2, "mul"
+        if name == "rsub":
+            given, name = given[::-1], "sub"
+        if kwargs or name not in _STEPS:
+            raise UnsupportedOp(f"the emitter has no rule for {name} in the formula of {node.name}")
+        names.append(e.node(_STEPS[name], *given))
+    return names[-1]
+
+
 def _softmax(op: str) -> Callable[[Builder, fx.Node, Any], str]:
     def rule(e: Builder, node: fx.Node, m: Any) -> str:
         if m.dim is None:
@@ -396,6 +442,11 @@ MODULE_RULES: dict[type[nn.Module], Callable[[Builder, fx.Node, Any], str]] = {
     nn.SELU: _unary("Selu"),
     nn.Mish: _unary("Mish"),
     nn.Softsign: _unary("Softsign"),
+    nn.Softplus: _softplus,
+    nn.Tanhshrink: lambda e, node, m: e.node("Sub", e.value(node.args[0]), e.node("Tanh", e.value(node.args[0]))),
+    nn.Softshrink: _unary("Shrink", bias=lambda m: m.lambd, lambd=lambda m: m.lambd),
+    nn.Hardshrink: _unary("Shrink", bias=lambda m: 0.0, lambd=lambda m: m.lambd),
+    Pointwise: _pointwise,
     nn.PReLU: _prelu,
     nn.Softmax: _softmax("Softmax"),
     nn.LogSoftmax: _softmax("LogSoftmax"),

@@ -7,7 +7,7 @@
     %d = dropout(%r, 0.1, False)
     %s = mul(%d, 0.5)
 
-`x * sigmoid(x)` is nn.SiLU.
+A formula of one value (`x * sigmoid(x)`) is one activation (`formulas`).
 
 Joins are normalised to torch.add, torch.sub, torch.mul and torch.cat over values; constants are folded into a
 `ChannelAffine`. A node that fits no rule stays as it is (opaque for the later passes).
@@ -23,6 +23,7 @@ from ..graph.graph_edit import bypass, drop_dead, place, set_submodule
 from ..graph.raw_nodes import op_name, tensor_of
 from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
+from .formulas import group_formulas
 from .functional import global_pool, module_of
 from .layouts import channels_first
 from .pixels import slice_pixels
@@ -48,8 +49,8 @@ def canonicalize(gm: fx.GraphModule) -> int:
             changed += _module(gm, node)
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
-    changed += sum(_swish(gm, node) for node in list(gm.graph.nodes))
     drop_dead(gm)
+    changed += group_formulas(gm)
     changed += pads_before(gm)
     changed += channels_first(gm)
     changed += slice_pixels(gm)
@@ -116,6 +117,8 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         node.replace_all_uses_with(value)
         node.graph.erase_node(node)
         return True
+    if name == "neg" and node.meta["floating"] and len(node.args) == 1 and not node.kwargs:
+        node.op, node.target, node.args, name = "call_function", torch.mul, (node.args[0], -1.0), "mul"
     if name in SCALAR:
         return arithmetic(gm, node, name)
     if name == "mean":
@@ -144,19 +147,6 @@ def _times_ones(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         if bool((ones == 1).all()):
             return value
     return None
-
-
-def _swish(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """x * sigmoid(x) is one activation, not a product of two branches."""
-    if op_name(node) != "mul" or len(node.args) != 2 or node.kwargs:
-        return False
-    for value, gate in (node.args, node.args[::-1]):
-        if not isinstance(gate, fx.Node) or gate.op != "call_module" or gate.args != (value,):
-            continue
-        if ops.is_plain(gm.get_submodule(str(gate.target)), nn.Sigmoid):
-            place(gm, node, nn.SiLU(), "silu", value)  # type: ignore[arg-type]
-            return True
-    return False
 
 
 def _drop_identity(node: fx.Node) -> bool:

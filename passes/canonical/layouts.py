@@ -139,7 +139,7 @@ def _module(gm: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> nn.Mod
         numbers = module.weight if isinstance(module, nn.PReLU) else module.scale
         return True if numbers.numel() == 1 else None  # else one a row here, not one a channel
     if ops.plain_in(module, ops.ACTIVATIONS):
-        return True
+        return True if all(p.numel() == 1 for p in module.parameters()) else None
     if not _is_called_once(gm, node):
         return None
     if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (shape[-1],) and _is_last(module, shape):

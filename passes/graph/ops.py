@@ -4,7 +4,7 @@
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, pads and crops
                  pixels that move                 slices of pixels, space-to-depth, pixel shuffles
     selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
-    activation   one number in, one number out    ReLU, SiLU, ... ; a cut keeps it, a span linearizes it. A norm whose
+    activation   one number in, one number out    ReLU, SiLU, a formula, ... ; a cut keeps it, a span linearizes it. A norm whose
                                                   statistics come from the map (GroupNorm) is treated like one
     join         several maps in, one out         add, sub, cat, mul
 
@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from ..errors import OptionError
 from .modules import ChannelAffine, ChannelLayerNorm, ChannelSelect, DepthToSpace, PixelSlice, SpaceToDepth
+from .pointwise import Pointwise
 
 __all__ = [
     "ACTIVATIONS",
@@ -42,6 +43,7 @@ __all__ = [
     "ChannelSelect",
     "DepthToSpace",
     "PixelSlice",
+    "Pointwise",
     "SpaceToDepth",
     "activation_of",
     "blocks_of",
@@ -102,6 +104,10 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.Softplus,
     nn.Softsign,
     nn.Threshold,
+    nn.Tanhshrink,
+    nn.Softshrink,
+    nn.Hardshrink,
+    Pointwise,
 )
 IDEMPOTENT: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 IDENTITIES: tuple[type[nn.Module], ...] = (
@@ -140,9 +146,12 @@ def normalizes(module: nn.Module, shape: tuple[int, ...]) -> bool:
     return isinstance(module, (nn.GroupNorm, *INSTANCE_NORMS))
 
 
+_WITH_ARGUMENTS = (nn.Threshold, nn.PReLU, nn.RReLU, Pointwise)
+
+
 def activation_of(name: str) -> nn.Module:
     """The activation of this name: "relu", "relu6", "silu", "gelu", "hardswish", ... Raises `OptionError`."""
-    known = {kind.__name__.lower(): kind for kind in ACTIVATIONS if kind not in (nn.Threshold, nn.PReLU, nn.RReLU)}
+    known = {kind.__name__.lower(): kind for kind in ACTIVATIONS if kind not in _WITH_ARGUMENTS}
     if not isinstance(name, str) or name not in known:
         raise OptionError(f"activation_after={name!r}: use None, or one of {', '.join(map(repr, known))}")
     return known[name]()

@@ -24,6 +24,7 @@ from lmfx.latency.backend import KIND, Measurement, Prune, Whole, check_rounds, 
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import OptionError
 from lmfx.passes.graph.modules import ChannelSelect, DepthToSpace, PixelSlice, SpaceToDepth
+from lmfx.passes.graph.pointwise import Pointwise
 from lmfx.store.rows import Store
 
 __all__ = ["RooflineBackend"]
@@ -125,7 +126,7 @@ class RooflineBackend:
             host = next((leader[n] for n in sources if n in leader and len(n.users) == 1), None)
             if host is not None and _pointwise(node, module_):
                 leader[node] = host
-                flops[host] += out
+                flops[host] += _flops(module_, shapes, node) if isinstance(module_, Pointwise) else out
                 others = [n for n in sources if leader.get(n) is not host]
                 moved[host] += size * sum(math.prod(shapes[n]) for n in others)
                 continue
@@ -143,7 +144,7 @@ class RooflineBackend:
 def _pointwise(node: fx.Node, module: nn.Module | None) -> bool:
     if module is None:
         return node.target in _JOINS
-    return isinstance(module, _NORMS) or type(module).__module__ == "torch.nn.modules.activation"
+    return isinstance(module, (*_NORMS, Pointwise)) or type(module).__module__ == "torch.nn.modules.activation"
 
 
 def _flops(module: nn.Module | None, shapes: dict[fx.Node, tuple[int, ...]], node: fx.Node) -> float:
@@ -160,6 +161,8 @@ def _flops(module: nn.Module | None, shapes: dict[fx.Node, tuple[int, ...]], nod
         kernel: Any = module.kernel_size  # torch.fx makes lists of tuples that are arguments of a function
         listed = isinstance(kernel, (tuple, list))
         return float(out) * (math.prod(kernel) if listed else kernel ** (len(shapes[node]) - 2))
+    if isinstance(module, Pointwise):
+        return float(out) * len(module.steps)
     return 0.0 if isinstance(module, _MOVES) else float(out)
 
 
