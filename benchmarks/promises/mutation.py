@@ -2,83 +2,46 @@
 
     python -m venv /tmp/mutation && /tmp/mutation/bin/pip install mutmut
     echo $PWD/.venv/lib/python3*/site-packages > $(echo /tmp/mutation/lib/python3*/site-packages)/main.pth
-    /tmp/mutation/bin/python benchmarks/promises/mutation.py --sample 150 --seed 0 --results mutation.jsonl
+    /tmp/mutation/bin/python benchmarks/promises/mutation.py --map map.jsonl tests/passes tests/lmfx     # once
+    /tmp/mutation/bin/python benchmarks/promises/mutation.py --map map.jsonl --sample 150 --results mutation.jsonl
 
 Mutants are those of mutmut (`+` for `-`, `<=` for `<`, another number, an argument left out, ...), drawn evenly over
-all that there are in the files of `TESTS`. Words for a person (a text with a blank) are left out: no behaviour hangs on
-them. Each is written into a copy of the tree, and the test files that `TESTS` names for the changed file run there
-with `-x`, quick ones first. A mutant is `killed` by a failing test or by a time-out, and has `survived` otherwise. One
-line of JSON a mutant is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and
-place in the file's list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
+all that there are in `SOURCES`. Words for a person (a text with a blank) are left out: no behaviour hangs on them. Each
+is written into a copy of the tree, and the tests that run the changed statement, as the map of an earlier run says, run
+there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for at most `--budget` CPU
+seconds. A mutant is `killed` by a failing test or by a time-out, and has `survived` otherwise. One line of JSON a mutant
+is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and place in the file's
+list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
+
+The tests run in a fork of a process that has imported torch and not lmfx, so that a mutant costs no import of torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import hashlib
 import importlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERAL = "test_spans test_rewrite test_fuzz_regressions test_random_networks"
-TESTS = {  # source file or folder -> the test files that are to notice a change, quick ones first
-    "lmfx/planning/search.py": "test_search test_small_changes test_budget test_compress",
-    "lmfx/latency/whole_networks.py": "test_wholes test_small_changes test_search",
-    "lmfx/calibration/fitting.py": "test_fitting test_side_fits test_save_load test_compress",
-    "lmfx/stages.py": "test_bad_input test_fitting test_on_demand test_compress",
-    "lmfx/importance/finetune.py": "test_finetune test_importance test_small_changes",
-    "lmfx/importance/jobs.py": "test_finetune",
-    "lmfx/importance/pool.py": "test_finetune test_importance test_shared_scores",
-    "lmfx/importance": "test_importance test_small_changes test_memory test_shared_scores test_finetune test_post_norm",
-    "passes/canonical/cats.py": "test_cats " + GENERAL,
-    "passes/fit/conjugate_gradients.py": "test_solve test_fit test_fitting",
-    "passes/trace/exported.py": "test_exported test_trace",
-    "passes/fit/closed_form.py": "test_fit test_fitting test_side_fits",
-    "passes/canonical/constants.py": "test_fold test_trace",
-    "passes/spans/globs.py": "test_globs test_bad_input",
-    "passes/fit/gram.py": "test_fit test_memory test_fitting test_side_fits test_importance",
-    "passes/canonical/inplace.py": "test_inplace test_trace",
-    "passes/model/interface.py": "test_interface test_multi_input test_trace test_compress",
-    "passes/canonical/layouts.py": "test_layouts test_trace",
-    "passes/algebra/linear.py": "test_linear test_padding_modes test_spans test_random_networks",
-    "passes/algebra/linear_op.py": "test_linear test_padding_modes test_transposed test_spans",
-    "passes/algebra/linear_span.py": "test_rewrite test_trainable test_sides test_spans test_random_networks",
-    "passes/spans/moved_norms.py": "test_norms test_post_norm",
-    "passes/graph/map_shapes.py": "test_fuzz_regressions test_spans test_layouts test_vectors",
-    "passes/solve/pareto.py": "test_solve test_search",
-    "passes/graph/reduction.py": "test_regions test_meshes test_spans",
-    "passes/spans/regions.py": "test_regions test_meshes test_spans",
-    "passes/rewrite/trainable.py": (
-        "test_rewrite test_small_changes test_trainable test_sides test_spans test_post_norm"
-    ),
-    "passes/canonical/selections.py": "test_selections test_cats test_spans",
-    "passes/trace/shape_tracer.py": "test_shape_tracer test_trace",
-    "passes/graph/shapes.py": "test_linear test_small_changes test_spans test_random_networks",
-    "passes/rewrite/siblings.py": "test_siblings",
-    "passes/algebra/side_vectors.py": "test_sides test_side_fits test_vectors",
-    "passes/solve/dynamic_program.py": "test_solve test_on_demand test_search",
-    "passes/spans/enumeration.py": (
-        "test_spans test_small_changes test_globs test_pruning test_methods test_random_networks"
-    ),
-    "passes/spans/pruning.py": "test_spans test_methods test_norms test_random_networks",
-    "passes/fit/normal_equations.py": "test_fit test_fitting test_side_fits",
-    "passes/trace/tracing.py": "test_trace test_exported test_inplace test_fuzz_regressions",
-    "passes/trace/tracers.py": "test_trace test_exported test_shape_tracer test_zoo",
-    "passes/canonical/transposed.py": "test_transposed",
-    "passes": "test_trace test_pads_and_pools test_plain_networks test_vectors " + GENERAL,
-}
+SOURCES = (
+    *("passes", "lmfx/importance", "lmfx/stages.py", "lmfx/planning/search.py"),
+    *("lmfx/latency/whole_networks.py", "lmfx/calibration/fitting.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +52,7 @@ class Mutant:
     index: int  # in the list of the file's mutants
     digest: str  # of the file
     diff: str
+    line: int  # the first one that is changed
 
     @property
     def key(self) -> str:
@@ -98,9 +62,9 @@ class Mutant:
 def sources(root: Path = ROOT) -> list[str]:
     """The files that are mutated."""
     found: set[str] = set()
-    for name in TESTS:
+    for name in SOURCES:
         path = root / name
-        found |= {str(p.relative_to(root)) for p in (path.glob("*.py") if path.is_dir() else [path]) if p.is_file()}
+        found |= {str(p.relative_to(root)) for p in (path.rglob("*.py") if path.is_dir() else [path]) if p.is_file()}
     return sorted(n for n in found if not n.endswith("__init__.py"))
 
 
@@ -118,7 +82,9 @@ def mutant_of(file: str, index: int, text: str, module: Any, change: Any) -> tup
     lines = difflib.unified_diff(text.splitlines(), new.splitlines(), lineterm="", n=0)
     diff = [line for line in lines if line[:1] in "+-@" and not line.startswith(("+++", "---"))]
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return None if _prose(diff) else (Mutant(file, index, digest, "\n".join(diff)), new)
+    place = next((line.split()[1] for line in diff if line.startswith("@@")), "-1")  # @@ -12,2 +12,3 @@
+    line = int(place[1:].partition(",")[0])
+    return None if _prose(diff) or not diff else (Mutant(file, index, digest, "\n".join(diff), line), new)
 
 
 def _prose(diff: list[str]) -> bool:
@@ -145,54 +111,173 @@ def sample(count: int, seed: int, root: Path = ROOT) -> list[tuple[Mutant, str]]
     return drawn
 
 
-def tests_of(file: str) -> list[str]:
-    """The test files for a source file, by the longest name in `TESTS` that it begins with."""
-    name = max((n for n in TESTS if file == n or file.startswith(n + "/")), key=len)
-    return list(
-        dict.fromkeys(str(p.relative_to(ROOT)) for t in TESTS[name].split() for p in (ROOT / "tests").rglob(f"{t}.py"))
-    )
+# --- which tests run what ---------------------------------------------------------------------------------------------
 
 
-def judge(copy: Path, mutant: Mutant, text: str, limit: float, python: str) -> tuple[str, str]:
-    """("killed" or "survived", by what)."""
-    target = copy / mutant.file
+@dataclass(frozen=True)
+class Test:
+    """One test, what it costs, and the lines of each file that it runs."""
+
+    name: str
+    seconds: float
+    lines: dict[str, frozenset[int]]
+
+
+class Mapper:
+    """A plugin of pytest that writes down for each test what it runs."""
+
+    def __init__(self, root: Path, out: Path) -> None:
+        coverage = importlib.import_module("coverage")
+        self.root, self.out, self.passed = root, out, True
+        self.cov = coverage.Coverage(data_file=None, include=[f"{root}/passes/*", f"{root}/lmfx/*"], config_file=False)
+        self.cov.set_option("run:disable_warnings", ["no-data-collected", "trace-changed", "module-not-measured"])
+        self.cov.start()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed &= report.passed or report.skipped
+
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> Iterator[None]:
+        self.cov.stop()
+        self.cov.erase()
+        self.cov.start()
+        self.passed, began = True, time.process_time()
+        result = yield
+        seconds = time.process_time() - began
+        self.cov.stop()
+        data = self.cov.get_data()
+        lines = {os.path.relpath(os.path.realpath(f), self.root): sorted(data.lines(f)) for f in data.measured_files()}
+        row = {"test": item.nodeid, "cpu": round(seconds, 3), "ok": self.passed, "lines": lines}
+        with self.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.cov.start()
+        return result
+
+
+def make_map(out: Path, paths: list[str]) -> None:
+    """Runs tests, and appends to the map what they run."""
+    pytest = importlib.import_module("pytest")
+    mapper = Mapper(ROOT, out)
+    Mapper.pytest_runtest_protocol = pytest.hookimpl(wrapper=True)(Mapper.pytest_runtest_protocol)  # type: ignore[method-assign]
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    pytest.main(["-q", "-p", "no:cacheprovider", "-o", "timeout=0", *paths], plugins=[mapper])
+
+
+def read_map(path: Path) -> list[Test]:
+    """The tests that passed; of a test that was run twice the last row."""
+    rows = {row["test"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return [
+        Test(row["test"], row["cpu"], {f: frozenset(lines) for f, lines in row["lines"].items()})
+        for row in rows.values()
+        if row["ok"]
+    ]
+
+
+def statement_at(text: str, line: int) -> tuple[frozenset[int], frozenset[int]]:
+    """(the lines of the innermost statement around a line, those of the function around it; empty outside of one)."""
+    own: frozenset[int] = frozenset()
+    function: frozenset[int] = frozenset()
+    for node in ast.walk(ast.parse(text)):  # outer before inner
+        if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or line):
+            continue
+        body = getattr(node, "body", None)
+        last = body[0].lineno - 1 if body else node.end_lineno or node.lineno  # of one with a body: its head
+        if isinstance(node, ast.FunctionDef):
+            function = frozenset(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+            own = frozenset() if line <= last else own  # a default: any test that calls it
+        else:
+            own = frozenset(range(node.lineno, max(last, node.lineno) + 1))
+    return (own if function and own <= function else frozenset()), function
+
+
+def tests_of(mutant: Mutant, text: str, tests: Iterable[Test], budget: float) -> list[str]:
+    """The tests that run the mutant's statement, quick ones of its own folder first, for `budget` CPU seconds."""
+    own, function = statement_at(text, mutant.line)
+    ran = [t for t in tests if mutant.file in t.lines]
+    wanted = own or function
+    ran = [t for t in ran if wanted & t.lines[mutant.file]] if wanted else ran
+    mirror = f"tests/{Path(mutant.file).parent}/test_{Path(mutant.file).stem}"
+    folder = f"tests/{Path(mutant.file).parent}/"
+    ran.sort(key=lambda t: (not t.name.startswith(mirror), not t.name.startswith(folder), t.seconds))
+    chosen: list[str] = []
+    for test in ran:
+        if not chosen or test.seconds <= budget:
+            chosen.append(test.name)
+            budget -= test.seconds
+    return chosen
+
+
+# --- one mutant -------------------------------------------------------------------------------------------------------
+
+
+def judge(copy: Path, mutant: Mutant, text: str, tests: list[str], limit: float) -> tuple[str, str]:
+    """("killed" or "survived", by what). `limit` are CPU seconds."""
+    if not tests:
+        return "survived", "no test runs it"
+    target, log = copy / mutant.file, copy / "mutant.log"
     original = target.read_text()
     target.write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    there = [t for t in tests_of(mutant.file) if (copy / t).exists()]
-    command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not gpu", *there]
-    process = subprocess.Popen(
-        command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
     try:
-        out, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return "killed", f"time-out after {limit:.0f} s"
+        child = os.fork()
+        if not child:
+            _run(copy, log, tests, limit)
+        _, status = os.waitpid(child, 0)
     finally:
         target.write_text(original)
-    if process.returncode == 0:
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 124:
+        return "killed", f"time-out after {limit:.0f} s"
+    if os.WEXITSTATUS(status) == 0:
         return "survived", ""
-    failed = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "killed", (failed or out.splitlines() or [""])[-1][:200]
+    lines = log.read_text(errors="replace").splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "killed", (failed or lines or [""])[-1][:200]
+
+
+def _run(copy: Path, log: Path, tests: list[str], limit: float) -> None:
+    """The child: runs the tests in the copy, and ends."""
+    code = 1
+    try:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+        signal.signal(signal.SIGXCPU, lambda *_: os._exit(124))
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONPATH"] = str(copy)
+        flags = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--tb=line"]
+        code = int(importlib.import_module("pytest").main([*flags, *tests]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
 
 
 def main() -> None:
-    """Goes on with a run, and prints its survivors."""
+    """Makes a map, or goes on with a run and prints its survivors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("paths", nargs="*", help="tests to append to the map; without them mutants are judged")
+    parser.add_argument("--map", type=Path, default=Path("map.jsonl"), help="which test runs which lines")
     parser.add_argument("--sample", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("mutation.jsonl"))
-    parser.add_argument("--limit", type=float, default=400.0, help="seconds for the tests of one mutant")
-    parser.add_argument("--python", default=sys.executable, help="which has torch and pytest")
+    parser.add_argument("--budget", type=float, default=30.0, help="CPU seconds of tests for one mutant")
     parser.add_argument("--only", default="", help="mutants of files with this in their name")
     parser.add_argument("--again", action="store_true", help="judge survivors again, after new tests")
     args = parser.parse_args()
+    if args.paths:
+        make_map(args.map.absolute(), args.paths)
+        return
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    for name in ("torch", "numpy", "pytest", "hypothesis", "safetensors.torch"):
+        importlib.import_module(name)
     known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
-    done = {k["key"]: k for k in known if not (args.again and k["verdict"] == "survived")}
+    done = {k["key"]: k for k in known}
+    if args.again:
+        done = {key: row for key, row in done.items() if row["verdict"] != "survived"}
     drawn = [(m, t) for m, t in sample(args.sample, args.seed) if args.only in m.file]
+    tests = read_map(args.map)
     with tempfile.TemporaryDirectory(prefix="lmfx-mutation-") as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(
@@ -201,8 +286,9 @@ def main() -> None:
         for i, (mutant, text) in enumerate(drawn):
             if mutant.key not in done:
                 began = time.monotonic()
-                verdict, by = judge(copy, mutant, text, args.limit, args.python)
-                row = {"key": mutant.key, "verdict": verdict, "by": by, **asdict(mutant)}
+                chosen = tests_of(mutant, (ROOT / mutant.file).read_text(), tests, args.budget)
+                verdict, by = judge(copy, mutant, text, chosen, 60 + 5 * args.budget)
+                row = {"key": mutant.key, "verdict": verdict, "by": by, "tests": len(chosen), **asdict(mutant)}
                 done[mutant.key] = row
                 with args.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -10,7 +10,8 @@
 
 From an op on, its operands are taken in, the latest first, as long as they work number by number and nothing else reads
 them, until one value is left: the one that the formula is of. An op of one value (a power, a root) is a formula by
-itself, and takes in the activation before it, and numbers between them. Sums of a value with multiples of itself are affine and no formula.
+itself, and takes in the activation before it, and numbers between them. Sums of a value with multiples of itself are
+affine and no formula.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfx
-from tests.helpers import check_rewrite, check_trace, double, pick
 from lmfx.export.emit import emit
 from lmfx.latency.workload import signature
 from lmfx.passes.graph.pointwise import Pointwise
+from tests.helpers import check_rewrite, check_trace, double, pick
 
 X = torch.randn(2, 3, 7, 9, dtype=torch.float64)
 
