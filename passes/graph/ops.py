@@ -4,8 +4,8 @@
     affine       diagonal, pads, averages         BatchNorm with running statistics, ChannelAffine, pads and crops
                  pixels that move                 slices of pixels, space-to-depth, pixel shuffles
     selection    a part or an order of channels   ChannelSelect: affine, and a layer of its own
-    activation   one number in, one number out    ReLU, SiLU, formulas; a cut keeps it, a span linearizes it. Norms whose
-                                                  statistics come from the map (GroupNorm) are treated so
+    activation   one number in, one number out    ReLU, SiLU, formulas; a cut keeps it, a span makes it linear. Norms
+                                                  whose statistics come from the map (GroupNorm) are treated so
     join         several maps in, one out         add, sub, cat, mul
 
 Everything else is opaque: it may be kept, or replaced whole by a fitted conv, but not composed.

@@ -160,7 +160,7 @@ def test_a_part_without_convs_that_mixes_values_is_one_opaque_layer() -> None:
         y = m.a(x)
         return m.b(torch.matmul(y, torch.softmax(y.transpose(2, 3), 1)) @ torch.exp(y))
 
-    assert regions(body) == ["a | transpose softmax matmul exp matmul_1! | b"]
+    assert regions(body) == ["a | transpose softmax matmul exp_1 matmul_1! | b"]
 
 
 def test_a_part_without_convs_is_no_region() -> None:
