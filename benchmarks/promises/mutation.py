@@ -8,8 +8,8 @@
 Mutants are those of mutmut (`+` for `-`, `<=` for `<`, another number, an argument left out, ...), drawn evenly over
 all that there are in `SOURCES`. Words for a person (a text with a blank) are left out: no behaviour hangs on them. Each
 is written into a copy of the tree, and the tests that run the changed statement, as the map of an earlier run says, run
-there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for `--budget` CPU seconds
-at most. A mutant is `killed` by a failing test or by a time-out, and has `survived` otherwise. One line of JSON for each
+there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for `--budget` CPU
+seconds at most. A mutant is `killed` by a failing test or a time-out, and has `survived` otherwise. A line of JSON each
 is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and place in the file's
 list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
 
@@ -70,6 +70,8 @@ def sources(root: Path = ROOT) -> list[str]:
 
 def changes_of(file: str, root: Path = ROOT) -> tuple[str, Any, list[Any]]:
     """(text, its tree, mutmut's changes of the tree)."""
+    settings: Any = importlib.import_module("mutmut.configuration")
+    settings._guess_source_paths = lambda: ["passes"]  # it would look for a folder of the checkout's name
     create_mutations = importlib.import_module("mutmut.mutation.file_mutation").create_mutations  # has no types
     text = (root / file).read_text()
     module, changes, *_ = create_mutations(file, text)
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("mutation.jsonl"))
     parser.add_argument("--budget", type=float, default=30.0, help="CPU seconds of tests for one mutant")
     parser.add_argument("--only", default="", help="mutants of files with this in their name")
+    parser.add_argument("--mapped", action="store_true", help="mutants of which the map has tests of their folder")
     parser.add_argument("--again", action="store_true", help="judge survivors again, after new tests")
     args = parser.parse_args()
     if args.paths:
@@ -284,6 +287,8 @@ def main() -> None:
             ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "*.png", "__pycache__")
         )
         for i, (mutant, text) in enumerate(drawn):
+            if args.mapped and not any(t.name.startswith(f"tests/{Path(mutant.file).parent}/") for t in tests):
+                continue
             if mutant.key not in done:
                 began = time.monotonic()
                 chosen = tests_of(mutant, (ROOT / mutant.file).read_text(), tests, args.budget)

@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.students import Students
+from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.jobs import Evaluate, Job, Outcome, PackedNetwork, Train, isolated, run_job
@@ -117,6 +118,7 @@ class Finetune:
             raise OptionError(f"key={self.key!r}: use a name for train and evaluate, like 'sgd-1-epoch-v1'")
         Objective(self.metric, self.objective, self.scale)
 
+    @entry
     def score(
         self,
         spans: SpanSet,

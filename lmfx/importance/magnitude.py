@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lmfx.calibration.images import Calibration
+from lmfx.environment.caller_state import entry
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.profiling import digest
@@ -30,6 +31,7 @@ class Magnitude:
     activation: float = 0.1
     name: str = "magnitude"
 
+    @entry
     def score(
         self,
         spans: SpanSet,

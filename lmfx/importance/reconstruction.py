@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lmfx.calibration.images import Calibration
+from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
 from lmfx.importance.change import Scorer
@@ -79,6 +80,7 @@ class Reconstruction:
         if self.norms == "batch" and self.exact is False:
             raise OptionError("norms='batch' runs the network after each candidate: use it with exact=True")
 
+    @entry
     def score(
         self,
         spans: SpanSet,

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
 
+from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.latency.sampling import Runner, Sampling, Session, Taken, summary
 from lmfx.latency.workload import Workload
@@ -115,6 +116,7 @@ class TimedBackend:
         """The sentinel of this backend, and what an empty call takes."""
         raise NotImplementedError
 
+    @entry
     def measure(
         self,
         workloads: Iterable[Workload],
@@ -203,6 +205,7 @@ class TimedBackend:
                 session.close()
         return {k: done[k] for k in unique}
 
+    @entry
     def measure_interleaved(self, modules: Sequence[Whole], repeats: int = 5) -> list[list[float]]:
         """See `Backend.measure_interleaved`. Every round runs the networks in turn, in alternating order.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.bounded_reading import parse_json, read_bounded
+from lmfx.environment.caller_state import entry
 from lmfx.latency.backend import Measurement
 from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate, MergePlan
@@ -136,6 +137,7 @@ class LatencyTable(Mapping[str, Measurement]):
         """The latency of one candidate."""
         return self[key].ms
 
+    @entry
     def total(self, plan: MergePlan | None = None) -> float:
         """The sum of the rows of a plan's network in ms; without a plan that of the original network."""
         total = sum(m.ms for key, m in self.rows.items() if _is_keep(key))
@@ -147,6 +149,7 @@ class LatencyTable(Mapping[str, Measurement]):
         """The sum of the rows of a candidate's spans (one a call) if every layer in them is kept as it is, in ms."""
         return sum(self._layer(span.series, i) for span in candidate.spans for i in range(span.start, span.stop))
 
+    @entry
     def predict(self, plan: MergePlan | None = None) -> float:
         """The latency of a plan's whole network in ms, by the calibration; without a plan that of the original network.
 
@@ -174,6 +177,7 @@ class LatencyTable(Mapping[str, Measurement]):
                 found[place] = found.get(place, 0.0) + m.ms
         return found
 
+    @entry
     def check(self, other: LatencyTable | Mapping[str, Any]) -> None:
         """Raises `TableError` if the other table (or identity) is of another backend, version, device, threads..."""
         theirs = other.identity if isinstance(other, LatencyTable) else other
@@ -182,11 +186,13 @@ class LatencyTable(Mapping[str, Measurement]):
             seen = "; ".join(f"{k}: {self.identity.get(k)!r} and {theirs.get(k)!r}" for k in different)
             raise TableError(f"latencies of different identities cannot be used together ({seen}); profile again")
 
+    @entry
     def merge(self, other: LatencyTable) -> LatencyTable:
         """Both tables' rows; where both have one, the other's. Raises `TableError` if they do not go together."""
         self.check(other)
         return LatencyTable({**self.rows, **other.rows}, self.identity, other.calibration or self.calibration)
 
+    @entry
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes JSON; the file is complete or not there."""
         target = Path(path)
@@ -203,6 +209,7 @@ class LatencyTable(Mapping[str, Measurement]):
             raise TableError(f"cannot write the latency table {target}: {error}") from error
 
     @classmethod
+    @entry
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Reads what `save` wrote. Raises `TableError` for a missing, damaged or foreign file."""
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lmfx.budget import Budget
+from lmfx.environment.caller_state import entry
 from lmfx.importance import ImportanceTable
 from lmfx.latency import Calibration as Line
 from lmfx.latency import LatencyTable
@@ -68,6 +69,7 @@ class Frontier:
         """Predicted latency of the original network, ms."""
         return self.line(self.original_sum)
 
+    @entry
     def calibrated(self, line: Line) -> Frontier:
         """The same frontier with another relation between sums of rows and whole networks."""
         return Frontier(self.spans, self.raw, self.original_sum, line, self.surrogate)
@@ -85,6 +87,7 @@ class Frontier:
     def __repr__(self) -> str:
         return f"Frontier({len(self)} points, {self.latency[0]:.4g} to {self.latency[-1]:.4g} ms)"
 
+    @entry
     def plan(self, index: int) -> MergePlan:
         """The plan of one point."""
         chosen = [c for c in self.raw.choice(index) if isinstance(c, Candidate) and c.realization != "keep"]
@@ -98,6 +101,7 @@ class Frontier:
             activation_after=self.spans.options.activation_after,
         )
 
+    @entry
     def index_at(self, budget: Any) -> int:
         """The best point whose predicted latency is within a budget: 0.6, "60%", "4.5ms", "2x" or a `Budget`.
 
@@ -118,10 +122,12 @@ class Frontier:
             )
         return index
 
+    @entry
     def at(self, budget: Any) -> MergePlan:
         """The best plan within a budget; see `index_at`."""
         return self.plan(self.index_at(budget))
 
+    @entry
     def plot(self, path: str | os.PathLike[str] | None = None, ax: Any = None, mark: Any = None) -> Any:
         """Draw importance over latency with matplotlib, save it to `path` if given, and return the axes.
 

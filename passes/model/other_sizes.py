@@ -244,16 +244,18 @@ class Probes:
         for leaf, shape in zip(leaves, shapes, strict=True):
             values[leaf.place] = _drawn(values[leaf.place], shape)
         given: dict[str, Any] = pytree.tree_unflatten(values, self.spec)
-        model = eval_copy(self.model)
-        try:
-            with torch.no_grad(), quiet(), FullPrecision():
-                expected = plain_output(bind(model, self.example).call(model, _cloned(given)))
-        except SizeError:  # a graph of lmfx in it
-            if kind in KINDS:
-                self.inherited[kind] = leaves
-            return None
-        except Exception:  # models refuse sizes in many ways
-            return None
+        model, own = eval_copy(self.model), _cloned(given)
+        binding = bind(model, self.example)
+        with torch.no_grad(), quiet(), FullPrecision():
+            try:
+                output = binding.call(model, own)
+            except SizeError:  # a graph of lmfx in it
+                if kind in KINDS:
+                    self.inherited[kind] = leaves
+                return None
+            except Exception:  # the caller's forward alone runs here, and refuses a size in a way of its own
+                return None
+        expected = plain_output(output)
         floating = [v for v in pytree.tree_leaves(expected) if isinstance(v, Tensor) and v.is_floating_point()]
         if not all(v.numel() and bool(v.isfinite().all()) for v in floating):
             return None
@@ -383,11 +385,11 @@ def _agrees(gm: fx.GraphModule, probe: _Probe, tolerance: float | None = None) -
     own = copy.deepcopy(gm, {id(t): t for t in tensors}) if gm.meta.get("lmfx", {}).get("opaque") else gm
     given = _cloned(probe.given)
     values = [given.get(str(n.target)) for n in own.graph.nodes if n.op == "placeholder"]
-    try:
-        with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet():
+        try:
             actual = fx.Interpreter(own).run(*values, enable_io_processing=False)
-    except Exception:  # a graph with a number where a size should be raises whatever the op raises
-        return False
+        except Exception:  # an op, or a module of the caller's, that meets a number where a size should be
+            return False
     return not differs(probe.expected, plain_output(actual), tolerance)
 
 

@@ -47,10 +47,10 @@ def run_unchanged(model: nn.Module, example: Example) -> Any:
 
 
 def _refuse_buffers(model: nn.Module, example: Example) -> None:
-    warm = _buffers(model)
+    warm, other = _buffers(model), _other(example)
     try:
-        _run(model, _other(example))
-    except Exception:  # other values may be none that the model takes; its own run was fine
+        _run(model, other)
+    except Exception:  # the caller's forward alone: other values may be none that it takes, its own run was fine
         return
     changed = _changed(warm, _buffers(model))
     if changed:

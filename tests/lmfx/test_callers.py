@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfx
+from lmfx.calibration.images import as_calibration
 from lmfx.environment.caller_state import entry, is_entry, one_line
+from lmfx.importance import ESTIMATORS, Reconstruction
+from lmfx.latency.backend import TimedBackend
 from lmfx.passes.model.quiet import quiet
 
 
@@ -71,6 +74,41 @@ def test_every_public_function_is_an_entry() -> None:
     assert {f.__name__ for f in functions if not is_entry(f)} == set()
     assert is_entry(importlib.import_module("lmfx.cli.main")._run)
     assert not is_entry(convs)
+
+
+# Accessors that compute with Python's numbers alone and are called thousands of times, and what an entry calls.
+PLAIN = {"Budget.parse", "Budget.resolve", "Candidate.each", "LatencyTable.ms", "LatencyTable.kept"}
+PLAIN |= {"Finetune.no_change", "Finetune.measure", "Finetune.jobs", "Reconstruction.resolved"}
+
+
+def test_every_method_of_a_public_class_that_does_work_is_an_entry() -> None:
+    public = [v for n in lmfx.__all__ if inspect.isclass(v := getattr(lmfx, n)) and not issubclass(v, Exception)]
+    methods = {
+        f"{c.__name__}.{name}": getattr(value, "__func__", value)
+        for c in (*public, *ESTIMATORS.values())
+        for name, value in vars(c).items()
+        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, (classmethod, staticmethod)))
+    }
+    assert {name for name, f in methods.items() if not is_entry(f)} == PLAIN
+    assert all(is_entry(getattr(TimedBackend, name)) for name in ("measure", "measure_interleaved"))
+
+
+@pytest.mark.parametrize("state", ["inference mode", "autocast", "meta device", "float64"])
+def test_estimators_that_are_called_directly_do_the_same_in_any_state(state: str) -> None:
+    spans = lmfx.spans(lmfx.trace(convs(), X))
+    data = as_calibration(IMAGES, X)
+    plain = Reconstruction().score(spans, list(spans), data)
+    with STATES[state]():
+        assert dict(Reconstruction().score(spans, list(spans), data)) == dict(plain)
+
+
+def test_a_plot_into_a_folder_that_is_not_there_says_so(tmp_path: Any) -> None:
+    graph = lmfx.trace(convs(), X)
+    table = lmfx.profile(graph, "roofline", cache_dir=tmp_path, progress=False)
+    frontier = lmfx.solve(graph, table, lmfx.score(graph, "magnitude", cache_dir=tmp_path, progress=False))
+    pytest.importorskip("matplotlib")
+    with pytest.raises(lmfx.LmfxError, match="nowhere"):
+        frontier.plot(tmp_path / "nowhere" / "plot.png")
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -177,7 +177,7 @@ OPAQUE: dict[str, tuple[Callable[..., Any], dict[str, Any], list[str]]] = {
     "mean of everything": (lambda m, x: x.mean(), {}, ["mean"]),
     "parameter over pixels": (lambda m, x: x + m.b, {"b": nn.Parameter(torch.randn(6, 9))}, ["add"]),
     "parameter over the last axis": (lambda m, x: x * m.b, {"b": nn.Parameter(torch.randn(9))}, ["mul"]),
-    "number over a map": (lambda m, x: 1 / (x.abs() + 1), {}, ["abs", "ChannelAffine", "div"]),
+    "number over a mean": (lambda m, x: 1 / (x.mean() + 1), {}, ["mean", "add", "div"]),
     "max pool with indices": (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0], {}, ["max_pool2d", "getitem"]),
     "weight that is computed": (
         lambda m, x: F.conv2d(x, m.c.weight * x.mean()),
