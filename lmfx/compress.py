@@ -26,6 +26,7 @@ from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, QualityError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Realization, Surrogate
+from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import Method, Norm, SpanSet
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
@@ -35,7 +36,7 @@ from lmfx.planning.keeping import fastest_that_keeps, parse_keep
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.quality import Judge, Quality, QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
-from lmfx.result import Result
+from lmfx.result import Result, made_of, result_of, set_made_of
 
 __all__ = ["compress"]
 
@@ -187,7 +188,7 @@ def compress(
 
 def _check_kept(net: fx.GraphModule, share: float | None, budget: Budget | None) -> None:
     """Raises `QualityError` for a network within a budget that keeps less than was asked for."""
-    quality = net.meta["lmfx"]["result"].quality
+    quality = result_of(net).quality
     if share is not None and budget is not None and quality.kept < share:
         raise QualityError(
             f"within the budget {budget} the best network keeps {quality.kept:.1%} of what the original does, and "
@@ -298,12 +299,13 @@ def _finish(
     keep: float | None = None,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
-    plan: MergePlan = net.meta["lmfx"]["plan"]
+    made = made_of(net)
+    assert made is not None
+    plan = made.plan
     changed = {name for c in plan.candidates for name in c.all_convs}
     network = spans.network
     every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
     convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
-    meta = graph.meta["lmfx"]
     result = Result(
         plan=plan,
         budget=budget,
@@ -319,11 +321,11 @@ def _finish(
         original=found.original if found else None,
         ratio=found.ratio if found else None,
         line=found.frontier.line if found else None,
-        inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
+        inputs=noted(graph).inputs,
         frontier=found.frontier if found else None,
         quality=_quality(graph, net.train(False), images),
         keep=keep,
     )
-    kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
-    net.meta["lmfx"] = {"result": result, **kept, "origin": net.meta["lmfx"]["origin"]}
+    note(net, noted(graph).of_result())
+    set_made_of(net, replace(made, result=result))
     return net

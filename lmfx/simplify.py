@@ -21,6 +21,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import OptionError
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
+from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.regrouped_sums import groups, regrouped
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
@@ -29,7 +30,7 @@ from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.equality import check_equal, in_double, merged_form, rounded
-from lmfx.result import Result
+from lmfx.result import MadeOf, Result, set_made_of
 from lmfx.stages import trace
 
 __all__ = ["simplify"]
@@ -82,7 +83,6 @@ def simplify(
     merged = merged_form(doubled, plan)
     net = _named_anew(rounded(merged, graph, plan))
     checked = check_equal(model, example_input, doubled, merged, net, plan)
-    meta = graph.meta["lmfx"]
     result = Result(
         plan=plan,
         budget=None,
@@ -92,12 +92,12 @@ def simplify(
         refusals=_refusals(spans, chosen, float(growth)),
         kept=_untouched(spans.network, chosen),
         candidates=sum(c.realization != "keep" for c in spans),
-        inputs={"positional": meta["positional"], "keyword": meta["keyword"]},
+        inputs=noted(graph).inputs,
         checked=checked,
     )
     net.train(False)
-    kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
-    net.meta["lmfx"] = {"result": result, **kept, "origin": Origin.of(graph)}
+    note(net, noted(graph).of_result())
+    set_made_of(net, MadeOf(plan, Origin.of(graph), result))
     return net
 
 

@@ -26,6 +26,7 @@ from lmfx.latency.whole_networks import calibrate_table
 from lmfx.passes.errors import InputError, PlanError, TableError
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Surrogate
+from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.rewrite.trainable import merge as merge_spans
@@ -33,7 +34,7 @@ from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace as trace_graph
 from lmfx.planning.frontier import Frontier, solve_spans
-from lmfx.result import Result
+from lmfx.result import MadeOf, made_of, set_made_of
 
 __all__ = [
     "default_backend",
@@ -69,7 +70,7 @@ def rewrite(
     if not isinstance(plan, MergePlan):
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
     check_graph(graph, "rewrite")
-    images = as_calibration(calibration, graph.meta["lmfx"]["example"])
+    images = as_calibration(calibration, noted(graph).example)
     same = spans is not None and spans.network.gm is graph
     analysis = Analysis.of(spans.network) if spans is not None and same else Analysis(graph)
     apart = refit and len(images) >= LEAST_IMAGES
@@ -77,7 +78,7 @@ def rewrite(
     student = Students(analysis, fitted).student(plan, share_tensors=False, progress=progress)
     if held is not None:
         student = refit_student(student, graph, fitted, Divergence(graph, held), plan, progress)
-    student.meta["lmfx"] = {**student.meta.get("lmfx", {}), "plan": plan, "origin": Origin.of(graph)}
+    set_made_of(student, MadeOf(plan, Origin.of(graph)))
     return student
 
 
@@ -93,10 +94,10 @@ def merge(student: fx.GraphModule) -> fx.GraphModule:
             f"{type(student).__name__}"
         )
     net = merge_spans(student)
-    result = net.meta.get("lmfx", {}).get("result")
-    if isinstance(result, Result):
+    made = made_of(student)
+    if made is not None and made.result is not None:
         # From the student itself: a copy of its result has neither the frontier nor the table.
-        net.meta["lmfx"] = {**student.meta["lmfx"], "result": replace(student.meta["lmfx"]["result"], merged=True)}
+        set_made_of(net, replace(made, result=replace(made.result, merged=True)))
     return net
 
 
@@ -111,7 +112,8 @@ def merge_siblings(net: fx.GraphModule) -> fx.GraphModule:
     if not isinstance(net, fx.GraphModule):
         raise InputError(f"merge_siblings takes a network from lmfx.compress or lmfx.trace, not a {type(net).__name__}")
     merged = merge_sibling_convs(net)
-    merged.meta.pop("lmfx", None)
+    note(merged, None)
+    set_made_of(merged, None)
     return merged
 
 
@@ -126,7 +128,7 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     check_model(model, example_input)
     graph = trace_graph(model, example_input)
     check_batched(graph)
-    graph.meta["lmfx"]["example"] = example_input
+    note(graph, replace(noted(graph), example=example_input))
     return graph
 
 
@@ -227,7 +229,7 @@ def score(
     candidates = _candidates(graph, spans)
     chosen: Sequence[Candidate] = candidates.candidates if latency is None else worth_scoring(candidates, latency)
     made = get_estimator(estimator, **options)
-    data = as_calibration(calibration, graph.meta["lmfx"]["example"])
+    data = as_calibration(calibration, noted(graph).example)
     with Store.open(cache_dir) as store:
         return made.score(candidates, chosen, data, store, progress, executor)
 

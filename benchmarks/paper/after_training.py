@@ -27,6 +27,7 @@ from benchmarks.zoo.denoising import DenoisingNet
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.model.interface import plain_output
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import SpanOptions, enumerate_spans
 from lmfx.passes.spans.layers import Network
 
@@ -108,7 +109,7 @@ def check(
     plan = random_plan(spans, random.Random(seed), ("compose",))
     student: fx.GraphModule = lmfx.rewrite(graph, plan, calibration=draw(BATCH, size))
     before = {name: value.detach().clone() for name, value in student.state_dict().items()}
-    free = graph.meta["lmfx"]["tracer"] == "symbolic"  # else it is specialised to the example's batch and size
+    free = noted(graph).tracer == "symbolic"  # else it is specialised to the example's batch and size
     others = [draw(BATCH, size), draw(1, size + 7) if free else draw(BATCH, size)]
     with torch.no_grad():
         untrained = _outputs(student, others[0])

@@ -39,6 +39,7 @@ from benchmarks.shared.random_plans import random_plan
 from benchmarks.zoo.models import SIZES, build, examples
 from lmfx.passes.graph import ops
 from lmfx.passes.graph.verify import relative_error
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
@@ -177,8 +178,8 @@ def _build(row: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _trace(row: dict[str, Any], state: dict[str, Any]) -> None:
     graph = lmfx.trace(state["model"], state["example"])
-    meta = graph.meta["lmfx"]
-    row |= {"tracer": meta["tracer"], "opaque": len(meta["opaque"]), "opaque_reasons": meta["opaque"]}
+    facts = noted(graph)
+    row |= {"tracer": facts.tracer, "opaque": len(facts.opaque), "opaque_reasons": dict(facts.opaque)}
     error = relative_error(state["output"], _call(graph, state["example"]))
     row["trace_error"] = error
     row["trace"] = "equal" if error <= 1e-4 else f"error: off by {error:.1e}"

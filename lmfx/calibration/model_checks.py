@@ -15,6 +15,7 @@ from lmfx.passes.errors import DeviceError, InputError, ModelError, OptionError
 from lmfx.passes.graph import ops
 from lmfx.passes.model.interface import plain_output
 from lmfx.passes.model.model_copy import eval_copy
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import SpanOptions
 from lmfx.passes.trace.tracing import example_arguments
 
@@ -56,7 +57,7 @@ def check_run_options(executor: Any = None, cache_dir: Any = None) -> None:
 
 def check_graph(graph: Any, what: str) -> None:
     """Raises `InputError` for anything but a graph that `lmfx.trace` made."""
-    if not isinstance(graph, fx.GraphModule) or "example" not in graph.meta.get("lmfx", {}):
+    if not isinstance(graph, fx.GraphModule) or noted(graph).example is None:
         raise InputError(f"{what} needs a graph from lmfx.trace, not a {type(graph).__name__}: call lmfx.trace first")
 
 

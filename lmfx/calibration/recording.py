@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lmfx.calibration.images import Calibration, Frame
 from lmfx.passes.errors import ModelError
 from lmfx.passes.model.interface import plain_output
+from lmfx.passes.model.trace_facts import noted
 
 __all__ = [
     "Replaced",
@@ -37,8 +38,8 @@ def batches_for(
     gm: fx.GraphModule, calibration: Calibration, size: int = BATCH, limit: int | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
     """The calibration inputs in batches that the graph can take: of the example's size where no other is right."""
-    meta = gm.meta.get("lmfx", {})
-    free = meta.get("sizes", {}).get("batch", "any") in ("any", "none")
+    facts = noted(gm)
+    free = facts.any_batch
     if isinstance(calibration.names, Frame):
         if free:
             yield from calibration.batches(size, limit)
@@ -47,7 +48,7 @@ def batches_for(
         whole = None if limit is None else max(limit // fixed, 1) * fixed
         yield from calibration.whole_batches(fixed).batches(fixed, whole)
         return
-    specs = [s for s in [*meta.get("positional", ()), *meta.get("keyword", {}).values()] if isinstance(s, dict)]
+    specs = [s for s in facts.specs if isinstance(s, dict)]
     if free or not specs or not specs[0]["shape"]:
         yield from calibration.batches(size, limit)
         return
@@ -185,7 +186,7 @@ def output_rows(gm: fx.GraphModule, calibration: Calibration) -> Rows:
     Raises `ModelError` if no tensor has such a dimension.
     """
     shapes = {}
-    for size in (2, 3) if gm.meta.get("lmfx", {}).get("tracer", "symbolic") == "symbolic" else ():
+    for size in (2, 3) if noted(gm).tracer == "symbolic" else ():
         with contextlib.suppress(Exception):  # a batch size that is written in the graph
             batch = next(calibration.whole_batches(size).batches(size))
             shapes[size] = [tuple(v.shape) for v in _floating(record(gm, batch, (), calibration.names)[1])]

@@ -190,8 +190,9 @@ if hasattr(os, "register_at_fork"):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 _LIBRARIES = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
-_OWN = str(Path(__file__).resolve().parent)
-_PASSES = str((Path(__file__).parent / "passes").resolve())
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OWN = str(_PACKAGE) + os.sep
+_PASSES = str((_PACKAGE / "passes").resolve()) + os.sep  # elsewhere in a checkout
 _RUNS_NETWORKS = ("torch/fx/interpreter.py", "torch/fx/graph_module.py", "torch/nn/modules/module.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NODE = re.compile(r"While executing %(\w+) : .*?= (\w+)\[target=([^\]]+)\]")

@@ -45,6 +45,7 @@ from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import LatencyTable, Store
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.ir import Candidate
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import Frontier, solve_spans
 from lmfx.stages import spans as find_spans
@@ -127,7 +128,7 @@ def score_on_demand(
         raise OptionError(f"width={width!r}: use a whole number from 1")
     made = get_estimator(estimator, **options)
     found = spans if spans is not None else find_spans(graph)
-    data = as_calibration(calibration, graph.meta["lmfx"]["example"])
+    data = as_calibration(calibration, noted(graph).example)
     chosen = [c for c in worth_scoring(found, latency) if c.realization != "keep"]
     wanted = [Budget.parse(b) for b in budgets]
     anything = solve_spans(found, latency, ImportanceTable({c.key: 0.0 for c in chosen}, {}))

@@ -30,6 +30,7 @@ from lmfx.passes.graph import ops
 from lmfx.passes.identity.content import Describer, is_foreign
 from lmfx.passes.identity.fingerprint import node_text
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.added_activations import activated
 from lmfx.passes.rewrite.trainable import span_sides
 from lmfx.passes.spans.layers import Network
@@ -44,7 +45,7 @@ class Workloads:
     def __init__(self, network: Network, activation_after: str | None = None) -> None:
         self.network = network
         self.activation_after = activation_after
-        self._volatile = tuple(network.gm.meta.get("lmfx", {}).get("volatile", ()))
+        self._volatile = noted(network.gm).volatile
         self._cache: dict[tuple[object, ...], Workload] = {}
         self._known: dict[str, object] = {}
         self._carrier: dict[str, tuple[Layer, int]] = {}  # series name -> the layer of the join that it ends with

@@ -32,6 +32,7 @@ from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.identity.fingerprint import identify
 from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanSet
@@ -133,7 +134,7 @@ def _measure(
     keys = [_key(p) for p in plans]
     known = {} if store is None else store.get_many(KIND, identity, [*keys, ORIGINAL])
     todo = [i for i, k in enumerate(keys) if k not in known and k != ORIGINAL and k not in keys[:i]]
-    example = example_arguments(graph.meta["lmfx"]["example"])
+    example = example_arguments(noted(graph).example)
     reference = None if store is None else store.get(SENTINEL, backend.identity(), REFERENCE)
     sentinel = sentinel_workload()
     rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, ceil(MS_A_NETWORK / max(table.total(), 1e-3))))

@@ -31,11 +31,12 @@ from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.errors import InputError, LmfxError, PlanError
 from lmfx.passes.identity.fingerprint import Origin, fingerprint, is_of
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
 from lmfx.planning.plan_file import damaged, decode, dumps, encode, make_document, parse_document, read_json
-from lmfx.result import Result
+from lmfx.result import MadeOf, Result, made_of, set_made_of
 
 __all__ = ["example_of", "is_merged", "load", "model_spec", "save"]
 
@@ -75,7 +76,8 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     if result is not None:
         result = dataclasses.replace(result, merged=merged)
     tensors, shared = _tensors(net)
-    origin = net.meta["lmfx"].get("origin")
+    made = made_of(net)
+    origin = None if made is None else made.origin
     document = make_document(plan, encode(_Save(merged, inputs, _digest(tensors), shared, result, model, origin)))
     text = dumps(document)
     target = Path(directory)
@@ -109,13 +111,11 @@ def is_merged(net: nn.Module) -> bool:
 
 def _provenance(net: Any) -> tuple[MergePlan, Result | None, dict[str, Any]]:
     """(plan, result if `compress` made it, input specs) that travel with a network."""
-    meta = getattr(net, "meta", {}).get("lmfx", {}) if isinstance(net, fx.GraphModule) else {}
-    result = meta.get("result")
-    if isinstance(result, Result):
-        return result.plan, result, result.inputs
-    plan = meta.get("plan")
-    if isinstance(plan, MergePlan):
-        return plan, None, {name: meta[name] for name in ("positional", "keyword")}
+    made = made_of(net)
+    if made is not None and made.result is not None:
+        return made.plan, made.result, made.result.inputs
+    if made is not None:
+        return made.plan, None, noted(net).inputs
     raise InputError(
         f"this {type(net).__name__} carries no plan of lmfx, so it cannot be saved: pass what lmfx.compress, "
         "lmfx.rewrite or lmfx.merge returned"
@@ -183,12 +183,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
         # Sets the saved dtype, and keeps ties. What safetensors gives lies unaligned in the memory of the file, where
         # convolutions add up in another order, so it is copied into memory of torch's own.
         target.data = weights[name].to(target.device, copy=True)
-    meta = dict(net.meta["lmfx"])
-    if saved.result is None:
-        net.meta["lmfx"] = {**meta, "plan": plan, "origin": saved.origin}
-    else:
-        kept = {name: meta[name] for name in ("tracer", "opaque", "sizes")}
-        net.meta["lmfx"] = {"result": saved.result, **kept, "origin": saved.origin}
+    if saved.result is not None:
+        note(net, noted(net).of_result())
+    set_made_of(net, MadeOf(plan, saved.origin, saved.result))
     return net.eval()
 
 

@@ -13,6 +13,7 @@ from lmfx.calibration.recording import batches_for, output_rows, record
 from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.interface import plain_output
+from lmfx.passes.model.trace_facts import noted
 from lmfx.quality.measures import OutputQuality, Quality, measure_output
 from lmfx.quality.outputs import outputs_of
 
@@ -78,7 +79,7 @@ def compare(net: fx.GraphModule, graph: fx.GraphModule, images: Any) -> Quality:
     for name, given in (("net", net), ("graph", graph)):
         if not isinstance(given, fx.GraphModule):
             raise InputError(f"compare takes graphs of lmfx; {name} is a {type(given).__name__}: use lmfx.trace first")
-    example = graph.meta.get("lmfx", {}).get("example")
+    example = noted(graph).example
     if example is None:
         raise InputError("compare takes the original as lmfx.trace(model, example_input) gives it")
     return Judge(graph, as_calibration(images, example))(net)

@@ -14,6 +14,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.latency import Calibration, LatencyTable
 from lmfx.passes.ir import Candidate, ConvConfig, Refusal
 from lmfx.passes.model.size_limits import limits_of
+from lmfx.passes.model.trace_facts import noted
 from lmfx.planning.saved_networks import is_merged
 from lmfx.result import Result, result_of
 
@@ -129,7 +130,7 @@ def _quality(result: Result) -> list[str]:
 
 def _sizes(net: fx.GraphModule) -> str:
     """At which batches and image sizes the network is right; nothing for one whose trace did not say."""
-    states = net.meta.get("lmfx", {}).get("sizes", {})
+    states = noted(net).sizes
     limits = {v.kind: v for v in limits_of(net)}
     texts = []
     for kind, many in (("batch", "batches"), ("size", "image sizes")):

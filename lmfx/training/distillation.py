@@ -31,6 +31,8 @@ from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.export.specs import eval_mode
 from lmfx.passes.errors import InputError, MissingExtra
+from lmfx.passes.model.trace_facts import noted
+from lmfx.result import made_of
 from lmfx.training.checkpoints import load_training, save_training
 from lmfx.training.losses import Distance, Objective, recorded, shared_layers
 from lmfx.training.moving_average import moving_average
@@ -307,9 +309,9 @@ def _split(student: fx.GraphModule, batch: Any) -> tuple[tuple[Any, ...], dict[s
 
 def _keyed(student: fx.GraphModule, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], set[str]]:
     """A dict whose keys are no names of inputs: the one dict that the student takes, or the entry that is its input."""
-    meta = student.meta.get("lmfx", {})
-    inputs = meta["result"].inputs if "result" in meta else meta
-    specs = inputs.get("positional", ())
+    made = made_of(student)
+    inputs = noted(student).inputs if made is None or made.result is None else made.result.inputs
+    specs = inputs["positional"]
     spec = specs[0] if len(specs) == 1 and isinstance(specs[0], dict) else {}
     if set(spec) == {"dict"} and all(k in batch for k in spec["dict"]):
         return ({k: batch[k] for k in spec["dict"]},), {}, set(spec["dict"])

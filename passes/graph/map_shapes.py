@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..ir import ConvConfig
 from ..model.quiet import quiet
+from ..model.trace_facts import noted
 from . import ops
 from .conv_configs import module_config
 from .reduction import is_map, join_of, operands_of
@@ -89,9 +90,7 @@ def _is_selection(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def holds_tensors(gm: fx.GraphModule) -> bool:
     """Whether an input is a list or dict of tensors: which of them are maps that could be larger is unknown."""
-    meta = gm.meta.get("lmfx", {})
-    specs = [*meta.get("positional", ()), *meta.get("keyword", {}).values()]
-    return any(_names_tensor(v) for spec in specs if (v := _parts(spec)) is not None)
+    return any(_names_tensor(v) for spec in noted(gm).specs if (v := _parts(spec)) is not None)
 
 
 def _parts(spec: Any) -> Any:
@@ -119,8 +118,7 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
 
 def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     """What the example gives for each input: (shape, dtype) of a tensor, or a value that is none."""
-    known = gm.meta.get("lmfx", {}).get("keyword", {})
-    positional = iter(gm.meta.get("lmfx", {}).get("positional", ()))
+    known, positional = noted(gm).keyword, iter(noted(gm).positional)
     given: dict[fx.Node, Any] = {}
     for node in gm.graph.nodes:
         if node.op != "placeholder":

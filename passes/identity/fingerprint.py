@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..graph.raw_nodes import op_name
+from ..model.trace_facts import noted
 from .code_text import library_name
 from .content import Describer, Weights, digest_of, is_foreign, shortened
 
@@ -138,7 +139,7 @@ def _around(text: str, other: str, length: int = 100) -> str:
 
 
 def _volatile(gm: fx.GraphModule) -> tuple[str, ...]:
-    return tuple(gm.meta.get("lmfx", {}).get("volatile", ()))
+    return noted(gm).volatile
 
 
 def _lines(gm: fx.GraphModule, describer: Describer, names: bool) -> list[str]:
@@ -230,8 +231,8 @@ def _inputs(gm: fx.GraphModule, describer: Describer, shapes: bool) -> list[str]
             return f"({', '.join(text(v) for v in spec)})"
         return describer.value(spec, "the example")
 
-    meta = gm.meta.get("lmfx", {})
-    lines = [f"example {text(meta[name])}" for name in ("positional", "keyword") if meta.get(name)]
+    inputs = noted(gm).inputs
+    lines = [f"example {text(inputs[name])}" for name in ("positional", "keyword") if inputs[name]]
     if shapes:
         lines += [
             f"{n.meta.get('shape')} {n.meta.get('dtype')}" for n in gm.graph.nodes if n.op == "placeholder" and n.meta

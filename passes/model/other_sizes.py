@@ -35,6 +35,7 @@ from .interface import Example, bind, plain_output
 from .model_copy import eval_copy
 from .quiet import quiet
 from .size_limits import Limit
+from .trace_facts import SizeState, noted
 
 __all__ = ["Probes", "Verdict", "differs"]
 
@@ -51,7 +52,7 @@ MOST_ALONE = 8  # inputs that are changed one by one
 class Verdict:
     """What was found for each kind, and what a graph has to refuse."""
 
-    states: dict[str, str]
+    states: dict[str, SizeState]
     limits: tuple[Limit, ...]
 
     @property
@@ -115,7 +116,7 @@ class Probes:
 
     def _together(self, gm: fx.GraphModule, thorough: bool) -> Verdict:
         """What the graph is right at when all inputs change alike."""
-        states: dict[str, str] = {}
+        states: dict[str, SizeState] = {}
         limits: list[Limit] = []
         both = self.taken("both")
         others = self.taken("more") + self.taken("one") if thorough else []
@@ -382,7 +383,7 @@ def _drawn(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _agrees(gm: fx.GraphModule, probe: _Probe, tolerance: float | None = None) -> bool:
     """Whether the graph gives what the model gives. Modules that keep something of a run keep it in a copy."""
     tensors = [*gm.parameters()]
-    own = copy.deepcopy(gm, {id(t): t for t in tensors}) if gm.meta.get("lmfx", {}).get("opaque") else gm
+    own = copy.deepcopy(gm, {id(t): t for t in tensors}) if noted(gm).opaque else gm
     given = _cloned(probe.given)
     values = [given.get(str(n.target)) for n in own.graph.nodes if n.op == "placeholder"]
     with torch.no_grad(), quiet():

@@ -18,6 +18,7 @@ from ..graph import ops
 from ..graph.raw_nodes import op_name
 from ..graph.reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
 from ..ir import Layer, Parallel, Refusal, Region, Series
+from ..model.trace_facts import noted
 from .same_layers import Edges, call_edges
 
 __all__ = ["find_regions", "node_kind", "refusal_of"]
@@ -57,7 +58,7 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
         return Refusal(_side_reason(node), (node.name, *(v.name for v in operands_of(node))))
     if node.op != "call_module":
         return Refusal(f"{op_name(node) or node.op} is not an affine op of a feature map", (node.name,))
-    reasons: dict[str, str] = gm.meta.get("lmfx", {}).get("opaque", {})
+    reasons = noted(gm).opaque
     if str(node.target) in reasons:
         return Refusal(reasons[str(node.target)], (node.name,))
     module = gm.get_submodule(str(node.target))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,7 @@ from ..model.random_ops import random_error
 from ..model.randomness import kept_random_state
 from ..model.size_limits import set_limits
 from ..model.stateful import run_unchanged
+from ..model.trace_facts import TraceFacts, note, noted
 from .exported import FixedSizes, trace_export, trace_free
 from .hidden import HiddenOps
 from .shape_tracer import trace_shapes
@@ -75,8 +76,8 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     `example_input` is a tensor, a tuple of positional arguments or a dict of keyword arguments. Tracers are tried in
     the order given (`symbolic`, `shapes`, `export`); of those whose graph agrees numerically with the model, the one
     that understands most is taken (see above), and the first of equals. The graph takes what the model takes and gives
-    what the model gives (see `interface`). `graph.meta["lmfx"]` holds the tracer's name, the reasons of opaque
-    submodules, how many convolutions run inside them, and the example's shapes. Global random states stay.
+    what the model gives (see `interface`). `noted(graph)` holds the tracer's name, the reasons of opaque submodules,
+    and the example's shapes. Global random states stay.
 
     Raises `TraceError` if none agrees, with the reason of each, and `InputError` for an example that the model's
     forward does not take, and `ModelError` for a model that changes while it is run.
@@ -132,10 +133,6 @@ class _Search:
     def _source(self) -> tuple[nn.Module, Example]:
         return self.model, self.example
 
-    @staticmethod
-    def _fixes(gm: fx.GraphModule, kinds: tuple[str, ...]) -> bool:
-        return any(gm.meta["lmfx"]["sizes"].get(kind) == "fixed" for kind in kinds)
-
     def _export(self, alone: bool) -> Iterator[_Attempt]:
         """torch.export with the example's sizes and, where a graph of this batch size only is found, with free sizes.
 
@@ -155,11 +152,11 @@ class _Search:
         elif not rank.fixed:
             return
         found = None if self.best is None or alone else self.best[1]
-        if found is not None and len(found.graph.nodes) > FREE_NODES and self._fixes(found, ("size",)):
+        if found is not None and len(found.graph.nodes) > FREE_NODES and noted(found).fixes("size"):
             return
         kinds = ["both", "batch", "size"]
         wanted = ("batch", "size") if alone else ("batch",)
-        while kinds and self.best is not None and self._fixes(self.best[1], wanted):
+        while kinds and self.best is not None and noted(self.best[1]).fixes(*wanted):
             kind = kinds.pop(0)
             freed = self.probes.freed(kind)
             if freed is None:
@@ -201,7 +198,7 @@ class _Search:
             if name == "shapes":
                 kinds = [kind for kind, state in verdict.states.items() if state == "any"]
                 verdict = self.probes.fixed(verdict, [kind for kind in kinds if self._differs_far_away(kind, words)])
-        gm.meta["lmfx"]["sizes"] = verdict.states
+        note(gm, replace(noted(gm), sizes=verdict.states))
         if verdict.limits:
             set_limits(gm, verdict.limits)
         return verdict.fixed
@@ -289,14 +286,14 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tu
             "and run the result under torch.autocast instead"
         )
     args, kwargs = example
-    gm.meta["lmfx"] = {
-        "tracer": name,
-        "opaque": traced.opaque,
-        "hidden_convs": runner.hidden.convs,
-        "volatile": changes_while_it_runs(before, gm),
-        "positional": [_spec(a) for a in args],
-        "keyword": {k: _spec(v) for k, v in kwargs.items()},
-    }
+    facts = TraceFacts(
+        tracer=name,
+        opaque=traced.opaque,
+        volatile=changes_while_it_runs(before, gm),
+        positional=[_spec(a) for a in args],
+        keyword={k: _spec(v) for k, v in kwargs.items()},
+    )
+    note(gm, facts)
     return gm, runner.hidden
 
 

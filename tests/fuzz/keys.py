@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmfx.latency.candidate_workloads import Workloads
 from lmfx.passes.errors import LmfxError
 from lmfx.passes.identity.fingerprint import Origin, fingerprint, identify
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
@@ -140,7 +141,7 @@ def check_told_apart(one: Keyed, two: Keyed, what: str, example: Any) -> None:
 
 def check_same_keys(one: Keyed, two: Keyed, what: str) -> None:
     """Raise `Wrong` if the same network in two spellings has two keys."""
-    if one.gm.meta["lmfx"]["tracer"] != two.gm.meta["lmfx"]["tracer"]:
+    if noted(one.gm).tracer != noted(two.gm).tracer:
         return  # torch.export's graph of the same network is another one
     if (one.values, one.structure) != (two.values, two.structure):
         raise Wrong("keys: spelling", f"{what}: another digest")

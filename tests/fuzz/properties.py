@@ -21,6 +21,7 @@ from benchmarks.shared.random_plans import random_plan
 from lmfx.passes.errors import ExportError, LmfxError, SizeError, TraceError, VerifyError
 from lmfx.passes.graph import ops
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
@@ -102,7 +103,7 @@ def _check(program: Program, rng: random.Random, shares: Shares, outcome: Outcom
     finally:
         _check_inputs(kept_input, x)
     check_untouched(before, model)
-    tracer = gm.meta["lmfx"]["tracer"]
+    tracer = noted(gm).tracer
     outcome.note(f"tracer {tracer}")
     check_same("trace", reference, call(gm, x), 1e-12, floor)
     others: list[tuple[Any, Any]] = [(x, reference)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lmfx
 from lmfx.passes.graph.map_shapes import spatial_maps
 from lmfx.passes.graph.verify import relative_error
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import rewrite
 from lmfx.passes.spans.enumeration import SpanOptions
 from lmfx.passes.trace.tracing import trace
@@ -42,7 +43,7 @@ def test_an_out_argument_that_is_none_writes_nothing() -> None:
             return F.normalize(self.conv(x), dim=1)  # torch.fx records out=None
 
     gm = check_trace(double(Net()), example(2, 3, 6, 6))
-    assert gm.meta["lmfx"]["tracer"] == "symbolic"
+    assert noted(gm).tracer == "symbolic"
 
 
 def rows(*last: nn.Module) -> dict[str, float]:
@@ -176,7 +177,7 @@ def test_a_slice_of_a_sequential_is_traced_into() -> None:
             return self.body[:-1](x)  # type: ignore[no-any-return]
 
     gm = check_trace(double(Net()), example(1, 3, 8, 8), ["Conv2d", "ReLU"])
-    assert gm.meta["lmfx"]["tracer"] == "symbolic" and ops_of(gm)
+    assert noted(gm).tracer == "symbolic" and ops_of(gm)
 
 
 def test_the_size_rule_of_a_join_is_that_of_a_branch_that_has_one() -> None:

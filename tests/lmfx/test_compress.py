@@ -180,7 +180,7 @@ def test_the_result_can_be_copied_pickled_and_saved(merge: bool, tmp_path: Path)
 def test_the_result_says_what_was_done() -> None:
     model = toy()
     net = compress(model, X, 0.6, calibration=DATA)
-    found: lmfx.Result = net.meta["lmfx"]["result"]
+    found: lmfx.Result = lmfx.result_of(net)
     assert found is result(net)
     assert found.budget == lmfx.Budget.parse(0.6) and found.merged and found.backend["backend"] == "roofline"
     assert len(found.names) == len(found.plan.candidates) > 0

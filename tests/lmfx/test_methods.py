@@ -149,7 +149,7 @@ def test_compress_takes_a_method(method: Any) -> None:
     fastest = lmfx.solve(graph, latency, score, spans=spans)
     budget = float(fastest.latency[0] / fastest.original) * 0.5 + 0.5
     net = compress(model, x, budget, method=method)
-    result = net.meta["lmfx"]["result"]
+    result = lmfx.result_of(net)
     assert result.plan.candidates and result.ratio <= budget
     wanted = {"depth": "compose", "layeronly": "drop"}[method]
     assert {c.realization for c in result.plan.candidates} == {wanted}

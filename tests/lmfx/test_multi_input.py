@@ -75,7 +75,7 @@ def call(net: Any, example: Any) -> Tensor:
 def test_the_whole_face_takes_an_example_of_any_form(name: str, tmp_path: Path) -> None:
     original, example = model(), EXAMPLES[name]
     net = compress(original, example, 0.8, realize=("compose",))
-    assert net.meta["lmfx"]["result"].plan.candidates
+    assert lmfx.result_of(net).plan.candidates
     assert call(net, example).shape == X.shape
     if name == "denoiser":  # traced for one image, it is trained on more
         more = torch.randn(3, 3, 16, 16)
@@ -208,7 +208,7 @@ def test_data_that_does_not_fit_the_example_is_refused(source: Any, example: Any
 def test_calibration_with_constants_reaches_fits_and_scores() -> None:
     original = model()
     net = compress(original, (X, 10), 0.8, calibration=[(Y[:3], 10), (Y[3:], 10)], realize=("fit",))
-    assert net.meta["lmfx"]["result"].images == 6
+    assert lmfx.result_of(net).images == 6
     error = (call(net, (X, 10)) - call(original, (X, 10))).norm()
     assert float(error / call(original, (X, 10)).norm()) < 0.6
 
@@ -266,7 +266,7 @@ def test_diffusion_networks_of_a_library_go_through_the_whole_face(name: str, tm
     with torch.no_grad():
         before, after = original(*args, **kwargs), net(*args, **kwargs)
     assert type(before) is type(after) and before[0].shape == after[0].shape
-    assert net.meta["lmfx"]["result"].ratio <= 0.85
+    assert lmfx.result_of(net).ratio <= 0.85
     lmfx.save(net, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(lmfx.load(tmp_path / "out", original)(*args, **kwargs)[0], after[0])

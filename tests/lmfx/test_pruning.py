@@ -50,7 +50,7 @@ def test_a_pruned_network_is_compressed_further(pruner: Any, tmp_path: Path) -> 
     pruned(pruner, model, 0.5, [model.head])
     assert all(b[1] == 2 * a[1] for a, b in zip(widths(model), before, strict=True))
     net = compress(model, X, 0.7)
-    assert net.meta["lmfx"]["result"].plan.candidates and net.meta["lmfx"]["result"].ratio <= 0.7
+    assert lmfx.result_of(net).plan.candidates and lmfx.result_of(net).ratio <= 0.7
     student = compress(model, X, 0.7, merge=False)
     assert torch.allclose(run(lmfx.merge(student), X), run(student, X), atol=1e-5)
     lmfx.save(net, tmp_path / "out")
@@ -87,5 +87,5 @@ def test_and_compressed_once_more(pruner: Any) -> None:
     net = compress(model, X, 0.8, realize=("compose",))
     pruned(pruner, net, 0.5, [net.get_submodule("head")])
     again = compress(net, X, 0.8)
-    assert again.meta["lmfx"]["result"].ratio <= 0.8
+    assert lmfx.result_of(again).ratio <= 0.8
     assert run(again, X).shape == run(model, X).shape

@@ -23,6 +23,7 @@ from lmfx.latency import Calibration
 from lmfx.passes.errors import InputError, PlanError
 from lmfx.passes.graph.ops import ChannelAffine
 from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import merge, rewrite, span_names
 from lmfx.passes.spans.enumeration import SpanOptions, enumerate_spans
 from lmfx.passes.spans.layers import Network
@@ -30,7 +31,7 @@ from lmfx.passes.trace.tracing import fingerprint, trace
 from lmfx.planning import saved_networks as store
 from lmfx.planning.plan_file import load_plan, make_document, plan_from_dict, save_plan
 from lmfx.planning.saved_networks import load, save
-from lmfx.result import Result
+from lmfx.result import MadeOf, Result, made_of, result_of, set_made_of
 
 X = torch.randn(2, 3, 17, 15, generator=torch.Generator().manual_seed(3))
 
@@ -84,8 +85,6 @@ def compressed(
     images = as_calibration(None, x)
     net = rewrite(graph, plan, affine_surrogates(network, images) if surrogate == "affine" else None)
     net = merge(net) if merged else net
-    meta = graph.meta["lmfx"]
-    inputs = {"positional": meta["positional"], "keyword": meta["keyword"]}
     result = Result(
         plan,
         Budget.parse("2x"),
@@ -97,9 +96,10 @@ def compressed(
         measured=1.4,
         original=3.0,
         ratio=1.4 / 3,
-        inputs=inputs,
+        inputs=noted(graph).inputs,
     )
-    net.meta["lmfx"] = {"result": result, "tracer": meta["tracer"], "opaque": meta["opaque"]}
+    note(net, noted(graph).of_result())
+    set_made_of(net, MadeOf(plan, None, result))
     return net.eval()
 
 
@@ -146,8 +146,8 @@ def test_a_loaded_network_gives_bit_equal_outputs(tmp_path: Path, surrogate: str
 
 def test_the_result_comes_back_with_the_network(model: nn.Module, tmp_path: Path) -> None:
     net = compressed(model)
-    result = load(save(net, tmp_path / "out"), model).meta["lmfx"]["result"]
-    saved = net.meta["lmfx"]["result"]
+    result = result_of(load(save(net, tmp_path / "out"), model))
+    saved = result_of(net)
     assert replace(result, line=None) == replace(saved, line=None)
     assert str(result.line) == str(saved.line)  # NaN is not equal to itself
 
@@ -160,7 +160,7 @@ def test_a_network_that_was_trained_and_merged_later_is_saved_as_it_is(model: nn
     net = merge(student)
     loaded = load(save(net, tmp_path / "out"), model)
     assert torch.equal(loaded(X), net(X))
-    assert loaded.meta["lmfx"]["result"].merged
+    assert result_of(loaded).merged
 
 
 def test_a_plan_without_changes_is_saved_too(model: nn.Module, tmp_path: Path) -> None:
@@ -172,10 +172,10 @@ def test_a_network_of_the_stages_is_saved_with_its_plan_alone(model: nn.Module, 
     graph = trace(model, X)
     plan = MergePlan(chosen(Network(graph)), fingerprint(graph), surrogate="affine")
     net = rewrite(graph, plan)  # an affine plan, rewritten without surrogates
-    net.meta["lmfx"]["plan"] = plan
+    set_made_of(net, MadeOf(plan, None))
     loaded = load(save(net, tmp_path / "out"), Small())
     assert torch.equal(loaded(X), net(X))
-    assert loaded.meta["lmfx"]["plan"] == plan
+    assert made_of(loaded) == MadeOf(plan, None)
     assert torch.equal(load(save(loaded, tmp_path / "again"), Small())(X), net(X))
 
 
@@ -225,8 +225,7 @@ class TwoInputs(nn.Module):
 
 def test_inputs_by_name_and_of_integers_are_made_again(tmp_path: Path) -> None:
     x = {"x": X, "label": torch.tensor([1, 3])}
-    graph_inputs = trace(TwoInputs().eval(), x).meta["lmfx"]
-    assert graph_inputs["keyword"]["label"]["dtype"] == "int64"
+    assert noted(trace(TwoInputs().eval(), x)).keyword["label"]["dtype"] == "int64"
     net = compressed(TwoInputs().eval(), x, surrogate="identity", pick=lambda network: ())
     loaded = load(save(net, tmp_path / "out"), TwoInputs())
     assert torch.equal(loaded(**x), net(**x))
@@ -315,8 +314,9 @@ def test_only_networks_of_lmfx_are_saved(what: Any, tmp_path: Path) -> None:
 
 def test_an_input_that_json_can_not_hold_is_named(model: nn.Module, tmp_path: Path) -> None:
     net = compressed(model)
-    result = net.meta["lmfx"]["result"]
-    net.meta["lmfx"]["result"] = replace(result, inputs={"positional": [object()], "keyword": {}})
+    result = result_of(net)
+    broken = replace(result, inputs={"positional": [object()], "keyword": {}})
+    set_made_of(net, MadeOf(result.plan, None, broken))
     with pytest.raises(PlanError, match="a object cannot be written"):
         save(net, tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -448,7 +448,7 @@ def test_a_plan_survives_json_with_every_field(model: nn.Module, tmp_path: Path)
 
 
 def test_the_plan_of_a_folder_is_a_plan(folder: Path, model: nn.Module) -> None:
-    assert load_plan(folder / "plan.json") == load(folder, model).meta["lmfx"]["result"].plan
+    assert load_plan(folder / "plan.json") == result_of(load(folder, model)).plan
 
 
 def _first(document: dict[str, Any]) -> dict[str, Any]:

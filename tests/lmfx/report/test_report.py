@@ -16,7 +16,7 @@ from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusa
 from lmfx.report import report
 from lmfx.report.spans import refusals_list
 from lmfx.report.text import calibration_text, group_refusals, short, table
-from lmfx.result import Result
+from lmfx.result import MadeOf, Result, set_made_of
 
 CONV = ConvConfig(8, 8, (5, 3), (2, 1), ((2, 2), (1, 1)), (1, 1))
 
@@ -61,7 +61,7 @@ def network(result: Any, trainable: bool = False) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.call_module("span", (graph.placeholder("x"),)))
     gm = fx.GraphModule(root, graph)
-    gm.meta["lmfx"] = {"result": result}
+    set_made_of(gm, MadeOf(RESULT.plan, None, result))
     return gm
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.passes.canonical.inplace import make_pure
 from lmfx.passes.errors import TraceError
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import check_rewrite, check_trace, ops_of, pick, run
 
@@ -77,7 +78,7 @@ def test_a_value_mutated_without_anyone_reading_the_result_is_seen_mutated(name:
     line, word = PURE[name]
     model = net(statements(line), act=nn.Hardswish(inplace=True))
     gm = check_trace(model, X, ["Conv2d", word])
-    assert gm.meta["lmfx"]["tracer"] == "symbolic"
+    assert noted(gm).tracer == "symbolic"
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -271,7 +272,7 @@ UNSAFE = [
 @pytest.mark.parametrize("body", UNSAFE, ids=lambda f: f.__name__.strip("_"))
 def test_a_mutation_through_a_view_is_traced_by_torch_export(body: Callable[..., Any]) -> None:
     gm = check_trace(net(body, flat=nn.Flatten()), X, tolerance=1e-14)
-    assert gm.meta["lmfx"]["tracer"] == "export"
+    assert noted(gm).tracer == "export"
 
 
 @pytest.mark.parametrize("body", UNSAFE, ids=lambda f: f.__name__.strip("_"))
@@ -303,7 +304,7 @@ def test_an_opaque_module_that_writes_into_a_value_read_later_is_refused() -> No
 def test_an_opaque_module_that_writes_into_a_value_nobody_else_reads_is_fine() -> None:
     model = net(lambda m, x: m.last(m.writer(m.conv(x))), writer=_Writer(), last=nn.Conv2d(3, 3, 1))
     gm = check_trace(model, X, ["Conv2d", "_Writer", "Conv2d"])
-    assert "torch.fx cannot trace _Writer" in gm.meta["lmfx"]["opaque"]["writer"]
+    assert "torch.fx cannot trace _Writer" in noted(gm).opaque["writer"]
 
 
 def test_make_pure_counts_what_it_changes() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lmfx.passes.graph.modules import ChannelLayerNorm
 from lmfx.passes.graph.verify import relative_error
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, run, spans_of
 from tests.passes.trace.test_trace import conv, net
@@ -157,7 +158,7 @@ def test_islands_with_anything_else_stay_whole(name: str) -> None:
     body, modules = KEPT[name]
     gm = check_trace(last(body, **modules), X)
     words = ops_of(gm)
-    assert gm.meta["lmfx"]["tracer"] == "symbolic"  # a wrong rewrite would only be seen by the check of the output
+    assert noted(gm).tracer == "symbolic"  # a wrong rewrite would only be seen by the check of the output
     assert words.count("permute") == 2 and "Linear" in words and "ChannelLayerNorm" not in words
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lmfx
 from lmfx.passes.errors import ExportError, SizeError
 from lmfx.passes.model.size_limits import limits_of
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import double
 from tests.helpers import one_thread as one_thread
@@ -123,7 +124,7 @@ def test_a_graph_is_right_at_other_sizes_or_says_that_it_is_not(name: str, batch
     found = [right_or_says(model, graph, shape, traced) for shape in SHAPES]
     if name in ("nothing", "rows", "pool", "whole batch"):
         assert "says" not in found
-        assert graph.meta["lmfx"]["sizes"] == {"batch": "any", "size": "any"}
+        assert noted(graph).sizes == {"batch": "any", "size": "any"}
 
 
 def test_what_a_run_before_left_in_the_model_is_no_part_of_the_graph_in_silence() -> None:
@@ -168,7 +169,7 @@ def test_a_graph_inside_another_model_still_says_so() -> None:
 
     _, x, graph = fixed_batch()
     outer = trace(Outer(graph).eval(), x)
-    assert outer.meta["lmfx"]["sizes"]["batch"] == "fixed"
+    assert noted(outer).sizes["batch"] == "fixed"
     with pytest.raises(SizeError, match="batch of 3"):
         outer(x[[0, 1, 0]])
 
@@ -250,7 +251,7 @@ def test_a_model_of_one_batch_is_calibrated_in_its_batches() -> None:
     x = torch.randn(2, 3, 8, 8)
     net = lmfx.compress(strict, x, 0.9, calibration=torch.randn(9, 3, 8, 8), latency="roofline", progress=False)
     assert net(x).shape == (2, 4)
-    assert net.meta["lmfx"]["sizes"]["batch"] == "refused"
+    assert noted(net).sizes["batch"] == "refused"
     assert not limits_of(net)  # the model says it itself
 
 
@@ -271,7 +272,7 @@ def test_several_inputs_vary_together_and_the_error_names_the_one_that_differs()
     )
     graph = trace(model, example)
     assert torch.allclose(graph(*example), model(*example))
-    assert graph.meta["lmfx"]["sizes"] == {"batch": "fixed", "size": "any"}
+    assert noted(graph).sizes == {"batch": "fixed", "size": "any"}
     assert {v.name for v in limits_of(graph)} == {"given['x']", "given['y'][0]", "t"}
     given = {"x": torch.zeros(3, 3, 8, 8).double(), "y": [torch.zeros(3, 3, 4, 4).double()]}
     with pytest.raises(SizeError, match=r"given\['x'\] has a batch of 3"):

@@ -163,7 +163,7 @@ def test_the_whole_pipeline_with_norms(norm: str, tmp_path: Path) -> None:
     made = model().float()
     x = tuple(v.float() for v in X)
     net = compress(made, x, 0.8, realize=("compose",), norm=norm, include=("*conv*",))
-    assert net.meta["lmfx"]["result"].frontier.spans.options.norm == norm
+    assert lmfx.result_of(net).frontier.spans.options.norm == norm
     graph = lmfx.trace(made, x)
     chosen = pair(lmfx.spans(graph, realize=("compose",), norm=norm))
     plan = MergePlan((chosen,), fingerprint(graph), surrogate="affine")
@@ -265,7 +265,7 @@ def test_an_activation_behind_travels_with_the_plan(tmp_path: Path) -> None:
     made = double(Net(8)).float()
     x = torch.randn(2, 3, 12, 12)
     net = compress(made, x, 0.6, realize=("compose",), activation_after="gelu")
-    plan = net.meta["lmfx"]["result"].plan
+    plan = lmfx.result_of(net).plan
     assert plan.activation_after == "gelu" and plan_from_dict(make_document(plan)) == plan
     lmfx.save(net, tmp_path / "out")
     assert torch.equal(run(lmfx.load(tmp_path / "out", made), x), run(net, x))

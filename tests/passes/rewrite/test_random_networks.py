@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.shared.random_plans import random_plan
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanOptions, enumerate_spans
 from lmfx.passes.spans.layers import Network
@@ -220,7 +221,7 @@ def test_merged_equals_trainable_on_random_networks(ndim: int) -> None:
         if not (runs(model, x) and runs(model, other)):
             return
         gm = trace(model, x)
-        assert gm.meta["lmfx"]["tracer"] == "symbolic"
+        assert noted(gm).tracer == "symbolic"
         spans = enumerate_spans(Network(gm), SpanOptions(max_kernel_size=9))
         keys = [c.key for c in spans]
         assert len(set(keys)) == len(keys)

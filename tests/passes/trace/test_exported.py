@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfx.passes.errors import TraceError
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import double, ops_of, run
@@ -98,7 +99,7 @@ def test_views_of_permuted_values_copy_where_they_must() -> None:
 
     model = Heads().double().eval()
     gm = trace(model, X)
-    assert gm.meta["lmfx"]["tracer"] == "export"
+    assert noted(gm).tracer == "export"
     torch.testing.assert_close(run(gm, X), run(model, X), rtol=1e-12, atol=1e-12)
 
 

@@ -20,6 +20,7 @@ from lmfx.importance.magnitude import Magnitude
 from lmfx.passes.errors import ModelError
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.model.model_copy import eval_copy
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import assert_unchanged, check_trace, double, ops_of, run, snapshot, spans_of
 
@@ -34,7 +35,7 @@ def net(*middle: nn.Module) -> nn.Module:
 def seen(model: nn.Module, words: list[str]) -> fx.GraphModule:
     """The words between the first and the last conv, and the same outputs at another batch and size."""
     gm = check_trace(model, X, ["Conv2d", *words, "Conv2d"])
-    assert gm.meta["lmfx"]["opaque"] == {}
+    assert noted(gm).opaque == {}
     assert relative_error(run(model, OTHER), run(gm, OTHER)) <= 1e-13
     return gm
 

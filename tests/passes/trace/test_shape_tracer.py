@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmfx.passes.errors import TraceError
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import assert_unchanged, check_trace, double, ops_of, run, snapshot
 
@@ -183,7 +184,7 @@ def test_code_that_asks_for_shapes_is_traced(body: Callable[..., Any]) -> None:
     before = snapshot(model)
     gm = trace(model, X, tracers=("shapes",))
     assert_unchanged(before, model)
-    assert gm.meta["lmfx"]["opaque"] == {}
+    assert noted(gm).opaque == {}
     torch.testing.assert_close(run(gm, X), run(model, X), rtol=1e-14, atol=1e-14)
     if BODIES[body] is not None:
         assert ops_of(gm) == BODIES[body]
@@ -220,8 +221,8 @@ class Same(nn.Conv2d):
 def test_a_conv_that_pads_for_itself_is_a_pad_and_a_plain_conv_at_its_path() -> None:
     model = net(lambda m, x: m.b(m.c(m.a(x))), c=Same(4, 4, 3, stride=2))
     gm = check_trace(model, X, ["Conv2d", "ConstantPad2d", "Conv2d", "Conv2d"])
-    assert gm.meta["lmfx"]["tracer"] == "shapes" and type(gm.get_submodule("c")) is nn.Conv2d
-    assert gm.meta["lmfx"]["sizes"] == {"batch": "any", "size": "fixed"}
+    assert noted(gm).tracer == "shapes" and type(gm.get_submodule("c")) is nn.Conv2d
+    assert noted(gm).sizes == {"batch": "any", "size": "fixed"}
 
 
 class Gate(nn.Module):
@@ -234,7 +235,7 @@ class Gate(nn.Module):
 def test_a_part_that_hides_no_conv_stays_opaque_so_that_the_graph_runs_at_other_sizes() -> None:
     model = net(lambda m, x: m.b(m.gate(m.a(x))), gate=Gate())
     gm = check_trace(model, X, ["Conv2d", "Gate", "Conv2d"])
-    assert gm.meta["lmfx"]["tracer"] == "symbolic" and "Gate" in gm.meta["lmfx"]["opaque"]["gate"]
+    assert noted(gm).tracer == "symbolic" and "Gate" in noted(gm).opaque["gate"]
     other = torch.randn(3, 4, 5, 6, dtype=torch.float64)
     assert torch.equal(run(gm, other), run(model, other))
 
@@ -252,7 +253,7 @@ class Functional(nn.Module):
 
 def test_a_functional_conv_counts_as_hidden_too() -> None:
     gm = check_trace(net(lambda m, x: m.b(m.f(m.a(x))), f=Functional()), X, ["Conv2d"] * 3)
-    assert gm.meta["lmfx"]["tracer"] == "shapes"
+    assert noted(gm).tracer == "shapes"
 
 
 def test_of_tracers_that_hide_convs_the_one_that_hides_fewest_is_taken() -> None:
@@ -266,7 +267,7 @@ def test_of_tracers_that_hide_convs_the_one_that_hides_fewest_is_taken() -> None
 
     model = net(lambda m, x: m.s(m.u(m.a(x))), u=Undecided(), s=Same(4, 4, 3))
     gm = check_trace(model, X)
-    assert set(gm.meta["lmfx"]["opaque"]) == {"u", "s"}  # only `symbolic` lives with a branch on data
+    assert set(noted(gm).opaque) == {"u", "s"}  # only `symbolic` lives with a branch on data
     with pytest.raises(TraceError, match="shapes: DataDependentOutputException"):
         trace(model, X, tracers=("shapes", "export"))
 
@@ -311,7 +312,7 @@ def test_a_wrapped_function_that_writes_is_followed() -> None:
         return m.b(y)
 
     gm = check_trace(net(body), X, ["Conv2d", "add", "Conv2d"])
-    assert gm.meta["lmfx"]["tracer"] == "shapes"
+    assert noted(gm).tracer == "shapes"
 
 
 # --- norms that are more than torch's ---------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def test_a_norm_is_seen_as_what_it_is_made_of_unless_it_permutes_or_computes_by_
 ) -> None:
     model = net(lambda m, x: m.b(m.n(m.a(x))), n=norm)
     gm = check_trace(model, X, ["Conv2d", *words, "Conv2d"])
-    assert gm.meta["lmfx"]["tracer"] == "symbolic" and gm.meta["lmfx"]["opaque"] == {}
+    assert noted(gm).tracer == "symbolic" and noted(gm).opaque == {}
 
 
 @pytest.mark.parametrize("number", [1.0, 2.0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lmfx.passes.errors import ModelError, TraceError
 from lmfx.passes.graph.ops import ChannelAffine
 from lmfx.passes.graph.verify import relative_error
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import annotate, example_arguments, fingerprint, trace
@@ -337,7 +338,7 @@ def test_an_untraceable_part_becomes_a_leaf_and_the_rest_still_compresses() -> N
     parts = {"a": conv(), "b": conv(), "u": Undecided(), "d": conv(), "e": conv(), "r": nn.ReLU()}
     model = net(lambda m, x: m.e(m.r(m.d(m.u(m.b(m.r(m.a(x))))))), **parts)
     gm = check_trace(model, X, ["Conv2d", "ReLU", "Conv2d", "Undecided", "Conv2d", "ReLU", "Conv2d"])
-    assert gm.meta["lmfx"]["opaque"]["u"].startswith("torch.fx cannot trace Undecided: symbolically traced variables")
+    assert noted(gm).opaque["u"].startswith("torch.fx cannot trace Undecided: symbolically traced variables")
     spans = enumerate_spans(Network(gm))
     assert any("torch.fx cannot trace Undecided" in r.reason and r.nodes == ("u",) for r in spans.refusals)
 
@@ -405,7 +406,7 @@ def test_shape_arithmetic_is_traced_for_every_size_where_it_can_be() -> None:
 
     model = net(body, c=conv())
     gm = check_trace(model, X)
-    assert gm.meta["lmfx"]["tracer"] == "symbolic"
+    assert noted(gm).tracer == "symbolic"
     other = torch.randn(3, 4, 7, 5, dtype=torch.float64)
     assert relative_error(run(model, other), run(gm, other)) == 0
 
@@ -420,7 +421,7 @@ def test_a_branch_on_a_shape_is_resolved_by_the_shape_tracer() -> None:
         return y
 
     gm = check_trace(net(body, c=conv()), X, ["Conv2d", "ReLU", "add", "add"])
-    assert gm.meta["lmfx"]["tracer"] in ("shapes", "symbolic", "export")
+    assert noted(gm).tracer in ("shapes", "symbolic", "export")
 
 
 def test_every_node_knows_its_shape_type_and_path() -> None:

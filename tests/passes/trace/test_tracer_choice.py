@@ -20,6 +20,7 @@ from lmfx.passes.errors import SizeError
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.size_limits import limits_of
+from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.trace.tracing import TRACERS, trace
 from tests.helpers import double, ops_of, run, spans_of
@@ -91,7 +92,7 @@ def test_a_forward_that_compares_channels_is_seen_at_every_size(middle: nn.Modul
     model = double(Net(lambda net, y: net.last(y).reshape(y.shape[0], -1), copy.deepcopy(middle)))
     graph = trace(model, drawn(1, 3, 12, 12))
     assert ops_of(graph)[:4] == ["Conv2d", "BatchNorm2d", word, "Conv2d"]
-    assert (graph.meta["lmfx"]["tracer"], graph.meta["lmfx"]["opaque"]) == ("symbolic", {})
+    assert (noted(graph).tracer, noted(graph).opaque) == ("symbolic", {})
     assert relative_error(run(model, drawn(3, 3, 7, 9)), run(graph, drawn(3, 3, 7, 9))) <= 1e-13
 
 
@@ -121,7 +122,7 @@ def test_the_tracer_that_hides_fewer_ops_is_taken(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setitem(TRACERS, name, lambda *a, n=name, t=tracer: (tried.append(n), t(*a))[1])
     model = double(Net(lambda net, y: net.last(y), Strided()))
     graph = trace(model, drawn(2, 3, 12, 12))
-    assert tried == ["symbolic", "shapes"] and graph.meta["lmfx"]["tracer"] == "shapes"
+    assert tried == ["symbolic", "shapes"] and noted(graph).tracer == "shapes"
     assert ops_of(graph) == ["Conv2d", "BatchNorm2d", "Hardtanh", "SiLU", "Conv2d", "Conv2d"]
     tried.clear()
     trace(double(Net(lambda net, y: net.last(y))), drawn(2, 3, 12, 12))
@@ -169,7 +170,7 @@ def test_sizes_are_values_of_the_graph(tail: Any, batch: int, tmp_path: Path) ->
     run(model, x)  # caches of the size are filled
     # An image size alone is no reason for torch.export, unless it is asked for.
     graph = trace(model, x, ("export",) if tail in (padded, zeros) else tuple(TRACERS))
-    assert graph.meta["lmfx"]["sizes"] == {"batch": "any", "size": "any"}
+    assert noted(graph).sizes == {"batch": "any", "size": "any"}
     again = importlib.import_module("pickle").loads(importlib.import_module("pickle").dumps(graph))
     for shape in ((1, 3, 16, 12), (2, 3, 16, 12), (5, 3, 9, 22)):
         expected = run(model, drawn(*shape))
@@ -185,7 +186,7 @@ def test_sizes_stay_values_in_merged_saved_and_exported_networks(tail: Any, tmp_
     model(x)
     options: dict[str, Any] = {"latency": "roofline", "progress": False, "importance": "magnitude"}
     net = lmfx.compress(model, x, 0.95, realize=("compose",), **options)
-    assert [c for c in net.meta["lmfx"]["result"].plan.candidates if len(c.all_convs) > 1]
+    assert [c for c in lmfx.result_of(net).plan.candidates if len(c.all_convs) > 1]
     loaded = lmfx.load(lmfx.save(net, tmp_path / "saved"), model)
     file = lmfx.export_onnx(net, x, tmp_path / "net.onnx", dynamic_batch=True)
     session = onnxruntime.InferenceSession(str(file))
@@ -205,7 +206,7 @@ def test_a_size_that_must_be_a_number_leaves_the_others_free() -> None:
 
     model = double(Net(loop))
     graph = trace(model, drawn(2, 3, 8, 10))
-    assert graph.meta["lmfx"]["sizes"] == {"batch": "fixed", "size": "any"}
+    assert noted(graph).sizes == {"batch": "fixed", "size": "any"}
     assert relative_error(run(model, drawn(2, 3, 9, 17)), run(graph, drawn(2, 3, 9, 17))) <= 1e-13
     with pytest.raises(SizeError, match="batch of 2, and x has a batch of 3"):
         graph(drawn(3, 3, 8, 10))
