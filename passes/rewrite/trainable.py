@@ -307,7 +307,13 @@ def span_sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
 def kept_nodes(network: Network, candidate: Candidate) -> frozenset[str]:
     """The conv nodes that a composed candidate keeps."""
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
-    return frozenset(n for n in network.convs(layers)[1] if network.path(n) in set(candidate.kept))
+    every, kept = network.convs(layers)[1], set(candidate.kept)
+    if len(every) != len(candidate.all_convs):
+        raise PlanError(
+            f"the plan's span {candidate.key} has {len(candidate.all_convs)} convs, and in this graph {len(every)}: "
+            "solve again"
+        )
+    return frozenset(node for node, name in zip(every, candidate.all_convs, strict=True) if name in kept)
 
 
 def fitted_conv(network: Network, config: ConvConfig, sides: tuple[str, ...] = ()) -> nn.Module:
