@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import math
 import random
 import threading
 import warnings
@@ -267,6 +268,16 @@ def test_an_error_of_a_library_becomes_one_of_lmfx_without_colours() -> None:
         entry(F.softmax)(torch.zeros(2), dim=9)
     assert isinstance(seen.value.__cause__, IndexError)
     assert one_line(RuntimeError("\n\x1b[96mred\x1b[0m\nmore")) == "red"
+
+
+def test_an_error_of_a_library_that_a_module_of_lmfx_called_is_no_error_of_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = lmfx.trace(convs(), X)
+    table = lmfx.profile(graph, "roofline", progress=False)
+    monkeypatch.setattr("lmfx.planning.frontier.solve_chains", math.sqrt)
+    with pytest.raises(lmfx.LmfxError, match=r"solve stopped.*TypeError"):
+        lmfx.solve(graph, table, lmfx.score(graph, "magnitude", progress=False))
 
 
 def test_what_the_callers_own_code_raises_is_passed_on() -> None:
