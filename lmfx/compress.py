@@ -189,6 +189,7 @@ def compress(
 def _check_kept(net: fx.GraphModule, share: float | None, budget: Budget | None) -> None:
     """Raises `QualityError` for a network within a budget that keeps less than was asked for."""
     quality = result_of(net).quality
+    assert quality is not None
     if share is not None and budget is not None and quality.kept < share:
         raise QualityError(
             f"within the budget {budget} the best network keeps {quality.kept:.1%} of what the original does, and "
