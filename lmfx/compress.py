@@ -23,6 +23,7 @@ from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.whole_times import time_wholes
+from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, QualityError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Realization, Surrogate
@@ -36,7 +37,7 @@ from lmfx.planning.keeping import fastest_that_keeps, parse_keep
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.quality import Judge, Quality, QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
-from lmfx.result import Result, made_of, result_of, set_made_of
+from lmfx.result import Result, result_of
 
 __all__ = ["compress"]
 

@@ -1,24 +1,22 @@
-"""What a network was made of, and what `compress` did, as it travels with the network in `net.meta`."""
+"""What `compress` did, as it travels with the network: `result_of(net)`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
 from lmfx.latency import Calibration
+from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
-from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import MergePlan, Refusal
 from lmfx.planning.frontier import Frontier
 from lmfx.quality.measures import Quality
 
-__all__ = ["MadeOf", "Result", "made_of", "result_of", "set_made_of"]
-
-_KEY = "lmfx_made"
+__all__ = ["Result", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,6 @@ class Result:
         """Pickled without the frontier, which holds the whole traced network."""
         values = [getattr(self, name) for name in self.__dataclass_fields__]
         return type(self), (*values[:-1], None)
-
-
-@dataclass(frozen=True)
-class MadeOf:
-    """What a network was made of: a plan and the graph that it was made for; by `compress`, with a result."""
-
-    plan: MergePlan
-    origin: Origin | None  # None of a network that an older lmfx saved
-    result: Result | None = None
-
-
-def made_of(net: Any) -> MadeOf | None:
-    """What a network was made of; None of one that no plan made."""
-    found = getattr(net, "meta", {}).get(_KEY) if isinstance(net, nn.Module) else None
-    return found if isinstance(found, MadeOf) else None
-
-
-def set_made_of(net: fx.GraphModule, made: MadeOf | None) -> None:
-    """Says what a network was made of, or that no plan made it."""
-    if made is None:
-        net.meta.pop(_KEY, None)
-    else:
-        net.meta[_KEY] = made
 
 
 @entry

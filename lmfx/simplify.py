@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from lmfx.calibration.model_checks import span_options
 from lmfx.environment.caller_state import entry
+from lmfx.made_of import MadeOf, set_made_of
 from lmfx.passes.errors import OptionError
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
@@ -30,7 +31,7 @@ from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.equality import check_equal, in_double, merged_form, rounded
-from lmfx.result import MadeOf, Result, set_made_of
+from lmfx.result import Result
 from lmfx.stages import trace
 
 __all__ = ["simplify"]

@@ -23,6 +23,7 @@ from lmfx.latency import Backend, LatencyTable, Store, get_backend
 from lmfx.latency.carried_table import check_table
 from lmfx.latency.profiling import profile_spans
 from lmfx.latency.whole_networks import calibrate_table
+from lmfx.made_of import MadeOf, made_of, set_made_of
 from lmfx.passes.errors import InputError, PlanError, TableError
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Surrogate
@@ -34,7 +35,6 @@ from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace as trace_graph
 from lmfx.planning.frontier import Frontier, solve_spans
-from lmfx.result import MadeOf, made_of, set_made_of
 
 __all__ = [
     "default_backend",

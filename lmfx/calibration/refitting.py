@@ -25,6 +25,7 @@ from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import Site, find_sites
 from lmfx.calibration.recording import flat_output, output_rows
 from lmfx.environment.progress import progress as progress_bar
+from lmfx.made_of import made_of
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import Rows, fit_rows
 from lmfx.passes.ir import MergePlan
@@ -84,7 +85,8 @@ def refit(
     `judge` has images apart from those of `calibration`; without one, each fourth image of `calibration` judges. With
     fewer than eight images nothing is changed. `plan` is that of the student, if its `meta` does not have it.
     """
-    plan = plan or student.meta.get("lmfx", {}).get("plan")
+    made = made_of(student)
+    plan = made.plan if plan is None and made is not None else plan
     student = deep_copy(student)
     if len(calibration) < LEAST_IMAGES:
         return student

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.environment.bounded_reading import parse_json
 from lmfx.environment.caller_state import entry
+from lmfx.made_of import MadeOf, made_of, set_made_of
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.errors import InputError, LmfxError, PlanError
 from lmfx.passes.identity.fingerprint import Origin, fingerprint, is_of
@@ -36,7 +37,7 @@ from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
 from lmfx.planning.plan_file import damaged, decode, dumps, encode, make_document, parse_document, read_json
-from lmfx.result import MadeOf, Result, made_of, set_made_of
+from lmfx.result import Result
 
 __all__ = ["example_of", "is_merged", "load", "model_spec", "save"]
 

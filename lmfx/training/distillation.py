@@ -30,9 +30,9 @@ from lmfx.calibration.images import fits
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.export.specs import eval_mode
+from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError, MissingExtra
 from lmfx.passes.model.trace_facts import noted
-from lmfx.result import made_of
 from lmfx.training.checkpoints import load_training, save_training
 from lmfx.training.losses import Distance, Objective, recorded, shared_layers
 from lmfx.training.moving_average import moving_average

@@ -20,6 +20,7 @@ from lmfx.budget import Budget
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.latency import Calibration
+from lmfx.made_of import MadeOf, made_of, set_made_of
 from lmfx.passes.errors import InputError, PlanError
 from lmfx.passes.graph.ops import ChannelAffine
 from lmfx.passes.ir import Candidate, MergePlan
@@ -31,7 +32,7 @@ from lmfx.passes.trace.tracing import fingerprint, trace
 from lmfx.planning import saved_networks as store
 from lmfx.planning.plan_file import load_plan, make_document, plan_from_dict, save_plan
 from lmfx.planning.saved_networks import load, save
-from lmfx.result import MadeOf, Result, made_of, result_of, set_made_of
+from lmfx.result import Result, result_of
 
 X = torch.randn(2, 3, 17, 15, generator=torch.Generator().manual_seed(3))
 

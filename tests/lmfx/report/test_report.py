@@ -10,13 +10,14 @@ from torch import fx, nn
 
 from lmfx.budget import Budget
 from lmfx.latency import Calibration, LatencyTable, Measurement
+from lmfx.made_of import MadeOf, set_made_of
 from lmfx.passes.algebra.linear_span import Chain, LinearSpan
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusal, Span
 from lmfx.report import report
 from lmfx.report.spans import refusals_list
 from lmfx.report.text import calibration_text, group_refusals, short, table
-from lmfx.result import MadeOf, Result, set_made_of
+from lmfx.result import Result
 
 CONV = ConvConfig(8, 8, (5, 3), (2, 1), ((2, 2), (1, 1)), (1, 1))
 
