@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmfx.passes.solve.dynamic_program import Frontier, solve_series
+from lmfx.passes.solve.dynamic_program import ParetoFrontier, solve_series
 
 Rows = list[tuple[int, int, float, float]]
 
@@ -57,7 +57,7 @@ def measured(path: Path, entries: int = 391, seed: int = 1) -> Rows:
     return rows
 
 
-def best(rows: Rows, repeat: int) -> tuple[float, Frontier]:
+def best(rows: Rows, repeat: int) -> tuple[float, ParetoFrontier]:
     """The least CPU time in ms of `repeat` solves, and the frontier."""
     taken = float("inf")
     for _ in range(repeat):

@@ -137,7 +137,7 @@ def score_on_demand(
     with _rows(made, cache_dir, graph) as (named, store):
         no_change = getattr(named, "no_change", None)
         best = [0.0] * len(chosen) if no_change is None else no_change(found, chosen, data, store, executor)
-        search = _Search(found, chosen, latency, wanted, best, tolerance, width)
+        search = _OnDemandSearch(found, chosen, latency, wanted, best, tolerance, width)
         return search.run(named, data, store, executor, progress)
 
 
@@ -156,7 +156,7 @@ def _rows(
             yield estimator, store
 
 
-class _Search:
+class _OnDemandSearch:
     def __init__(
         self,
         spans: SpanSet,

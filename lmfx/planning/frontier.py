@@ -17,7 +17,7 @@ from lmfx.latency import LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra
 from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
 from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
-from lmfx.passes.solve.dynamic_program import Frontier as RawFrontier
+from lmfx.passes.solve.dynamic_program import ParetoFrontier
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 
@@ -41,7 +41,7 @@ class Frontier:
     def __init__(
         self,
         spans: SpanSet,
-        raw: RawFrontier,
+        raw: ParetoFrontier,
         original: float,
         line: Line = IDENTITY,
         surrogate: Surrogate = "identity",

@@ -34,7 +34,7 @@ from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError, MissingExtra
 from lmfx.passes.model.trace_facts import noted
 from lmfx.training.checkpoints import load_training, save_training
-from lmfx.training.losses import Distance, Objective, recorded, shared_layers
+from lmfx.training.losses import Distance, StudentLoss, recorded, shared_layers
 from lmfx.training.moving_average import moving_average
 from lmfx.training.option_checks import (
     Norms,
@@ -148,7 +148,7 @@ def distill(
         if distillation == "features":
             assert original is not None
             layers = features or _find_layers(student.eval(), original, data, runner)
-        objective = Objective(student, loss, distillation, weight, temperature, layers)
+        objective = StudentLoss(student, loss, distillation, weight, temperature, layers)
         folder = None if checkpoint is None else Path(checkpoint)
         average = None if ema is None else moving_average(student, ema)
         done, extra = (0, None)
@@ -250,7 +250,7 @@ def _factor(schedule: Schedule, step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) if schedule == "cosine" else 1.0
 
 
-def _prepared(runner: Any, objective: Objective, optimizer: Any, data: Any, extra: Any) -> tuple[Any, Any, Any]:
+def _prepared(runner: Any, objective: StudentLoss, optimizer: Any, data: Any, extra: Any) -> tuple[Any, Any, Any]:
     if runner is None:
         return objective, optimizer, data
     if isinstance(data, torch.utils.data.DataLoader):

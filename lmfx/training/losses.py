@@ -23,12 +23,12 @@ from torch import Tensor, fx, nn
 from lmfx.calibration.recording import flat_output
 from lmfx.passes.errors import InputError
 
-__all__ = ["Distance", "Objective", "recorded", "shared_layers"]
+__all__ = ["Distance", "StudentLoss", "recorded", "shared_layers"]
 
 Distance = Literal["outputs", "logits", "features"]
 
 
-class Objective(nn.Module):
+class StudentLoss(nn.Module):
     """The student and its loss as one module: `forward` gives the loss, so a training library wraps all of it.
 
     `layers` are the names of the layers whose outputs are compared for `distance="features"`.

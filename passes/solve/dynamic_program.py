@@ -34,7 +34,7 @@ import numpy as np
 from ..errors import BudgetError, InfeasibleBudget, OptionError, TableError
 from .pareto import FloatArray, Graph, IntArray, Relaxation, pareto, thin
 
-__all__ = ["Chain", "Entry", "Frontier", "solve_chains", "solve_series"]
+__all__ = ["Chain", "Entry", "ParetoFrontier", "solve_chains", "solve_series"]
 
 MaxPoints = int | None | Literal["auto"]
 Trail = list[tuple[IntArray, IntArray]]  # of every vertex and label: the edge that made it, and the label before that
@@ -51,7 +51,7 @@ class Entry:
     """One thing that may be chosen for `(start, stop]`: latency in ms (>= 0), importance (higher is better).
 
     With `branches` it is a parallel element that is not merged: it adds the frontiers of its branches to its own
-    latency and importance, which are those of the join. `tag` is what `Frontier.choice` gives back.
+    latency and importance, which are those of the join. `tag` is what `ParetoFrontier.choice` gives back.
     """
 
     start: int
@@ -70,7 +70,7 @@ class Chain:
     length: int
 
 
-class Frontier:
+class ParetoFrontier:
     """Every Pareto-optimal (latency in ms, importance), both strictly ascending, and the choices that give each.
 
     Points with equal latency and importance are one point; of its realizations the one is given whose last entry comes
@@ -107,7 +107,7 @@ class Frontier:
 
     def __repr__(self) -> str:
         return (
-            f"Frontier({len(self)} points, {self.latency[0]:.6g} to {self.latency[-1]:.6g} ms, "
+            f"ParetoFrontier({len(self)} points, {self.latency[0]:.6g} to {self.latency[-1]:.6g} ms, "
             f"importance {self.importance[0]:.6g} to {self.importance[-1]:.6g}, gap {self.gap:.3g})"
         )
 
@@ -138,10 +138,10 @@ class Frontier:
         return index
 
 
-def solve_series(entries: Iterable[tuple[int, int, float, float]], *, max_points: MaxPoints = "auto") -> Frontier:
+def solve_series(entries: Iterable[tuple[int, int, float, float]], *, max_points: MaxPoints = "auto") -> ParetoFrontier:
     """The frontier of one chain 0..N of `(start, stop, latency, importance)`, where N is the largest stop.
 
-    `Frontier.choice` gives indices into `entries`. `max_points` bounds the labels at one position: a number, None
+    `ParetoFrontier.choice` gives indices into `entries`. `max_points` bounds the labels at one position: a number, None
     (never thin; time and memory may explode), or "auto" (as many as let the solve merge 8 million labels in all, about
     half a second, so small problems are exact). The last position is never thinned.
 
@@ -164,7 +164,9 @@ def solve_series(entries: Iterable[tuple[int, int, float, float]], *, max_points
     return _solve(flat, 0.0, max_points)
 
 
-def solve_chains(chains: Iterable[Chain], fixed_latency: float = 0.0, *, max_points: MaxPoints = "auto") -> Frontier:
+def solve_chains(
+    chains: Iterable[Chain], fixed_latency: float = 0.0, *, max_points: MaxPoints = "auto"
+) -> ParetoFrontier:
     """The frontier of regions that add up, one after the other, on top of `fixed_latency` ms that no choice changes.
 
     Without chains it is the one point (fixed_latency, 0). Raises as `solve_series` does.
@@ -245,7 +247,7 @@ class _Flat:
         return vertex
 
 
-def _solve(flat: _Flat, fixed: float, max_points: MaxPoints) -> Frontier:
+def _solve(flat: _Flat, fixed: float, max_points: MaxPoints) -> ParetoFrontier:
     """F over the flat graph, from its first vertex to its last."""
     if max_points not in (None, "auto") and not (_position(max_points) and int(max_points) >= 2):
         raise OptionError(
@@ -280,7 +282,7 @@ def _solve(flat: _Flat, fixed: float, max_points: MaxPoints) -> Frontier:
         trail[vertex] = np.array(edges)[piece], kept - begins[piece]
     latency, importance = labels[-1]
     gaps = relaxation.gaps(latency, importance) if relaxation else np.zeros(len(latency))
-    return Frontier(latency, importance, gaps, flat.tags, graph.source, trail)
+    return ParetoFrontier(latency, importance, gaps, flat.tags, graph.source, trail)
 
 
 def _position(value: object) -> bool:

@@ -83,7 +83,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
     forward does not take, and `ModelError` for a model that changes while it is run.
     """
     with kept_random_state():
-        return _Search(unwrapped(model), example_arguments(example_input)).run(list(tracers))
+        return _TracerSearch(unwrapped(model), example_arguments(example_input)).run(list(tracers))
 
 
 # Of a graph of one batch and one image size that torch.export is asked to free, at most: 229 took it 16 CPU seconds.
@@ -102,7 +102,7 @@ class _Rank:
 _Attempt = tuple[str, Callable[[], Traced]]
 
 
-class _Search:
+class _TracerSearch:
     """Tries tracers one by one and keeps the best graph."""
 
     def __init__(self, model: nn.Module, example: Example) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 import lmfx
 from lmfx.training.checkpoints import CHECKPOINT
 from lmfx.training.distillation import _elsewhere
-from lmfx.training.losses import Objective, shared_layers
+from lmfx.training.losses import StudentLoss, shared_layers
 from tests.helpers import one_thread as one_thread
 from tests.toys import compress as roofline_compress
 from tests.toys import images, toy
@@ -87,10 +87,10 @@ def test_labels_and_teacher_together_are_the_weighted_sum() -> None:
     x, y = DATA[:16], LABELS[:16]
     wanted = model(x).detach()
     parts = [
-        Objective(student, F.cross_entropy, None)((x,), {}, (y,), None, {}),
-        Objective(student, None, "logits", temperature=2.0)((x,), {}, (), wanted, {}),
+        StudentLoss(student, F.cross_entropy, None)((x,), {}, (y,), None, {}),
+        StudentLoss(student, None, "logits", temperature=2.0)((x,), {}, (), wanted, {}),
     ]
-    both = Objective(student, F.cross_entropy, "logits", weight=0.5, temperature=2.0)((x,), {}, (y,), wanted, {})
+    both = StudentLoss(student, F.cross_entropy, "logits", weight=0.5, temperature=2.0)((x,), {}, (y,), wanted, {})
     assert float(both.detach()) == pytest.approx(float((parts[0] + 0.5 * parts[1]).detach()), rel=1e-5)
     mean = F.kl_div((student(x) / 2).log_softmax(1), (wanted / 2).softmax(1), reduction="batchmean") * 4
     assert float(parts[1].detach()) == pytest.approx(float(mean.detach()), rel=1e-4)

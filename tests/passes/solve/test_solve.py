@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, TableError
-from lmfx.passes.solve.dynamic_program import Chain, Entry, Frontier, solve_chains, solve_series
+from lmfx.passes.solve.dynamic_program import Chain, Entry, ParetoFrontier, solve_chains, solve_series
 from lmfx.passes.solve.pareto import pareto, thin
 
 # ---------------------------------------------------------------------------------------------- brute force
@@ -152,7 +152,7 @@ def test_any_series_that_hypothesis_draws_agrees_with_brute_force(data):
 
 def test_both_arrays_ascend_strictly_and_can_not_be_written():
     frontier = solve_series(random_entries(40, 300))
-    assert isinstance(frontier, Frontier)
+    assert isinstance(frontier, ParetoFrontier)
     assert frontier.latency.dtype == frontier.importance.dtype == np.float64
     assert len(frontier) == len(frontier.latency) == len(frontier.importance) > 10
     assert (np.diff(frontier.latency) > 0).all()
