@@ -16,8 +16,7 @@ from lmfx.latency import Calibration as Line
 from lmfx.latency import LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra
 from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
-from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
-from lmfx.passes.solve.dynamic_program import ParetoFrontier
+from lmfx.passes.solve.dynamic_program import Chain, Entry, ParetoFrontier, solve_chains
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 
