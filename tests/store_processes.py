@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from lmfx.store.claims import Owner
+from lmfx.store.row_files import file_name
+from lmfx.store.rows import Store
 
 BARE = """
 import sys, types
@@ -41,3 +49,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
+
+
+def claims(store: Store, keys: Any = ()) -> list[str]:
+    """The rows that are claimed; by their names if they are among `keys`."""
+    names = {Path(file_name(key)).stem: key for key in keys}
+    return sorted(names.get(path.stem, path.stem) for path in store.files(name="*.claim"))
+
+
+def claimed_by(store: Store, kind: str, identity: Any, key: str, owner: Owner, idle: float = 0.0) -> None:
+    """Another owner's claim on a row, last renewed `idle` seconds ago."""
+    path = (store.folder(kind, identity) / file_name(key)).with_suffix(".claim")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(owner)))
+    os.utime(path, (time.time() - idle,) * 2)

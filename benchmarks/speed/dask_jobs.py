@@ -12,7 +12,6 @@ the process that prepares the jobs (with Dask its scheduler, too) needs a share 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import tempfile
@@ -75,8 +74,7 @@ def main() -> None:
         with Store.open(folder) as store:
             table = replace(finetune, ahead=2 * args.workers).score(spans, chosen, data, store, True, executor)
             wall = time.perf_counter() - start
-            values = store.run(lambda db: db.execute("SELECT value FROM rows WHERE kind = 'importance'").fetchall())
-            job = median(json.loads(value)["seconds"] for (value,) in values)
+            job = median(row.value["seconds"] for row in store.rows() if row.kind == "importance")
             return Run(dict(table), store.times_put("importance"), wall, job)
 
     with tempfile.TemporaryDirectory(prefix="lmfx-jobs-") as name:

@@ -22,8 +22,8 @@ from typing import Any
 from lmfx.latency import Store, default_cache_dir
 from lmfx.passes.errors import OptionError, StoreError
 from lmfx.report.text import table
-from lmfx.store.rows import FILE_NAME
-from lmfx.store.transfer import Entry, Selection, entries, export_rows, import_rows, prune
+from lmfx.store.rows import FOLDER_NAME
+from lmfx.store.transfer import Listed, Selection, entries, export_rows, import_rows, prune
 
 __all__ = ["cache_commands"]
 
@@ -84,7 +84,7 @@ def _selection(args: argparse.Namespace) -> Selection:
 
 
 def _place(args: argparse.Namespace) -> Path:
-    return (Path(args.cache_dir) if args.cache_dir else default_cache_dir()) / FILE_NAME
+    return (Path(args.cache_dir) if args.cache_dir else default_cache_dir()) / FOLDER_NAME
 
 
 def _there(args: argparse.Namespace) -> Store:
@@ -98,7 +98,7 @@ def _there(args: argparse.Namespace) -> Store:
 def _list(args: argparse.Namespace) -> None:
     with _there(args) as store:
         found = entries(store, _selection(args))
-        size = store.path.stat().st_size
+        size = sum(path.stat().st_size for path in store.files())
     if args.json:
         listed = [{**dataclasses.asdict(e), "oldest": _iso(e.oldest), "newest": _iso(e.newest)} for e in found]
         print(json.dumps({"path": str(store.path), "bytes": size, "entries": listed}, indent=1))
@@ -109,7 +109,7 @@ def _list(args: argparse.Namespace) -> None:
     print(table(header, [_line(e, now) for e in found], right=(3, 4, 5)))
 
 
-def _line(entry: Entry, now: float) -> tuple[str, ...]:
+def _line(entry: Listed, now: float) -> tuple[str, ...]:
     i = entry.identity
     name = i.get("backend", i.get("estimator", entry.hash))
     version = f" {i['version']}" if "version" in i else ""
@@ -147,8 +147,8 @@ def _path(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    with _there(args) as store:  # opening reads every row
-        print(f"{store.path}: {store.count()} rows, all whole")
+    with _there(args) as store:
+        print(f"{store.path}: {len(store.rows())} rows, all whole")
 
 
 def _bytes(number: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 __all__ = ["atomic_write"]
@@ -12,8 +12,10 @@ __all__ = ["atomic_write"]
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> Path:
     """Writes to a temporary name in the same folder and renames it. Raises `OSError`; nothing is left over then."""
     target = Path(path)
-    with tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
-        temporary = Path(folder) / "file"
+    temporary = target.with_name(f".lmfx-{uuid.uuid4().hex}")
+    try:
         temporary.write_bytes(data)
         os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return target

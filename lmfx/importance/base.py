@@ -112,7 +112,8 @@ def stored_scores(store: Store | None, identity: Mapping[str, Any], keys: Sequen
         found = store.get_many("importance", identity, keys).items()
         return {key: score_of(check_value("importance", key, value)) for key, value in found}
     except ValueError as error:
-        raise StoreError(f"an importance in {store.path} is not one ({error}); delete the file") from error
+        folder = store.folder("importance", identity)
+        raise StoreError(f"an importance in {folder} is not one ({error}); delete the file") from error
 
 
 def check_made_for(identity: Mapping[str, Any], spans: SpanSet) -> None:

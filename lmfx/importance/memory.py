@@ -4,6 +4,12 @@ Dask starts its workers with MALLOC_TRIM_THRESHOLD_=65536. In glibc this also sw
 what is freed, so every tensor beyond 128 KB is mapped, faulted in page by page, and unmapped: small networks trained at
 half or a third of their speed. A job raises both thresholds, and when it ends sets them back and gives back what it has
 freed. Neither changes a result.
+
+The allocator is the application's and not a library's. Here it is changed all the same, because it is Dask that changed
+it first, in a worker that runs nothing else, for as long as one job takes; and because the other way, a variable that
+every user sets before the workers start, loses half of the machine without a word where it is forgotten: two workers
+were 0.62 times as fast as one process without this (docs/benchmarks.md). Processes that Dask did not start are left as
+they are.
 """
 
 from __future__ import annotations

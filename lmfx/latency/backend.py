@@ -271,7 +271,9 @@ def stored_rows(store: Store | None, identity: dict[str, Any], signatures: Seque
         found = store.get_many(KIND, identity, signatures).items()
         return {k: Measurement(**check_value(KIND, k, v)) for k, v in found}
     except (TypeError, ValueError) as error:
-        raise StoreError(f"a latency in {store.path} is not one ({error}); delete the file") from error
+        raise StoreError(
+            f"a latency in {store.folder(KIND, identity)} is not one ({error}); delete the file"
+        ) from error
 
 
 def shared_reference(store: Store | None, identity: dict[str, Any], session: Session) -> float | None:

@@ -1,7 +1,7 @@
 """A process's share of the rows that several processes make into one store (`lmfx.store.claims`).
 
-take      a few rows that nobody has, in one transaction
-put       the row, and the end of its claim, in one transaction (`Store.put`)
+take      a few rows that nobody has
+put       the row, and then the end of its claim (`Store.put`)
 wait      what is left belongs to others: until they are ready, or gone
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from lmfx.passes.errors import StoreError
+from lmfx.store.row_files import Identity, identity_hash
 from lmfx.store.rows import Store
-from lmfx.store.schema import Identity, identity_hash
 
 __all__ = ["Share", "alone"]
 

@@ -3,7 +3,7 @@
     entries      one line a kind and identity: rows, bytes, oldest and newest
     export       {"format": "lmfx-cache", "version": 1, "identities": {...}, "rows": [...], "digest": ...}
     import       rows that are not there yet; what is there already stays
-    prune        rows by age, backend, version, device or kind, and the space that they took
+    prune        rows by age, backend, version, device or kind
 
 An exported file says of every row under which identity it was made, so rows of another machine are found only by that
 machine. Its digest covers all of it: a damaged file is refused as a whole. The sentinel's reference, to which latencies
@@ -12,29 +12,25 @@ are relative, goes with them.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import sqlite3
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lmfx._version import __version__
 from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.bounded_reading import parse_json, read_bounded
 from lmfx.passes.errors import OptionError, StoreError, TableError
+from lmfx.store.row_files import Row, dumps, identity_hash
 from lmfx.store.row_values import check_value
-from lmfx.store.rows import Store, value_of
-from lmfx.store.schema import Damaged, checksum, dumps, identity_hash, named
+from lmfx.store.rows import SENTINEL, Store
 
-__all__ = ["EVERYTHING", "Entry", "Imported", "Selection", "entries", "export_rows", "import_rows", "prune"]
+__all__ = ["EVERYTHING", "Imported", "Listed", "Selection", "entries", "export_rows", "import_rows", "prune"]
 
 FORMAT, VERSION = "lmfx-cache", 1
-SENTINEL = "sentinel"
 DAY = 86400.0
 
 
@@ -74,7 +70,7 @@ EVERYTHING = Selection()
 
 
 @dataclass(frozen=True)
-class Entry:
+class Listed:
     """The rows of one kind and identity. `bytes` is the length of keys and values; times are seconds since 1970."""
 
     kind: str
@@ -96,16 +92,18 @@ class Imported:
     different: int
 
 
-def entries(store: Store, selection: Selection = EVERYTHING) -> list[Entry]:
+def entries(store: Store, selection: Selection = EVERYTHING) -> list[Listed]:
     """What a store holds, by kind and identity, newest first. The sentinel's references are not listed."""
-    found: dict[tuple[str, str], list[Any]] = {}
-    identities, rows = _read(store, selection)
-    for kind, hashed, key, value, made, _ in rows:
-        if kind != SENTINEL:
-            seen = found.setdefault((kind, hashed), [0, 0, made, made])
-            seen[:] = [seen[0] + 1, seen[1] + len(key) + len(value), min(seen[2], made), max(seen[3], made)]
-    listed = [Entry(kind, identities.get(hashed, {}), hashed, *seen) for (kind, hashed), seen in found.items()]
-    return sorted(listed, key=lambda e: -e.newest)
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in _chosen(store.rows(), selection):
+        found.setdefault((row.kind, row.identity), []).append(row)
+    return sorted((_entry(rows) for rows in found.values()), key=lambda e: -e.newest)
+
+
+def _entry(rows: list[Row]) -> Listed:
+    size = sum(len(row.key) + len(dumps(row.value)) for row in rows)
+    made = [row.made for row in rows]
+    return Listed(rows[0].kind, rows[0].about, rows[0].identity, len(rows), size, min(made), max(made))
 
 
 def export_rows(store: Store, path: str | os.PathLike[str], selection: Selection = EVERYTHING) -> int:
@@ -113,16 +111,20 @@ def export_rows(store: Store, path: str | os.PathLike[str], selection: Selection
 
     Raises `StoreError` if there are none, or if the file cannot be written.
     """
-    identities, rows = _read(store, selection)
-    if not any(row[0] != SENTINEL for row in rows):
+    there = store.rows()
+    chosen = _chosen(there, selection)
+    if not chosen:
         raise StoreError(f"the store {store.path} has no such rows, so nothing was written; see lmfx cache list")
-    names = ("kind", "identity", "key", "value", "time")
+    timed = {row.identity for row in chosen if row.kind == "latency"}
+    rows = [*chosen, *(row for row in there if row.kind == SENTINEL and row.identity in timed)]
     body = {
         "format": FORMAT,
         "version": VERSION,
         "lmfx": __version__,
-        "identities": {h: v for h, v in identities.items() if any(row[1] == h for row in rows)},
-        "rows": [dict(zip(names, (*row[:3], value_of(row), row[4]), strict=True)) for row in rows],
+        "identities": {row.identity: row.about for row in rows if row.about},
+        "rows": [
+            {"kind": r.kind, "identity": r.identity, "key": r.key, "value": r.value, "time": r.made} for r in rows
+        ],
     }
     body["digest"] = _digest(body)
     try:
@@ -137,80 +139,38 @@ def import_rows(store: Store, path: str | os.PathLike[str]) -> Imported:
 
     Raises `StoreError` for a file that is missing, damaged, of a newer lmfx or no export of a store.
     """
-    identities, rows = _parse(path)
-
-    def write(db: sqlite3.Connection) -> Imported:
-        new = known = different = 0
-        db.executemany("INSERT OR IGNORE INTO identities VALUES (?, ?)", [(h, dumps(v)) for h, v in identities.items()])
-        for kind, hashed, key, value, made in rows:
-            query = "SELECT value FROM rows WHERE kind = ? AND identity = ? AND key = ?"
-            there = db.execute(query, (kind, hashed, key)).fetchone()
-            if there is None:
-                row = (kind, hashed, key, value, made, checksum(kind, hashed, key, value, made))
-                db.execute("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)", row)
-                new += 1
-            else:
-                known += 1
-                different += there[0] != value
-        return Imported(new, known, different)
-
-    return store.run(write, writes=True)
+    there = {(row.kind, row.identity, row.key): row.value for row in store.rows()}
+    rows = _parse(path)
+    new = [row for row in rows if (row.kind, row.identity, row.key) not in there]
+    for row in new:
+        store.add(row)
+    different = sum(there.get((row.kind, row.identity, row.key), row.value) != row.value for row in rows)
+    return Imported(len(new), len(rows) - len(new), different)
 
 
 def prune(store: Store, selection: Selection, dry_run: bool = False) -> tuple[int, int]:
-    """Deletes rows, and gives their space back; how many rows, and by how many bytes the file is smaller now.
+    """Deletes rows; how many, and how many bytes their files had. With `dry_run` nothing is deleted.
 
-    A sentinel's reference goes when nothing is left that is relative to it. With `dry_run` nothing is deleted.
+    A sentinel's reference goes when nothing is left that is relative to it.
     """
-    _, rows = _read(store, selection)
-    chosen = [row[:3] for row in rows if row[0] != SENTINEL]
-    if dry_run or not chosen:
+    chosen = _chosen(store.rows(), selection)
+    if dry_run:
         return len(chosen), 0
-    before = _size(store.path)
-    left = "SELECT identity FROM rows WHERE kind = 'latency'"
-    orphans = f"kind = ? AND identity NOT IN ({left}) AND NOT EXISTS (SELECT 1 FROM rows WHERE kind = 'whole')"
-
-    def write(db: sqlite3.Connection) -> None:
-        for table in ("rows", "log"):
-            db.executemany(f"DELETE FROM {table} WHERE kind = ? AND identity = ? AND key = ?", chosen)
-            db.execute(f"DELETE FROM {table} WHERE {orphans}", (SENTINEL,))
-        db.execute("DELETE FROM identities WHERE hash NOT IN (SELECT identity FROM rows)")
-
-    def shrink(db: sqlite3.Connection) -> None:
-        db.execute("VACUUM")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    store.run(write, writes=True)
-    with contextlib.suppress(StoreError):  # another process is at it; the rows are gone, their space is used again
-        store.run(shrink)
-    return len(chosen), max(0, before - _size(store.path))
+    freed = sum(store.remove(row) for row in chosen)
+    if not store.count("whole"):
+        for row in store.rows():
+            if row.kind == SENTINEL and not store.count("latency", row.identity):
+                freed += store.remove(row)
+    return len(chosen), freed
 
 
-def _read(store: Store, selection: Selection) -> tuple[dict[str, dict[str, Any]], list[tuple[Any, ...]]]:
-    """(identities, rows) of a selection; with latencies the sentinel's references of their identities."""
+def _chosen(rows: list[Row], selection: Selection) -> list[Row]:
     now = time.time()
-
-    def read(db: sqlite3.Connection) -> tuple[dict[str, dict[str, Any]], list[tuple[Any, ...]]]:
-        identities: dict[str, dict[str, Any]] = {}
-        for hashed, text in db.execute("SELECT hash, value FROM identities"):
-            if not named(hashed, text):
-                raise Damaged(f"the identity {hashed} does not have its hash")
-            identities[hashed] = parse_json(text)
-        rows, references = [], []
-        for row in db.execute("SELECT * FROM rows ORDER BY kind, identity, key"):
-            value_of(row)  # which checks it
-            if row[0] == SENTINEL:
-                references.append(row)
-            elif selection.takes(row[0], identities.get(row[1], {}), row[4], now):
-                rows.append(row)
-        timed = {row[1] for row in rows if row[0] == "latency"}
-        return identities, [*rows, *(row for row in references if row[1] in timed)]
-
-    return store.run(read)
+    return [row for row in rows if row.kind != SENTINEL and selection.takes(row.kind, row.about, row.made, now)]
 
 
-def _parse(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[tuple[str, str, str, str, float]]]:
-    """(identities, rows) of an exported file."""
+def _parse(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of an exported file."""
     try:
         body = parse_json(read_bounded(path))
     except OSError as error:
@@ -228,22 +188,22 @@ def _parse(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[tuple[str
         identities = {str(h): dict(v) for h, v in body["identities"].items()}
         if wrong := [h for h, v in identities.items() if identity_hash(v) != h]:
             raise ValueError(f"the identity {wrong[0]} does not have its hash")
-        rows = [_row(r) for r in body["rows"]]
-        if lost := [r[2] for r in rows if r[1] not in identities and r[0] != SENTINEL]:
+        rows = [_row(r, identities) for r in body["rows"]]
+        if lost := [r.key for r in rows if not r.about and r.kind != SENTINEL]:
             raise ValueError(f"{lost[0]!r} has no identity")
     except (KeyError, TypeError, ValueError, AttributeError, TableError) as error:
         raise StoreError(f"{path} is damaged ({error}); export it again") from error
-    return identities, rows
+    return rows
 
 
-def _row(row: dict[str, Any]) -> tuple[str, str, str, str, float]:
+def _row(row: dict[str, Any], identities: dict[str, Any]) -> Row:
     """One row, each of its words a text, its value what rows of its kind hold."""
     kind, hashed, key, made = (row[name] for name in ("kind", "identity", "key", "time"))
     if not all(isinstance(word, str) for word in (kind, hashed, key)):
         raise ValueError(f"a row is named {kind!r}, {hashed!r}, {key!r}")
     if isinstance(made, bool) or not isinstance(made, (int, float)) or not math.isfinite(made):
         raise ValueError(f"{key!r} was made at {made!r}")
-    return kind, hashed, key, dumps(check_value(kind, key, row["value"])), float(made)
+    return Row(kind, hashed, key, check_value(kind, key, row["value"]), float(made), identities.get(hashed, {}))
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -256,9 +216,3 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _is_table(body: Any) -> bool:
     return isinstance(body, dict) and body.get("format") == "lmfx-latency-table"
-
-
-def _size(path: Path) -> int:
-    """Bytes of a store with what is not written into its file yet."""
-    files = [path.with_name(path.name + end) for end in ("", "-wal")]
-    return sum(file.stat().st_size for file in files if file.exists())

@@ -99,7 +99,7 @@ def kill_when(main: Callable[[list[str]], None], arguments: list[str], ready: Ca
 
 def importance_rows(out: Path) -> dict[str, int]:
     """How often each row was stored."""
-    if not (out / "cache" / "lmfx.sqlite").exists():
+    if not (out / "cache" / "rows").exists():
         return {}
     with Store.open(out / "cache") as store:
         return store.times_put("importance")

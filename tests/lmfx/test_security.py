@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,8 @@ from lmfx.cli.main import main
 from lmfx.environment.bounded_reading import DEEPEST, parse_json, printable, read_bounded
 from lmfx.latency import LatencyTable, Store
 from lmfx.planning.saved_networks import example_of
-from lmfx.store.transfer import import_rows
+from lmfx.store.row_files import _seal
+from lmfx.store.transfer import _digest, import_rows
 from tests.helpers import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,34 +164,85 @@ def test_a_row_of_a_table_has_the_types_of_a_measurement(tmp_path: Path, field: 
         LatencyTable.load(path)
 
 
-# --- sqlite -----------------------------------------------------------------------------------------------------------
+# --- rows of the store ------------------------------------------------------------------------------------------------
 
-ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) SELECT n FROM r"
+WHERE = ("importance", {"estimator": "a"}, "k")
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> Path:
+    """The file of a row, in the store below `tmp_path`."""
+    with Store.open(tmp_path) as store:
+        store.put(*WHERE, 1.0)
+        (path,) = store.files()
+    return path
+
+
+def endless(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def sealed(body: str) -> Callable[[Path], None]:
+    """A row with the checksum that belongs to it, as anybody can make one."""
+
+    def write(path: Path) -> None:
+        path.write_text(f"lmfx-row 3 {_seal(3, body)}\n{body}")
+
+    return write
+
+
+def large(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(2**26 + 1)  # sparse
 
 
 @pytest.mark.parametrize(
-    "statements",
+    "change",
     [
-        [f"CREATE VIEW extra AS {ENDLESS}"],
-        ["CREATE TRIGGER t AFTER INSERT ON rows BEGIN DELETE FROM rows; END"],
-        ["DROP TABLE rows", f"CREATE VIEW rows AS {ENDLESS}"],
-        ["CREATE INDEX i ON rows (value)"],
+        endless,
+        device,
+        large,
+        sealed("[" * 100_000 + "]" * 100_000),
+        sealed('{"value": NaN}'),
+        sealed('{"value": 1e999}'),
+        sealed("[]"),
+        sealed('{"kind": "importance", "__class__": "x"}'),
     ],
-    ids=["view", "trigger", "rows are a view", "index"],
+    ids=["fifo", "device", "large", "deep", "nan", "infinite", "list", "fields"],
 )
-def test_a_store_with_a_schema_of_its_own_is_put_aside_and_nothing_of_it_runs(
-    tmp_path: Path, statements: list[str]
+def test_a_row_that_lmfx_did_not_write_is_put_aside_and_not_followed(
+    tmp_path: Path, row: Path, change: Callable[[Path], None]
 ) -> None:
+    change(row)
     with Store.open(tmp_path) as store:
-        store.put("importance", {"estimator": "a"}, "k", 1.0)
-    db = sqlite3.connect(tmp_path / "lmfx.sqlite", isolation_level=None)
-    for statement in statements:
-        db.execute(statement)
-    db.close()
-    with pytest.warns(RuntimeWarning, match="not those of its version"), Store.open(tmp_path) as again:
-        assert again.count() == 0
-        again.put("importance", {"estimator": "a"}, "k", 2.0)
-        assert again.get("importance", {"estimator": "a"}, "k") == 2.0
+        with pytest.warns(RuntimeWarning, match="is damaged"):
+            assert store.get(*WHERE) is None
+        assert store.count() == 0
+        store.put(*WHERE, 2.0)
+        assert store.get(*WHERE) == 2.0
+
+
+@pytest.mark.parametrize("hashed", ["../../../outside", "/tmp/outside", "..", "a/b", ""])
+def test_no_row_is_put_outside_of_the_store(tmp_path: Path, hashed: str) -> None:
+    with Store.open(tmp_path / "cache") as store:
+        with pytest.raises(lmfx.StoreError, match="cannot be stored"):
+            store.put("sentinel", hashed, "reference", 1.0)
+        body: dict[str, Any] = {
+            "format": "lmfx-cache",
+            "version": 1,
+            "identities": {},
+            "rows": [{"kind": "sentinel", "identity": hashed, "key": "reference", "value": 1.0, "time": 1.0}],
+        }
+        (tmp_path / "rows.json").write_text(json.dumps({**body, "digest": _digest(body)}))
+        with pytest.raises(lmfx.StoreError, match="cannot be stored"):
+            import_rows(store, tmp_path / "rows.json")
+    assert {p.name for p in tmp_path.rglob("*")} == {"cache", "rows", "rows.json"}
 
 
 # --- terminals --------------------------------------------------------------------------------------------------------

@@ -147,33 +147,18 @@ def test_branches_whose_sizes_differ_by_a_stride_or_more_never_meet(stride: int)
         assert any(a == b for a, b in sizes) is (more < stride)
 
 
-# --- store: a file that moves -----------------------------------------------------------------------------------------
+# --- store: a folder that moves ---------------------------------------------------------------------------------------
 
 
-def test_a_store_whose_file_was_moved_goes_on_in_a_new_one(tmp_path: Path) -> None:
+def test_a_store_whose_folder_was_moved_goes_on_in_a_new_one(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         store.put("latency", {"backend": "a"}, "first", 1.0)
-        os.rename(store.path, tmp_path / "moved.sqlite")
+        os.rename(store.path, tmp_path / "moved")
         assert store.get("latency", {"backend": "a"}, "first") is None
         store.put("latency", {"backend": "a"}, "second", 2.0)
         assert store.path.exists()
     with Store.open(tmp_path) as again:
         assert again.get_many("latency", {"backend": "a"}) == {"second": 2.0}
-
-
-def test_work_that_was_done_on_a_file_that_moved_meanwhile_is_done_again(tmp_path: Path) -> None:
-    with Store.open(tmp_path) as store:
-        store.put("latency", {"backend": "a"}, "first", 1.0)
-        counts: list[int] = []
-
-        def work(db: Any) -> int:
-            if not counts:
-                for end in ("", "-wal", "-shm"):
-                    os.rename(f"{store.path}{end}", tmp_path / f"moved.sqlite{end}")
-            counts.append(int(db.execute("SELECT COUNT(*) FROM rows").fetchone()[0]))
-            return counts[-1]
-
-        assert store.run(work) == 0 and counts == [1, 0]
 
 
 # --- wholes: a machine that becomes slower ----------------------------------------------------------------------------

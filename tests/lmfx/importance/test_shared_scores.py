@@ -12,7 +12,8 @@ import pytest
 
 import lmfx
 from lmfx.store.claims import Owner
-from lmfx.store.rows import Store, identity_hash
+from lmfx.store.rows import Store
+from tests.store_processes import claimed_by, claims
 from tests.toys import images, toy
 
 X, DATA = images(1), images(12)
@@ -33,11 +34,6 @@ def score(graph: Any, folder: Path, executor: Any = None) -> Any:
     return lmfx.score(graph, calibration=DATA, cache_dir=folder, executor=executor, progress=False)
 
 
-def claim(store: Store, identity: Any, key: str, owner: Owner) -> None:
-    row = ("importance", identity_hash(identity), key, owner.token, owner.place, owner.pid, owner.started, time.time())
-    store.run(lambda db: db.execute("INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row), writes=True)
-
-
 def identity_of(table: Any) -> dict[str, Any]:
     return {k: v for k, v in table.identity.items() if k != "graph"}
 
@@ -48,7 +44,7 @@ def test_two_that_score_at_once_score_no_row_twice(graph: Any, alone: Any, tmp_p
     assert first == second == alone
     with Store.open(tmp_path) as store:
         assert set(store.times_put("importance").values()) == {1}
-        assert store.run(lambda db: db.execute("SELECT COUNT(*) FROM claims").fetchone()) == (0,)
+        assert claims(store) == []
 
 
 def test_what_another_process_works_on_is_waited_for(graph: Any, alone: Any, tmp_path: Path) -> None:
@@ -59,7 +55,7 @@ def test_what_another_process_works_on_is_waited_for(graph: Any, alone: Any, tmp
         store.put("importance", identity_of(alone), key, -123.0)
 
     with Store.open(tmp_path) as store:
-        claim(store, identity_of(alone), key, Owner(place="elsewhere"))
+        claimed_by(store, "importance", identity_of(alone), key, Owner(place="elsewhere"))
         thread = threading.Thread(target=other)
         thread.start()
         table = score(graph, tmp_path)
@@ -72,6 +68,6 @@ def test_what_another_process_works_on_is_waited_for(graph: Any, alone: Any, tmp
 def test_what_a_dead_process_had_claimed_is_scored(graph: Any, alone: Any, tmp_path: Path, executor: Any) -> None:
     with Store.open(tmp_path) as store:
         for key in list(alone)[::3]:
-            claim(store, identity_of(alone), key, Owner(started="1"))
+            claimed_by(store, "importance", identity_of(alone), key, Owner(started="1"))
     pool = executor(2) if executor else None
     assert score(graph, tmp_path, pool) == alone

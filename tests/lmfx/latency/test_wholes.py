@@ -78,7 +78,7 @@ def test_networks_that_the_store_has_are_not_measured_again(tmp_path: Path) -> N
     spans, backend = net(), Bent()
     table = profile_spans(spans, backend)
     plans = [MergePlan(), *random_plans(spans, table, 3)]
-    with Store(tmp_path / "s.sqlite") as store:
+    with Store(tmp_path / "rows") as store:
         first = measure_wholes(spans, table, plans, backend, store)
         assert backend.networks == [5], "the sentinel, the original and three plans"
         assert measure_wholes(spans, table, plans, backend, store) == first and len(backend.networks) == 1

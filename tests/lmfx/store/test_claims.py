@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from lmfx.latency import LatencyTable
 from lmfx.store.claims import HUNG_SECONDS, STALE_SECONDS, Owner, is_live, start_of, this_place
 from lmfx.store.rows import Store
 from lmfx.store.shared_rows import Share, alone
-from tests.store_processes import go, start, wait_until
+from tests.store_processes import claimed_by, claims, go, start, wait_until
 
 HERE = {"backend": "b", "threads": 1}
 KEYS = ["a", "b", "c", "d"]
@@ -33,16 +33,6 @@ def two(tmp_path: Path) -> Iterator[tuple[Store, Store]]:
         yield first, second
 
 
-def claims(store: Store) -> list[str]:
-    return [key for (key,) in store.run(lambda db: db.execute("SELECT key FROM claims ORDER BY key").fetchall())]
-
-
-def claimed_by(store: Store, owner: Owner, idle: float = 0.0) -> None:
-    """Another owner's claim on the row `a`, last renewed `idle` seconds ago."""
-    row = ("latency", "hash", "a", owner.token, owner.place, owner.pid, owner.started, time.time() - idle)
-    store.run(lambda db: db.execute("INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row), writes=True)
-
-
 def test_a_claimed_row_is_left_to_its_owner_until_it_is_put_or_given_back(two: tuple[Store, Store]) -> None:
     first, second = two
     assert first.claim("latency", HERE, KEYS, 2) == ["a", "b"]
@@ -50,7 +40,7 @@ def test_a_claimed_row_is_left_to_its_owner_until_it_is_put_or_given_back(two: t
     assert first.claim("latency", HERE, KEYS) == []
     first.put("latency", HERE, "a", 1)
     second.release("latency", HERE, ["d"])
-    assert claims(first) == ["b", "c"]
+    assert claims(first, KEYS) == ["b", "c"]
     assert first.claim("latency", HERE, ["d"]) == ["d"]
     assert second.get("latency", HERE, "a") == 1
 
@@ -162,7 +152,7 @@ def test_a_process_elsewhere_is_known_by_its_beat(place: str) -> None:
 )
 def test_only_the_claims_of_the_dead_are_taken_over(tmp_path: Path, owner: Owner, idle: float, free: bool) -> None:
     with Store.open(tmp_path) as store:
-        claimed_by(store, owner, idle)
+        claimed_by(store, "latency", "hash", "a", owner, idle)
         assert store.claim("latency", "hash", ["a", "b"]) == (["a", "b"] if free else ["b"])
 
 
@@ -170,18 +160,15 @@ def test_claims_are_renewed_as_long_as_they_are_held(tmp_path: Path, monkeypatch
     monkeypatch.setattr("lmfx.store.claims.BEAT_SECONDS", 0.02)
     with Store.open(tmp_path) as store:
         store.claim("latency", HERE, ["a"])
-
-        def beat() -> float:
-            return float(store.run(lambda db: db.execute("SELECT beat FROM claims").fetchone()[0]))
-
-        first = beat()
-        wait_until(lambda: beat() > first)
-        assert beat() > first
+        (claim,) = store.files(name="*.claim")
+        first = claim.stat().st_mtime_ns
+        wait_until(lambda: claim.stat().st_mtime_ns > first)
+        assert claim.stat().st_mtime_ns > first
 
 
 def test_a_claim_that_makes_no_sense_holds_nobody_up(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
-        claimed_by(store, replace(Owner(), pid="not a number", started="x"))  # type: ignore[arg-type]
+        claimed_by(store, "latency", "hash", "a", replace(Owner(), pid="not a number", started="x"))  # type: ignore[arg-type]
         assert store.claim("latency", "hash", ["a"]) == ["a"]
 
 
@@ -196,7 +183,7 @@ def test_a_forked_process_has_claims_of_its_own(tmp_path: Path) -> None:
             store.put("latency", HERE, "b", 1)
             os._exit(0 if taken == ["b"] else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert store.get("latency", HERE, "b") == 1 and claims(store) == ["a"]
+        assert store.get("latency", HERE, "b") == 1 and claims(store, "ab") == ["a"]
 
 
 WORKER = """
@@ -221,24 +208,24 @@ with Store(sys.argv[1]) as store, Share(store, "latency", {"b": 1}) as share:
 
 
 def test_processes_that_begin_together_share_the_rows(tmp_path: Path) -> None:
-    workers = [start(WORKER, tmp_path / "lmfx.sqlite", 60, 0.02) for _ in range(3)]
+    workers = [start(WORKER, tmp_path / "rows", 60, 0.02) for _ in range(3)]
     go(*workers)
     for worker in workers:
         worker.communicate(timeout=200)
     assert {worker.returncode for worker in workers} == {0}
     with Store.open(tmp_path) as store:
         assert store.times_put() == {str(i): 1 for i in range(60)} and claims(store) == []
-        pids = store.run(lambda db: db.execute("SELECT pid, COUNT(*) FROM log GROUP BY pid").fetchall())
+        pids = {pid for _, pid in store.log()}
     assert len(pids) >= 2, f"one process made everything: {pids}"
 
 
 @linux
 def test_what_a_killed_process_had_claimed_is_made_by_the_others(tmp_path: Path) -> None:
-    victim = start(WORKER, tmp_path / "lmfx.sqlite", 30, 300)
+    victim = start(WORKER, tmp_path / "rows", 30, 300)
     go(victim)
     with Store.open(tmp_path) as store:
-        wait_until(lambda: claims(store) == ["0", "1", "2"])
-        helper = start(WORKER, tmp_path / "lmfx.sqlite", 30, 0)
+        wait_until(lambda: claims(store, "012") == ["0", "1", "2"])
+        helper = start(WORKER, tmp_path / "rows", 30, 0)
         go(helper)
         wait_until(lambda: store.count() == 27)
         time.sleep(0.3)
@@ -285,17 +272,10 @@ def profiles(folder: Path, min_ms: float = 1.0) -> list[Any]:
     return started
 
 
-def logged(path: Path) -> dict[int, int]:
+def logged(folder: Path) -> dict[int, int]:
     """How many rows each process has put."""
-    if not path.exists():
-        return {}
-    db = sqlite3.connect(path)
-    try:
-        return dict(db.execute("SELECT pid, COUNT(*) FROM log GROUP BY pid").fetchall())
-    except sqlite3.OperationalError:  # it is being made
-        return {}
-    finally:
-        db.close()
+    with Store.open(folder) as store:
+        return dict(Counter(pid for _, pid in store.log()))
 
 
 def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(tmp_path: Path) -> None:
@@ -310,18 +290,18 @@ def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(t
         assert store.times_put("sentinel") == {"reference": 1}
         assert first.calibration is not None and set(store.times_put("whole").values()) == {1}
         assert claims(store) == []
-    assert len(logged(tmp_path / "lmfx.sqlite")) == 2, "both have measured"
+    assert len(logged(tmp_path)) == 2, "both have measured"
 
 
 @linux
 def test_a_profile_that_is_killed_is_finished_by_the_other_process(tmp_path: Path) -> None:
     victim, survivor = profiles(tmp_path, min_ms=10.0)
     go(victim)
-    wait_until(lambda: logged(tmp_path / "lmfx.sqlite").get(victim.pid, 0) >= 3)
+    wait_until(lambda: logged(tmp_path).get(victim.pid, 0) >= 3)
     go(survivor)
     time.sleep(0.2)
     victim.kill()
-    before = logged(tmp_path / "lmfx.sqlite")[victim.pid]
+    before = logged(tmp_path)[victim.pid]
     _, errors = survivor.communicate(timeout=250)
     victim.communicate()
     assert survivor.returncode == 0, errors
@@ -330,4 +310,4 @@ def test_a_profile_that_is_killed_is_finished_by_the_other_process(tmp_path: Pat
     assert len(table) > 20
     with Store.open(tmp_path) as store:
         assert set(store.times_put("latency").values()) == {1} and claims(store) == []
-    assert logged(tmp_path / "lmfx.sqlite").keys() == {victim.pid, survivor.pid} and before >= 3
+    assert logged(tmp_path).keys() == {victim.pid, survivor.pid} and before >= 3

@@ -1,17 +1,18 @@
-"""The store keeps every row that was made, and never touches a file that is not its own."""
+"""The store keeps every row that was made, and never touches what is not its own."""
 
 from __future__ import annotations
 
 import copy
 import signal
-import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lmfx.passes.errors import StoreError
-from lmfx.store.rows import APPLICATION_ID, Store, default_cache_dir, identity_hash
+from lmfx.store.row_files import identity_hash
+from lmfx.store.rows import Store, default_cache_dir
 from tests.store_processes import start
 
 HERE = {"backend": "b", "threads": 1}
@@ -21,7 +22,7 @@ def test_a_row_is_found_again_by_kind_identity_and_key(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         store.put("latency", HERE, "a", {"ms": 1.5})
         store.put("importance", HERE, "a", -0.25)
-    with Store(tmp_path / "lmfx.sqlite") as store:
+    with Store(tmp_path / "rows") as store:
         assert store.get("latency", HERE, "a") == {"ms": 1.5}
         assert store.get("importance", {"threads": 1, "backend": "b"}, "a") == -0.25
         assert store.get("latency", HERE, "b") is None
@@ -58,62 +59,59 @@ def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LMFX_CACHE_DIR", str(tmp_path / "here"))
     assert default_cache_dir() == tmp_path / "here"
     with Store.open() as store:
-        assert store.path == tmp_path / "here" / "lmfx.sqlite"
+        assert store.path == tmp_path / "here" / "rows"
 
 
-def foreign_sqlite(path: Path) -> None:
-    with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE t (x)")
-    db.close()
-
-
-def newer(path: Path) -> None:
-    Store(path).close()
-    with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 99")
-    db.close()
-
-
-def older(path: Path) -> None:
-    """Of no version that was ever released: a store of ours, of a lower version and with other tables."""
-    Store(path).close()
-    with sqlite3.connect(path) as db:
-        db.execute("ALTER TABLE rows DROP COLUMN checksum")
-        db.execute("PRAGMA user_version = 1")
-    db.close()
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda p: p.write_bytes(b"hello, this is a text file"), "not an sqlite file"),
-        (lambda p: p.write_bytes(b"S" + b"x" * 5000), "not an sqlite file"),
-        (foreign_sqlite, "another program"),
-        (newer, "version 99"),
-        (older, "version 1, and this lmfx reads version 2"),
-    ],
-    ids=["text", "bytes", "foreign", "newer", "older"],
-)
-def test_a_file_of_others_or_of_another_version_is_refused_and_left_alone(
-    tmp_path: Path, make: object, reason: str
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_row_of_another_version_of_lmfx_is_refused_and_left_alone(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "lmfx.sqlite"
-    make(path)  # type: ignore[operator]
-    before = path.read_bytes()
-    with pytest.raises(StoreError, match=reason) as error:
-        Store(path)
-    assert str(path) in str(error.value) and "choose another cache_dir" in str(error.value)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["lmfx.sqlite"]
+    with Store.open(tmp_path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr("lmfx.store.row_files.VERSION", version)
+            store.put("latency", HERE, "a", 1)
+        (path,) = store.files()
+        before = path.read_bytes()
+        with pytest.raises(StoreError, match=f"version {version}, and this lmfx reads version 3") as error:
+            store.get("latency", HERE, "a")
+        assert str(path) in str(error.value) and "choose another cache_dir" in str(error.value)
+        assert path.read_bytes() == before
 
 
-def test_a_folder_in_the_place_of_the_file_or_the_reverse_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "lmfx.sqlite").mkdir()
-    with pytest.raises(StoreError, match="is a folder"):
-        Store.open(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot make the folder"):
-        Store.open(tmp_path / "file")
+def test_what_is_not_a_row_is_not_touched(tmp_path: Path) -> None:
+    with Store.open(tmp_path) as store:
+        store.put("latency", HERE, "a", 1)
+        others = [store.path / "notes.txt", store.path / "latency" / "list.json", store.files()[0].with_name("x.csv")]
+        (store.path / "my rows" / "of 2026").mkdir(parents=True)
+        others.append(store.path / "my rows" / "of 2026" / "rows.json")
+        for path in others:
+            path.write_text("mine")
+        assert [row.key for row in store.rows()] == ["a"] and store.count() == 1
+        assert [path.read_text() for path in others] == ["mine"] * 4
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("rows", "file"):
+        (tmp_path / name).write_text("mine")
+    for cache_dir in (tmp_path, tmp_path / "file"):
+        with pytest.raises(StoreError, match="cannot make the folder.*choose another cache_dir"):
+            Store.open(cache_dir)
+    assert (tmp_path / "rows").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*names: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Store.open(tmp_path) as store:
+        store.put("latency", HERE, "a", 1)
+        monkeypatch.setattr("os.replace", full)
+        with pytest.raises(StoreError, match="No space left on device.*choose another cache_dir"):
+            store.put("latency", HERE, "b", 2)
+        assert store.get_many("latency", HERE) == {"a": 1}
+        assert len(list(store.files()[0].parent.iterdir())) == 2, "the row and the log: nothing is left over"
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:
@@ -131,16 +129,15 @@ def test_a_value_that_is_not_json_is_not_stored(tmp_path: Path) -> None:
 
 
 def test_a_lock_held_too_long_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmfx.store.rows.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("lmfx.store.claims.BUSY_SECONDS", 0.05)
     with Store.open(tmp_path) as store:
-        other = sqlite3.connect(store.path, isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="locked"):
-            store.put("latency", HERE, "a", 1)
-        other.execute("ROLLBACK")
-        other.close()
         store.put("latency", HERE, "a", 1)
-        assert store.count() == 1
+        with FileLock(store.folder("latency", HERE) / "claims.lock"):
+            with pytest.raises(StoreError, match="locked"):
+                store.claim("latency", HERE, ["b"])
+            store.put("latency", HERE, "c", 1)  # rows need no lock
+        assert store.claim("latency", HERE, ["b"]) == ["b"]
+        assert store.count() == 2
 
 
 def test_threads_may_share_a_store_and_copies_open_their_own(tmp_path: Path) -> None:
@@ -167,7 +164,7 @@ with Store(sys.argv[1]) as store:
 
 
 def test_several_processes_make_and_fill_one_store(tmp_path: Path) -> None:
-    writers = [start(WRITER, tmp_path / "lmfx.sqlite", n, 40) for n in range(3)]
+    writers = [start(WRITER, tmp_path / "rows", n, 40) for n in range(3)]
     for process in writers:
         process.communicate()
         assert process.returncode == 0
@@ -177,7 +174,7 @@ def test_several_processes_make_and_fill_one_store(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is a POSIX thing")
 def test_every_row_that_was_reported_survives_a_kill(tmp_path: Path) -> None:
-    process = start(WRITER, tmp_path / "lmfx.sqlite", 0, 10**6)
+    process = start(WRITER, tmp_path / "rows", 0, 10**6)
     assert process.stdout is not None
     for _ in range(30):
         seen = int(process.stdout.readline())
@@ -187,13 +184,3 @@ def test_every_row_that_was_reported_survives_a_kill(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         assert store.count() >= min(seen, 29) + 1
         store.put("latency", HERE, "after", 1)
-
-
-def test_a_maker_that_was_killed_leaves_a_file_that_can_be_used(tmp_path: Path) -> None:
-    path = tmp_path / "lmfx.sqlite"
-    path.touch()
-    with Store(path) as store:
-        store.put("latency", HERE, "a", 1)
-    with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    db.close()
