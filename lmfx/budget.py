@@ -1,4 +1,4 @@
-"""The latency that a compressed network must reach, in any of the ways people say it.
+"""Reads a budget: a fraction, a latency or a speed-up, written in any of the usual ways.
 
     written              kind         means
     0.6, "0.6", "60%"    fraction     at most 0.6 of the original's measured latency

@@ -1,4 +1,4 @@
-"""Calibration images: from whatever the caller has to a list of batches, checked against the example.
+"""Makes calibration images of whatever the caller has: a list of batches, checked against the example.
 
 An example may hold more than batches of tensors: numbers and flags, tensors without a batch dimension, containers. What
 has as many rows as the images is *batched* and comes from the calibration data; all else is a constant of the example.
@@ -249,12 +249,14 @@ class _Reader:
         _, holes = pytree.tree_unflatten(list(self.frame.leaves), self.frame.spec)
         missing = [n for n in self.names if n not in batch and needed(holes[n])]
         if missing:
-            raise InputError(f"the calibration dict has no {missing}; it has {sorted(batch)}")
+            raise InputError(
+                f"the calibration dict has no {missing}; it has {sorted(batch)}: name its inputs as the example does"
+            )
         whole = {n: batch.get(n, self.kwargs[n]) for n in self.names}
         if pytree.tree_structure(((), whole)) != self.frame.spec:
             raise InputError(
                 f"the calibration dict is not built like the example: {pytree.tree_structure(whole)} for "
-                f"{pytree.tree_structure(self.kwargs)}"
+                f"{pytree.tree_structure(self.kwargs)}: nest its inputs as the example does"
             )
         return self.picked(pytree.tree_leaves(((), whole)))
 
@@ -263,7 +265,10 @@ class _Reader:
         held = self.args[0] if self.width == 1 else None
         if isinstance(held, Mapping):
             if missing := [k for k in held if k not in batch]:
-                raise InputError(f"the calibration dict has no {missing}; it has {sorted(map(str, batch))}")
+                seen = sorted(map(str, batch))
+                raise InputError(
+                    f"the calibration dict has no {missing}; it has {seen}: name its inputs as the example does"
+                )
             return self.row(({k: batch[k] for k in held},))
         like = held if isinstance(held, Tensor) else None
         found = [] if like is None else [k for k, v in batch.items() if fits(v, tuple(like.shape), like.dtype)]
@@ -313,7 +318,7 @@ def _text(value: Any) -> str:
 
 def _check(batch: list[Tensor], example: list[Tensor]) -> None:
     if len(batch) != len(example):
-        raise InputError(f"a calibration batch has {len(batch)} inputs, the example has {len(example)}")
+        raise InputError(f"a calibration batch has {len(batch)} inputs, the example has {len(example)}: pass as many")
     for value, like in zip(batch, example, strict=True):
         if not isinstance(value, Tensor):
             raise InputError(f"a calibration batch holds a {type(value).__name__}: expected a tensor for each input")

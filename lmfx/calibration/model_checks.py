@@ -156,7 +156,9 @@ def _check_weights(model: nn.Module) -> None:
         if tensor.is_quantized:
             raise ModelError(f"{name} is quantized: compress the floating-point model and quantize the result")
         if tensor.is_complex():
-            raise ModelError(f"{name} is complex ({tensor.dtype}), which convs of the target runtimes are not")
+            raise ModelError(
+                f"{name} is complex ({tensor.dtype}), which no conv of a runtime is: compress a part without it"
+            )
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelError(
                 f"{name} has NaN or infinite values: the model is broken before compression; check training"

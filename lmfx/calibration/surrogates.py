@@ -1,4 +1,4 @@
-"""Affine surrogates: the best scale and bias a channel for an activation or a norm that a composed span removes.
+"""Fits affine surrogates: the best scale and bias of each channel for an activation or a norm that a span removes.
 
 minimise over a, b   E (a x + b - act(x))^2        a = cov(act(x), x) / var(x)      b = E act(x) - a E x
 

@@ -1,4 +1,4 @@
-"""`lmfx cache`: what the store holds, carried to other machines, and pruned.
+"""`lmfx cache`: lists what the store holds, carries it to other machines, and prunes it.
 
 lmfx cache list                            kinds and identities: rows, size, age
 lmfx cache export FILE.json                rows as JSON

@@ -1,4 +1,4 @@
-"""What the command line feeds a model: an example of its inputs, and calibration images.
+"""Makes what the command line feeds a model: an example of its inputs, and calibration images.
 
 --shape 1,3,224,224             one tensor of standard normal noise
 --example FILE.npy              that array

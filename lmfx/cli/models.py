@@ -1,4 +1,4 @@
-"""Models by name, for the command line.
+"""Finds a model by its name, for the command line.
 
 torchvision:NAME          torchvision's builder, random weights
 timm:NAME                 timm's, random weights

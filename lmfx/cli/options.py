@@ -1,4 +1,4 @@
-"""The options of the command line.
+"""Defines the options of the command line, most of them from the fields of option classes.
 
 Options are named after the parameters of the functions and dataclasses they set, and take their defaults from there.
 """
@@ -165,7 +165,9 @@ def executor(args: argparse.Namespace) -> Iterator[ExecutorLike]:
         try:
             client = Client(where, timeout=DASK_TIMEOUT)
         except (OSError, ValueError) as error:
-            raise OptionError(f"--executor {args.executor}: no scheduler answers there: {error}") from error
+            raise OptionError(
+                f"--executor {args.executor}: no scheduler answers there ({error}): give its address"
+            ) from error
         with client:
             yield client.get_executor()
     else:

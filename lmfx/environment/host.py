@@ -1,4 +1,4 @@
-"""Facts of the machine on which a latency depends."""
+"""Reads the facts of the machine on which a latency depends."""
 
 from __future__ import annotations
 

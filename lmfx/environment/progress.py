@@ -1,4 +1,4 @@
-"""Progress bars on everything long: tqdm with an ETA, on stderr, and quiet where nobody looks."""
+"""Shows progress bars on everything long: tqdm with an ETA, on stderr, and nothing where nobody looks."""
 
 from __future__ import annotations
 

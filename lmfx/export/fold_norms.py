@@ -1,4 +1,4 @@
-"""Types of an ONNX model's values, and its batch norms folded in float32 before anything is rounded.
+"""Folds the batch norms of an ONNX model in float32, before anything is rounded; and infers its values' types.
 
     Conv(W, b) -> BatchNormalization        Conv(W s, b s + o)      s = gain / sqrt(var + eps), o = shift - mean s
     x -> BatchNormalization                 x s + o                 one Mul and one Add, where no conv is before it
@@ -45,7 +45,9 @@ def infer(onnx: Any, model: Any) -> Types:
     try:
         inferred = onnx.shape_inference.infer_shapes(slim, data_prop=True).graph
     except Exception as error:  # onnx has its own kinds for this
-        raise ExportError(f"ONNX could not infer the types of the model: {error}") from error
+        raise ExportError(
+            f"ONNX could not infer the types of the model ({error}); export the network in half precision"
+        ) from error
     values = {v.name: v.type.tensor_type for v in (*inferred.input, *inferred.value_info, *inferred.output)}
     unknown = sorted({n for node in graph.node for n in node.output if n} - set(values))
     if unknown:

@@ -78,7 +78,7 @@ def export_onnx(
         try:
             onnx.save(model, temporary)
         except OSError as error:
-            raise ExportError(f"cannot write {target}: {error}") from error
+            raise ExportError(f"cannot write {target}: {error}; give another file") from error
         if check:
             _check(net, args, kwargs, temporary, tolerance, dynamic_batch)
         os.replace(temporary, target)
@@ -124,7 +124,7 @@ def quiet_export(
     except Exception as error:  # torch.onnx raises many kinds, all of them about this model
         raise ExportError(_export_failure(type(net).__name__, error)) from error
     if program is None:
-        raise ExportError(f"torch.onnx.export gave nothing for {type(net).__name__}")
+        raise ExportError(f"torch.onnx.export gave nothing for {type(net).__name__}: please report this")
     return program
 
 
@@ -232,7 +232,9 @@ def _check(
         rest = [n.name for n in session.get_inputs() if n.name not in feed]
         positional = [t for t in _leaves((*new_args, *(v for k, v in new_kwargs.items() if k not in feed)))]
         if len(rest) != len(positional):
-            raise ExportError(f"the exported network takes inputs {sorted(named)}, and {len(positional)} were given")
+            raise ExportError(
+                f"the exported network takes inputs {sorted(named)}, and {len(positional)} were given: report this"
+            )
         feed |= dict(zip(rest, positional, strict=True))
         try:
             got = session.run(None, {k: v.detach().cpu().numpy() for k, v in feed.items()})
@@ -242,7 +244,7 @@ def _check(
                 "Pass check=False for another runtime"
             ) from error
         if len(got) != len(expected):
-            raise ExportError(f"the exported network has {len(got)} outputs, torch {len(expected)}")
+            raise ExportError(f"the exported network has {len(got)} outputs, torch {len(expected)}: please report this")
         for i, (a, b) in enumerate(zip(got, expected, strict=True)):
             error_seen = _relative(a, b.detach().cpu().double().numpy())
             if not error_seen <= tolerance:

@@ -59,7 +59,7 @@ def convert_bytes(model: bytes, precision: str, *, keep_io: bool = False) -> byt
     try:
         proto = onnx.load_model_from_string(model)
     except Exception as error:  # protobuf's DecodeError, whose module has changed its name
-        raise ExportError(f"cannot read the ONNX model: {error}") from error
+        raise ExportError(f"cannot read the ONNX model: {error}; give one that lmfx.export_onnx wrote") from error
     return bytes(convert(proto, precision, keep_io=keep_io).SerializeToString())
 
 

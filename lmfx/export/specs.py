@@ -1,4 +1,4 @@
-"""What a module takes and gives, before it runs: input specs, shapes in eval mode, weights that are not there yet."""
+"""Finds what a module takes and gives before it runs: inputs, shapes in eval mode, weights that are not there yet."""
 
 from __future__ import annotations
 

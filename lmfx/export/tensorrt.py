@@ -1,4 +1,4 @@
-"""TensorRT engines from ONNX, for `tensorrt` (10 and 11) and `tensorrt_rtx` (1.x), whose Python API is shared.
+"""Builds TensorRT engines from ONNX, for `tensorrt` (10 and 11) and `tensorrt_rtx` (1.x), whose Python API is shared.
 
     tensorrt        builds for the GPU of this machine, and times kernels while it builds
     tensorrt_rtx    builds ahead of time, without a GPU, for one or several compute capabilities; what is special
@@ -171,7 +171,9 @@ def _set_targets(trt: Any, config: Any, targets: Sequence[str]) -> None:
     config.num_compute_capabilities = len(targets)
     for i, target in enumerate(targets):
         if not config.set_compute_capability(known[target], i):
-            raise ExportError(f"{trt.__name__} refused the target {target!r}, number {i + 1} of {', '.join(targets)}")
+            raise ExportError(
+                f"{trt.__name__} refused the target {target!r}, number {i + 1} of {', '.join(targets)}: leave it out"
+            )
 
 
 def _capabilities(trt: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One importance job: a candidate's network, trained and evaluated by the user's functions, anywhere.
+"""Runs one importance job: a candidate's network is trained and evaluated by the user's functions, in any process.
 
     Job ── pickled by the executor ── run_job ── Outcome(key, performance, seconds)
 

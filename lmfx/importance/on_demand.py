@@ -1,4 +1,4 @@
-"""Scores on demand: only the candidates that the best plans for the asked budgets depend on.
+"""Scores on demand: only the candidates on which the best plans for the asked budgets depend.
 
 Every candidate has an optimistic value: its score once it has one, before that
 

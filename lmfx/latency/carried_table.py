@@ -1,4 +1,4 @@
-"""A latency table that was measured elsewhere: on the machine that is to run the network, and carried here as JSON.
+"""Uses a latency table that was measured on another machine, the one that is to run the network.
 
     there   lmfx profile MODEL -o table.json
     here    compress(model, x, budget, latency=table)        nothing is measured, the budget is met by prediction

@@ -1,4 +1,4 @@
-"""LatencyTable: candidate -> Measurement, for one backend on one machine; and its calibration on whole networks."""
+"""`LatencyTable`: the measurement of each candidate, for one backend on one machine; calibrated on whole networks."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class LatencyTable(Mapping[str, Measurement]):
         try:
             return atomic_write(target, json.dumps(body, indent=1).encode())
         except OSError as error:
-            raise TableError(f"cannot write the latency table {target}: {error}") from error
+            raise TableError(f"cannot write the latency table {target}: {error}; give another file") from error
 
     @classmethod
     @entry
@@ -215,7 +215,9 @@ class LatencyTable(Mapping[str, Measurement]):
         try:
             body = parse_json(read_bounded(path))
         except OSError as error:
-            raise TableError(f"cannot read the latency table {path}: {error}") from error
+            raise TableError(
+                f"cannot read the latency table {path}: {error}; give what LatencyTable.save wrote"
+            ) from error
         except ValueError as error:
             raise TableError(f"the latency table {path} is damaged ({error}); profile again") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:

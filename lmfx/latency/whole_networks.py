@@ -1,4 +1,4 @@
-"""Whole networks against the sums of their rows: random plans are measured, and the table is calibrated on them.
+"""Measures the whole networks of random plans, and calibrates the sums of a table's rows on them.
 
     random importances -> the solver's plans at random latencies -> their networks, measured in turn
     whole = a + b * sum

@@ -214,7 +214,7 @@ def save_plan(plan: MergePlan, path: str | os.PathLike[str]) -> Path:
     try:
         return atomic_write(path, dumps(make_document(plan)).encode())
     except OSError as error:
-        raise PlanError(f"cannot write the plan {path}: {error}") from error
+        raise PlanError(f"cannot write the plan {path}: {error}; give another file") from error
 
 
 @entry
@@ -235,6 +235,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise PlanError(f"{path} does not exist: give what lmfx.save wrote") from error
     except OSError as error:
-        raise PlanError(f"cannot read {path}: {error}") from error
+        raise PlanError(f"cannot read {path}: {error}; give what lmfx.save wrote") from error
     except (ValueError, RecursionError) as error:
         raise damaged(str(path), error) from error

@@ -101,7 +101,7 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         if isinstance(error, LmfxError):
             raise
-        raise PlanError(f"cannot save to {target}: {error}") from error
+        raise PlanError(f"cannot save to {target}: {error}; give another folder") from error
     return target
 
 

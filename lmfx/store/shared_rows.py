@@ -1,4 +1,4 @@
-"""A process's share of the rows that several processes make into one store (`lmfx.store.claims`).
+"""Gives a process its share of the rows that several processes make for one store (`lmfx.store.claims`).
 
 take      a few rows that nobody has
 put       the row, and then the end of its claim (`Store.put`)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: one safetensors file, never pickle, written whole or not at all.
+"""Writes and reads checkpoints of a training: one safetensors file, never pickle, written whole or not at all.
 
     training.safetensors    student.NAME      the state dict
                             optimizer.I.NAME  tensors of the optimizer's state

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises: a loss on labels, a distance to the teacher, or their sum.
+"""Computes what fine-tuning minimises: a loss on labels, a distance to the teacher, or their sum.
 
     total = loss(output, labels) + weight * distance
 

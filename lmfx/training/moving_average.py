@@ -1,4 +1,4 @@
-"""The exponential moving average of a network's weights over the steps of its training.
+"""Keeps the exponential moving average of a network's weights over the steps of its training.
 
     first step:   a <- w
     step n:       a <- d a + (1 - d) w        d = min(decay, (1 + n) / (10 + n))

@@ -1,4 +1,4 @@
-"""The options of `distill`, and what each of them may be."""
+"""Checks the options of `distill`: what each of them may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed-form fit of one convolution to the input and output of a span.
+"""Fits one convolution in closed form to the input and output of a span.
 
     min over W, b of   sum_o |y_o - (W x_o + b)|^2  +  lambda |W - W0|^2
 

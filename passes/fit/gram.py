@@ -1,4 +1,4 @@
-"""The sums over calibration features from which convolutions are fitted (`closed_form` has the algebra).
+"""Sums calibration features up, so that convolutions can be fitted from the sums (`closed_form` has the algebra).
 
 A patch ``x_o`` is a row: taps, then channels within a tap, then a constant 1 that stands for the bias. `Gram` adds up
 ``X'X``, ``X'Y`` and ``|Y|^2`` in float64 at the largest kernel, from sampled output pixels only, and gives the centred

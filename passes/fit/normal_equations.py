@@ -1,4 +1,4 @@
-"""Sums of calibration features, and least-squares systems solved from them (`closed_form` has the algebra).
+"""Solves least-squares systems from sums of calibration features (`closed_form` has the algebra).
 
 With rows x of features and y of targets, n samples, and the means taken off,
 

@@ -1,4 +1,4 @@
-"""Modules as configurations: what a conv, a pool, a pad or a selection is as one convolution, in integers only."""
+"""Describes a conv, a pool, a pad or a selection as one convolution, in integers only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The value graph of a traced network, reduced to edges that carry nested series, parallels and meshes.
+"""Reduces the graph of a network's values to edges that carry nested series, parallels and meshes.
 
 Values are vertices. An op of one map is an edge that carries itself; a join (add, sub, mul, cat) is a vertex with one
 in-edge for each operand; any other op is a vertex that depends on its operands. Nodes come in topological order, so one

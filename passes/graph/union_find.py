@@ -1,4 +1,4 @@
-"""Nodes in disjoint classes that are united two at a time (union-find)."""
+"""Keeps nodes in disjoint classes that are united two at a time (union-find)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Postconditions that every pass checks on its result, and numerical comparison of two networks."""
+"""Checks the postconditions of every pass on its result, and compares two networks numerically."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def check_graph(gm: fx.GraphModule) -> None:
     try:
         gm.graph.lint()
     except (RuntimeError, AttributeError) as error:
-        raise VerifyError(f"the rewritten graph does not lint: {error}") from error
+        raise VerifyError(f"the rewritten graph does not lint ({error}): please report this") from error
     called = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
     for name in called:
         try:
             gm.get_submodule(name)
         except AttributeError as error:
-            raise VerifyError(f"the rewritten graph calls {name}, which is not there") from error
+            raise VerifyError(f"the rewritten graph calls {name}, which is not there: please report this") from error
     dead = [n.name for n in gm.graph.nodes if not n.users and n.op not in ("output", "placeholder")]
     if dead:
-        raise VerifyError(f"the rewritten graph computes values that nobody reads: {', '.join(dead)}")
+        raise VerifyError(f"the rewritten graph computes values that nobody reads: {', '.join(dead)}; report this")
     for name, tensor in unread_tensors(gm):
         if isinstance(tensor, nn.Parameter):
-            raise VerifyError(f"the rewritten graph has the parameter {name}, which nothing reads")
+            raise VerifyError(f"the rewritten graph has the parameter {name}, which nothing reads: please report this")
 
 
 def unread_tensors(gm: fx.GraphModule) -> list[tuple[str, Tensor]]:

@@ -67,7 +67,9 @@ def regrouped(gm: fx.GraphModule, sums: Sums) -> fx.GraphModule:
         leaves = _leaves(root) if root is not None and _is_root(root) else []
         given = [member for group in own for member in group]
         if len(set(given)) < len(given) or not {leaf.name for leaf in leaves} >= set(given):
-            raise PlanError(f"the plan's sum {name} of {given} is not in this graph")
+            raise PlanError(
+                f"the plan's sum {name} of {given} is not in this graph: trace the same model, or solve again"
+            )
         assert root is not None
         _rebuild(root, leaves, own)
     drop_dead(made)

@@ -1,4 +1,4 @@
-"""The exact Pareto dynamic program: every budget in one solve.
+"""Solves every budget at once: the exact Pareto dynamic program.
 
 A chain has positions 0..N; an entry `(start, stop, latency, importance)` leads from one to the other. A *label* is a
 (latency, importance) that some path reaches, and

@@ -1,4 +1,4 @@
-"""Label arrays of the dynamic program in `dynamic_program`: dominance, and what to keep when there are too many.
+"""Keeps the labels of `dynamic_program` that no other dominates, and thins them when there are too many.
 
 Pareto set     labels sorted by latency whose importance is above that of all before them.
 

@@ -1,4 +1,4 @@
-"""Regions -> candidates and refusals: for every series and every span, what it could become, or why it cannot.
+"""Enumerates candidates and refusals: for every span of every series, what it could become, or why it cannot.
 
 compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
           the kept set of the largest L1 norm that holds every irreducible conv (`pruning`).

@@ -1,4 +1,4 @@
-"""GraphModule -> regions: the edges of the reduced value graph (`reduction`), with their items grouped into layers.
+"""Finds the regions of a network: the edges of its reduced value graph (`reduction`), with items grouped into layers.
 
     x ─conv1─bn1─relu─conv2─bn2─┐
     └───────────────────────────add─relu      ->     x ─ Parallel(add, [conv1 bn1 relu conv2 bn2], []) ─ relu

@@ -1,4 +1,4 @@
-"""Tracing with torch.fx where shapes are numbers: every proxy carries the fake tensor that the op would give.
+"""Traces with torch.fx where shapes are numbers: every proxy carries the fake tensor that the op would give.
 
     n, c, h, w = x.shape                 four ints
     if x.size(1) == c: ...               decided

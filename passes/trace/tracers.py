@@ -1,4 +1,4 @@
-"""Three ways from an nn.Module to a raw fx graph, in the order in which `trace` tries them.
+"""Records a module's forward as a raw fx graph, in three ways that `trace` tries in order.
 
     symbolic   torch.fx with structural leaves; its graphs run at other batches and sizes
     shapes     the same with proxies that carry a fake tensor, so that shapes, `len` and `if` resolve

@@ -1,4 +1,4 @@
-"""nn.Module -> GraphModule in one canonical form.
+"""Traces a module: nn.Module -> GraphModule in one canonical form, compared with the model.
 
     def forward(self, x):                          %x     placeholder
         y = F.conv2d(x, self.weight)               %conv  call_module   nn.Conv2d

@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graph replays between two events, so that the clock is the GPU's and the CPU is out of the way.
+"""Times on a GPU: CUDA graph replays between two events, so that the clock is the GPU's and the CPU is out of the way.
 
     capture     call call ... call                 `inner` calls in one graph, as layers stand in a network
     time        delay | start | replay ... | end   the delay keeps the GPU busy until all replays are queued

@@ -1,4 +1,4 @@
-"""The state of an NVIDIA GPU while something is measured on it: SM clock, and what holds the clock back.
+"""Reads the state of an NVIDIA GPU while something is measured on it: its SM clock, and what holds that back.
 
 Read through `pynvml` (nvidia-ml-py) where it can be imported, which takes microseconds; else by running `nvidia-smi`
 once a row; else nothing is known, and nothing is recorded.

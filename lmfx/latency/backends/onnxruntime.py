@@ -1,4 +1,4 @@
-"""ONNX Runtime: the default backend without a GPU.
+"""Measures with ONNX Runtime, the default backend without a GPU.
 
 One thread by default, timed by its CPU time, because other processes on the machine then cost (nearly) nothing; several
 threads and other providers are timed by the wall clock. Sessions are made from bytes in memory, with every graph
@@ -76,7 +76,7 @@ class OnnxRuntimeBackend(TimedBackend):
         if precision not in ("fp32", "fp16") or (precision == "fp16" and not self.gpu):
             raise OptionError(f'precision is "fp32", or "fp16" on the providers cuda and tensorrt, not {precision!r}')
         if provider_options and not self.gpu:
-            raise OptionError("provider_options go with the providers cuda and tensorrt")
+            raise OptionError("provider_options go with the providers cuda and tensorrt: leave them out")
         self.ort = _import()
         if PROVIDERS[provider] not in self.ort.get_available_providers():
             raise DeviceError(
@@ -240,7 +240,7 @@ class OnnxRuntimeBackend(TimedBackend):
         if session.get_providers()[0] != name:  # it falls back to the CPU without an error
             raise DeviceError(
                 f"onnxruntime {self.ort.__version__} could not start its {name}, and would run on the CPU; its CUDA, "
-                "cuDNN or TensorRT libraries are missing or of another version"
+                "cuDNN or TensorRT libraries are missing or of another version: install those, or use provider='cpu'"
             )
         return session
 

@@ -1,4 +1,4 @@
-"""An analytic model instead of a device: deterministic, for tests and for planning.
+"""Computes latencies from an analytic model instead of a device: deterministic, for tests and for planning.
 
     t = sum over ops of  max(flops / peak, bytes / bandwidth) + overhead
 

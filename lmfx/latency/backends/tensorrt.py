@@ -1,4 +1,4 @@
-"""TensorRT: an engine for every workload, replayed as CUDA graphs and timed by the GPU's own events.
+"""Measures with TensorRT: an engine for each workload, replayed as a CUDA graph and timed by the GPU's own events.
 
     workload -> ONNX in the asked precision -> engine -> execution context -> `lmfx.latency.backends.cuda`
 
@@ -85,7 +85,10 @@ class TensorRTBackend(TimedBackend):
         self.logger = self.trt.Logger(self.trt.Logger.ERROR)
         self.runtime = self.trt.Runtime(self.logger)
         if not self.runtime:
-            raise DeviceError(f"{self._package} could not make a runtime on {torch.cuda.get_device_name(self.device)}")
+            raise DeviceError(
+                f"{self._package} could not make a runtime on {torch.cuda.get_device_name(self.device)}: update the "
+                "driver, or use latency='torch'"
+            )
         self._folder: Path | None = None
         self._timing = _Cache("timing")
         self._compiled = _Cache("runtime")
@@ -116,14 +119,16 @@ class TensorRTBackend(TimedBackend):
             plan = serialize_engine(self.trt, data, configure=self._configure)
             engine = self.runtime.deserialize_cuda_engine(plan)
             if engine is None:
-                raise ExportError(f"{self._package} could not load the engine that it has just built")
+                raise ExportError(
+                    f"{self._package} could not load the engine that it has just built; is there enough GPU memory?"
+                )
             context = self._context(engine)
             tensors = [self._bind(engine, context, i) for i in range(engine.num_io_tensors)]
             held: list[Any] = [engine, context, *tensors]  # the engine writes into them, so they live as long as it
 
             def call() -> None:
                 if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-                    raise ExportError(f"{self._package} could not run the engine")
+                    raise ExportError(f"{self._package} could not run the engine; is there enough GPU memory?")
 
             nbytes = len(plan) + sum(t.numel() * t.element_size() for t in tensors)
             nbytes += int(getattr(engine, "device_memory_size_v2", 0) or 0)
@@ -167,7 +172,10 @@ class TensorRTBackend(TimedBackend):
         if hasattr(config, "set_compute_capability"):  # builds for many GPUs unless it is told which
             config.num_compute_capabilities = 1
             if not config.set_compute_capability(trt.ComputeCapability.CURRENT, 0):
-                raise DeviceError(f"{self._package} has no code for {torch.cuda.get_device_name(self.device)}")
+                raise DeviceError(
+                    f"{self._package} has no code for {torch.cuda.get_device_name(self.device)}: use another version, "
+                    "or latency='torch'"
+                )
         elif hasattr(config, "create_timing_cache"):
             if self._timing.cache is None:
                 self._timing.cache = config.create_timing_cache(self._timing.blob) or config.create_timing_cache(b"")
@@ -196,16 +204,18 @@ class TensorRTBackend(TimedBackend):
         name = engine.get_tensor_name(i)
         kind = engine.get_tensor_dtype(name).name
         if kind not in DTYPES:
-            raise ExportError(f"the engine's tensor {name} is of type {kind}, which torch has not")
+            raise ExportError(f"the engine's tensor {name} is of type {kind}, which torch has not: use latency='torch'")
         shape = tuple(engine.get_tensor_shape(name))
         if any(n < 0 for n in shape):
-            raise ExportError(f"the engine's tensor {name} has the shape {shape}; workloads have fixed shapes")
+            raise ExportError(
+                f"the engine's tensor {name} has the shape {shape}, which is not fixed: use latency='torch'"
+            )
         dtype = DTYPES[kind]
         tensor = torch.zeros(shape, dtype=dtype, device=self.device)
         if dtype.is_floating_point:
             tensor.uniform_()
         if not context.set_tensor_address(name, tensor.data_ptr()):
-            raise ExportError(f"{self._package} refused the address of {name}")
+            raise ExportError(f"{self._package} refused the address of {name}: use latency='torch'")
         return tensor
 
     # --- caches --------------------------------------------------------------------------------------------------

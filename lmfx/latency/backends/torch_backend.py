@@ -1,4 +1,4 @@
-"""PyTorch itself: inference mode on a CPU (CPU time for one thread, wall time for several), CUDA graphs on a GPU."""
+"""Measures with PyTorch: inference mode on a CPU (CPU time for one thread, else wall time), CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
