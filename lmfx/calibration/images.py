@@ -265,9 +265,9 @@ class _Reader:
         held = self.args[0] if self.width == 1 else None
         if isinstance(held, Mapping):
             if missing := [k for k in held if k not in batch]:
-                seen = sorted(map(str, batch))
+                there = sorted(map(str, batch))
                 raise InputError(
-                    f"the calibration dict has no {missing}; it has {seen}: name its inputs as the example does"
+                    f"the calibration dict has no {missing}; it has {there}: name its inputs as the example does"
                 )
             return self.row(({k: batch[k] for k in held},))
         like = held if isinstance(held, Tensor) else None

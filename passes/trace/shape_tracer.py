@@ -22,7 +22,8 @@ from torch.fx import _symbolic_trace
 from ..model.autocast import no_autocast
 from ..model.interface import Example
 from .facts import unpatched
-from .tracers import MutableProxy, SymbolicTracer, Traced, record, unpacked
+from .proxies import MutableProxy
+from .tracers import SymbolicTracer, Traced, record, unpacked
 
 __all__ = ["ShapeTracer", "trace_shapes"]
 

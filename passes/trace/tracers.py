@@ -12,7 +12,6 @@ is traced again, from a fresh copy, with that submodule as a leaf from the start
 from __future__ import annotations
 
 import functools
-import operator
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from ..graph import ops
 from ..model.interface import Example, ModelCodeGen, Structure, bind, strip
 from ..model.model_copy import eval_copy
 from .facts import UNKNOWN, Facts
+from .proxies import MutableProxy
 from .scripted import following, inline_module
 
-__all__ = ["MutableProxy", "SymbolicTracer", "Traced", "first_line", "record", "trace_symbolic", "unpacked"]
+__all__ = ["SymbolicTracer", "Traced", "first_line", "record", "trace_symbolic", "unpacked"]
 
 _NORM_NAMES = ("norm", "frn", "evonorm")
 _LAYOUT = frozenset({"permute", "transpose", "movedim", "swapaxes"})
@@ -42,56 +42,6 @@ class Traced:
     gm: fx.GraphModule
     opaque: dict[str, str]
     norms: frozenset[str] = frozenset()  # that could not be traced, and may be known as what they are
-
-
-class MutableProxy(fx.Proxy):
-    """A proxy that records `x += y` as what it is, instead of as an out-of-place add."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __getattr__(self, name: str) -> Any:
-        return _Attribute(self, name)
-
-    def __len__(self) -> int:
-        return _length(self)
-
-    def __index__(self) -> int:
-        return _number(self)
-
-
-class _Attribute(fx.proxy.Attribute):
-    """An attribute of a proxy: a shape has a length."""
-
-    def __len__(self) -> int:
-        return _length(self)
-
-    def __index__(self) -> int:
-        return _number(self)
-
-
-def _length(proxy: fx.Proxy) -> int:
-    length = proxy.tracer.facts.length(proxy.node) if isinstance(proxy.tracer, SymbolicTracer) else None
-    return fx.Proxy.__len__(proxy) if length is None else length
-
-
-def _number(proxy: fx.Proxy) -> int:
-    value = proxy.tracer.facts.value(proxy.node) if isinstance(proxy.tracer, SymbolicTracer) else UNKNOWN
-    if value is UNKNOWN:
-        raise TypeError(f"{proxy.node.name} is a value of the graph, not a number")
-    return operator.index(value)  # type: ignore[arg-type]
 
 
 class SymbolicTracer(fx.Tracer):

@@ -1,0 +1,262 @@
+"""Runs the commands of the command line, except those of `lmfx cache`: each prints what a stage of lmfx gives."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lmfx.cli.inputs import example, images, model_and_example
+from lmfx.cli.models import load_model
+from lmfx.cli.options import COMPRESS_OPTIONS, SPAN_OPTIONS, estimator, executor, taken
+from lmfx.compress import compress
+from lmfx.environment.bounded_reading import in_one_line
+from lmfx.latency import Backend, LatencyTable, get_backend
+from lmfx.latency.carried_table import check_table
+from lmfx.passes.errors import OptionError, PlanError
+from lmfx.passes.ir import Refusal
+from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
+from lmfx.passes.spans.layers import Network
+from lmfx.planning.frontier import IDENTITY, Frontier
+from lmfx.planning.saved_networks import example_of, load, model_spec, save
+from lmfx.report import report
+from lmfx.report.spans import candidate_rows, refusals_list, spans_table
+from lmfx.report.text import calibration_text, table
+from lmfx.simplify import simplify
+from lmfx.stages import default_backend, profile, score, solve, trace
+
+__all__ = [
+    "compress_command",
+    "export_command",
+    "frontier_command",
+    "profile_command",
+    "simplify_command",
+    "spans_command",
+]
+
+FRONTIER_ROWS = 12
+ZOO = re.compile(r"(torchvision|timm):\w[\w.]*")
+
+
+def _backend(args: argparse.Namespace, graph: nn.Module) -> Backend:
+    options = {} if args.threads is None else {"threads": args.threads}
+    return get_backend(args.backend or default_backend(graph), **options)
+
+
+def _carried(args: argparse.Namespace) -> LatencyTable | None:
+    """The table of --table, if there is one. Read before the model is, because it is what may be wrong."""
+    if getattr(args, "table", None) is None:
+        return None
+    for name in ("backend", "threads"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name} says where to measure, and with --table nothing is measured: leave one out")
+    return LatencyTable.load(args.table)
+
+
+def _measured(args: argparse.Namespace, x: Any = None) -> tuple[Any, SpanSet, LatencyTable]:
+    carried = _carried(args)
+    graph = trace(*model_and_example(args, x))
+    spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
+    if carried is not None:
+        check_table(spans, carried)
+        return graph, spans, carried
+    backend = _backend(args, graph)
+    return graph, spans, profile(graph, backend, spans=spans, cache_dir=args.cache_dir, progress=not args.quiet)
+
+
+def spans_command(args: argparse.Namespace) -> None:
+    """`lmfx spans`: lists candidates, or refusals."""
+    graph = trace(*model_and_example(args))
+    spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
+    if args.refused:
+        _print_refusals(spans.refusals, args.json)
+        return
+    if args.json:
+        _print_rows(candidate_rows(spans))
+        return
+    print(spans_table(spans))
+
+
+def _print_refusals(refusals: Sequence[Refusal], as_json: bool) -> None:
+    if as_json:
+        _print_rows([{"reason": r.reason, "nodes": list(r.nodes)} for r in refusals])
+        return
+    print(refusals_list(refusals))
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """A JSON list with one line a row."""
+    print("[" + ",\n ".join(json.dumps(row) for row in rows) + "]")
+
+
+def profile_command(args: argparse.Namespace) -> None:
+    """`lmfx profile`: measures the candidates that may pay."""
+    if args.output:
+        _check_folder(Path(args.output))
+    _, spans, latency = _measured(args)
+    rows = []
+    for c in spans:
+        if c.key in latency and c.convs:
+            m = latency[c.key]
+            rows.append(
+                (c.key, " ".join(c.convs[:3]) + (" ..." if len(c.convs) > 3 else ""), f"{m.ms:.4f}", f"{m.spread:.4f}")
+            )
+    where = {name: latency.identity.get(name) for name in ("backend", "version", "device", "threads")}
+    print(in_one_line("{backend} {version} on {device}, {threads} thread(s)".format(**where)) + "\n")
+    print(table(("candidate", "convolutions", "ms", "spread"), rows, right=(2, 3)))
+    print(f"\n{calibration_text(latency)}")
+    if args.output:
+        print(f"\nwrote {latency.save(args.output)}")
+
+
+def frontier_command(args: argparse.Namespace) -> None:
+    """`lmfx frontier`: every Pareto-optimal latency and importance, as text, JSON or a picture."""
+    if args.plot:
+        _check_folder(Path(args.plot))
+    x = example(args)
+    data, what = images(args, x)
+    importance = estimator(args)
+    options = {"surrogate": args.surrogate} if importance == "reconstruction" else {}
+    with executor(args) as workers:
+        graph, spans, latency = _measured(args, x)
+        scores = score(
+            graph,
+            importance,
+            calibration=data,
+            spans=spans,
+            latency=latency,
+            cache_dir=args.cache_dir,
+            executor=workers,
+            progress=not args.quiet,
+            **options,
+        )
+    frontier = solve(graph, latency, scores, spans=spans)
+    if args.json:
+        points = [
+            {"latency": ms, "importance": value, "candidates": [c.key for c in frontier.plan(i).candidates]}
+            for i, (ms, value) in enumerate(zip(frontier.latency.tolist(), frontier.importance.tolist(), strict=True))
+        ]
+        print(json.dumps({"original": frontier.original, "calibration": what, "points": points}, indent=1))
+    else:
+        _print_frontier(frontier, what)
+    if args.plot:
+        try:
+            frontier.plot(args.plot)
+        except (OSError, ValueError) as error:
+            raise OptionError(
+                f"cannot draw to {args.plot}: {error}; give a name that ends in .png, .svg or .pdf"
+            ) from error
+        print(f"\nwrote {args.plot}", file=sys.stderr if args.json else sys.stdout)
+
+
+def _print_frontier(frontier: Frontier, calibration: str) -> None:
+    chosen = sorted({round(i) for i in np.linspace(0, len(frontier) - 1, min(FRONTIER_ROWS, len(frontier)))})
+    rows = [
+        (f"{p.latency:.4f}", f"{p.latency / frontier.original:.3f}", f"{p.importance:.4g}", str(len(p.plan.candidates)))
+        for p in (frontier[i] for i in chosen)
+    ]
+    whole = "the original's rows add up to" if frontier.line is IDENTITY else "the original is predicted at"
+    print(f"{len(frontier)} Pareto-optimal plans; {whole} {frontier.original:.4f} ms")
+    print(f"importance from {calibration}\n")
+    print(table(("ms", "of the original", "importance", "changed spans"), rows, right=range(4)))
+
+
+def compress_command(args: argparse.Namespace) -> None:
+    """`lmfx compress`: makes a network within a budget and saves it."""
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    if args.onnx:
+        from lmfx.export.builder import require_onnx
+
+        require_onnx()  # said now and not after minutes of work
+    carried = _carried(args)
+    x = example(args)
+    data, what = images(args, x)
+    importance = estimator(args)
+    with executor(args) as workers:
+        model, _ = model_and_example(args, x)
+        net = compress(
+            model,
+            x,
+            args.budget,
+            calibration=data,
+            latency=_backend(args, model) if carried is None else carried,
+            importance=importance,
+            surrogate=args.surrogate,
+            executor=workers,
+            cache_dir=args.cache_dir,
+            merge=not args.trainable,
+            progress=not args.quiet,
+            **taken(args, COMPRESS_OPTIONS),
+        )
+    print(report(net))
+    print(f"\ncalibrated on {what}")
+    if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
+        print("the weights are random: latencies hold, outputs mean nothing; see --weights")
+    save(net, output, model=args.model)
+    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    if args.onnx:
+        _write_onnx(net, x, output / "net.onnx")
+
+
+def simplify_command(args: argparse.Namespace) -> None:
+    """`lmfx simplify`: makes all merges that lose nothing and saves the result."""
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    if args.onnx:
+        from lmfx.export.builder import require_onnx
+
+        require_onnx()
+    model, x = model_and_example(args)
+    net = simplify(model, x, growth=args.growth, **taken(args, ("include", "exclude")))
+    print(report(net))
+    save(net, output, model=args.model)
+    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    if args.onnx:
+        _write_onnx(net, x, output / "net.onnx")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    """`lmfx export`: writes a saved network as ONNX."""
+    folder = Path(args.directory)
+    spec, inputs = model_spec(folder)
+    spec = args.model or _zoo_name(spec, folder)
+    if spec is None:
+        raise PlanError(
+            f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
+            f"write lmfx export {folder} MODEL"
+        )
+    net = load(folder, load_model(spec))
+    positional, keyword = example_of(inputs)
+    _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
+
+
+def _zoo_name(spec: str | None, folder: Path) -> str | None:
+    """What a folder may say of its model: a name of torchvision or timm. Code of its own is run on no file's word."""
+    if spec is None or ZOO.fullmatch(spec):
+        return spec
+    raise PlanError(
+        f"{folder / 'plan.json'} was made for {spec!r}, and a file does not decide what is imported: if you trust that "
+        f"code, write lmfx export {folder} MODEL"
+    )
+
+
+def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
+    from lmfx.export import export_onnx
+
+    print(f"wrote {export_onnx(net, example, path)}")
+
+
+def _check_folder(path: Path) -> None:
+    """Said now and not after minutes of work."""
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"cannot write {path}: the folder {path.absolute().parent} does not exist; make it first")
