@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
 from lmfx.latency.backend import Backend, Measurement, Prune, Whole
@@ -26,7 +28,13 @@ __all__ = [
     "signature",
 ]
 
-BACKENDS = ("onnxruntime", "torch", "roofline", "tensorrt")
+BACKENDS = {
+    "onnxruntime": "onnxruntime.OnnxRuntimeBackend",
+    "torch": "torch_backend.TorchBackend",
+    "roofline": "roofline.RooflineBackend",
+    "tensorrt": "tensorrt.TensorRTBackend",
+}
+"""Name -> module of `lmfx.latency.backends` and its class, imported when the backend is asked for."""
 
 
 def get_backend(backend: str | Backend = "onnxruntime", **options: Any) -> Backend:
@@ -46,19 +54,10 @@ def get_backend(backend: str | Backend = "onnxruntime", **options: Any) -> Backe
         if options:
             raise OptionError(f"the options {', '.join(options)} go with a backend's name, not with a backend object")
         return backend
-    kind: Any
-    if backend == "onnxruntime":
-        from lmfx.latency.backends.onnxruntime import OnnxRuntimeBackend as kind
-    elif backend == "torch":
-        from lmfx.latency.backends.torch_backend import TorchBackend as kind
-    elif backend == "roofline":
-        from lmfx.latency.backends.roofline import RooflineBackend as kind
-    elif backend == "tensorrt":
-        from lmfx.latency.backends.tensorrt import TensorRTBackend as kind
-    else:
+    if backend not in BACKENDS:
         raise OptionError(f"unknown latency backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    import inspect
-
+    module, _, name = BACKENDS[backend].partition(".")
+    kind = getattr(importlib.import_module(f"lmfx.latency.backends.{module}"), name)
     known = [p for p in inspect.signature(kind).parameters]
     if unknown := [o for o in options if o not in known]:
         raise OptionError(f"the backend {backend!r} has no option {', '.join(unknown)}; it has {', '.join(known)}")
