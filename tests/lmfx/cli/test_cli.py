@@ -497,7 +497,7 @@ def test_ctrl_c_ends_with_130_and_says_that_work_is_kept(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(COMMAND, "profile", interrupted)
+    monkeypatch.setattr("lmfx.cli.commands.profile", interrupted)
     assert main(["profile", "toy_models:factory", *ROOFLINE]) == 130
     assert "Rows that were finished are kept" in capsys.readouterr().err
 
