@@ -23,7 +23,7 @@ SIZE, LARGEST, CALIBRATION, HELD = 288, 1400, 1024, 512
 PHOTOGRAPHS = (  # below $REAL; drawings, screenshots and abstract wallpapers are not in it
     "debian/usr/share/backgrounds/mate/nature/*.jpg",
     "debian/usr/share/backgrounds/*_by_*.jpg",
-    "debian/usr/share/wallpapers/{Autumn,DarkestHour,BytheWater,FallenLeaf,EveningGlow,ColorfulCups,Path,Kite,Canopee}/contents/images/*.jpg",
+    "debian/usr/share/wallpapers/{Autumn,DarkestHour,BytheWater,FallenLeaf,EveningGlow,ColorfulCups,Path,Kite,Canopee}/contents/images/1920x1080.jpg",
     "debian/usr/share/doc/opencv-doc/examples/data/{aloeL,apple,baboon,basketball1,board,building,butterfly,chicky_512,ela_original,fruits,graf1,home,leuvenA,licenseplate_motion,messi5,orange,plant,rubberwhale1,squirrel_cls,stuff}.*",
     "site/skimage/data/{astronaut,chelsea,coffee,motorcycle_left,rocket}.*",
     "pictures/foolbox/data/imagenet_*.jpg",
@@ -32,7 +32,7 @@ PHOTOGRAPHS = (  # below $REAL; drawings, screenshots and abstract wallpapers ar
     "pictures/insightface/data/images/t1.jpg",
     "pictures/gradio/media_assets/images/{cheetah,lion,tower}.jpg",
 )
-RESOURCES = "debian/usr/share/gcompris-qt/rcc/{categorization,details,erase,explore_*}*.rcc"
+RESOURCES = "debian/usr/share/gcompris-qt/rcc/{categorization,details,erase,explore_}*.rcc"
 STAMPS = "debian/usr/share/tuxpaint/stamps/{animals,food,plants,vehicles,household,sports,hobbies,clothes}/**/*.png"
 NOT_STAMPS = ("cartoon", "toys", "plastic", "mirror")
 

@@ -25,7 +25,7 @@ from benchmarks.real.subjects import Subject
 __all__ = ["Missed", "best_pruned", "pruned"]
 
 IMPORTANCES = ("magnitude", "taylor", "hessian")
-MOST, STEPS, TRIED = (0.5, 0.65, 0.8), 6, 64
+MOST, STEPS, TRIED = (0.5, 0.65, 0.8), 5, 32
 
 
 class Missed(Exception):
@@ -78,7 +78,7 @@ def best_pruned(
     def ratio(share: float) -> float:
         made = pruned(subject, graph, share, "magnitude", images)
         if (widths := _widths(made)) not in known:
-            known[widths] = latencies(whole, [draft(made, subject.example)])[0].ratio
+            known[widths] = latencies(whole, [draft(made, subject.example)], 7)[0].ratio
         return known[widths]
 
     share = least_share(ratio, budget)

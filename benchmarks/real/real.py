@@ -39,6 +39,10 @@ NETWORKS: dict[str, Callable[[], Subject]] = {
     "mtcnn-onet": faces.onet,
     "drawn-resnet": lambda: drawn.drawn("resnet"),
     "drawn-mobilenet": lambda: drawn.drawn("mobilenet"),
+    "drawn-resnet-1": lambda: drawn.drawn("resnet", 1),
+    "drawn-resnet-2": lambda: drawn.drawn("resnet", 2),
+    "drawn-mobilenet-1": lambda: drawn.drawn("mobilenet", 1),
+    "drawn-mobilenet-2": lambda: drawn.drawn("mobilenet", 2),
     "crepe-tiny": pitches.crepe,
     "demosaicking": mosaics.bayer,
     "crnn-english": text_lines.crnn,
@@ -80,9 +84,9 @@ def subjects(names: list[str]) -> dict[str, Subject]:
 def make_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     """The original's file, and one a variant and budget."""
     settings = {} if args.latency is None else {"latency": args.latency}
-    work = Work(subject, args.out / subject.name, args.recover, settings)
+    work = Work(subject, args.out / subject.name, args.recover, args.steps, settings)
     original = Key(subject.name, ORIGINAL, 1.0)
-    if rows.find(original, "made") is None:
+    if not exists(original, rows, args):
         keep(original, Made(work.model, subject.example), 0.0, rows, args)
     for variant in args.variants:
         if variant.startswith("smaller") and not subject.smaller:
@@ -90,7 +94,8 @@ def make_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
         for budget in args.budgets:
             key = Key(subject.name, variant, budget)
             found = rows.find(key, "made")
-            stale = found is None or args.again or (uses_planning(variant) and found["version"] != args.version)
+            gone = found is None or ("digest" in found and not exists(key, rows, args))
+            stale = gone or args.again or (uses_planning(variant) and (found or {})["version"] != args.version)
             if stale:
                 one(work, key, rows, args)
 
@@ -118,10 +123,18 @@ def keep(key: Key, made: Made, seconds: float, rows: Rows, args: argparse.Namesp
     rows.add(key, "made", **told, **made.facts)
 
 
+def unfinished(subject: Subject, stage: str, rows: Rows, args: argparse.Namespace) -> list[Key]:
+    """The variants of a network whose files have not been through a stage."""
+    own = [key for key in rows.variants() if key.network == subject.name and exists(key, rows, args)]
+    return [key for key in own if rows.find(key, stage) is None]
+
+
 def measure_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     """All files that have no latency yet, in the same rounds."""
     due = [
-        k for k in rows.variants() if k.network == subject.name and exists(k, rows) and rows.find(k, "measured") is None
+        k
+        for k in rows.variants()
+        if k.network == subject.name and exists(k, rows, args) and rows.find(k, "measured") is None
     ]
     found = latencies(args.out / Key(subject.name, ORIGINAL, 1.0).file, [args.out / k.file for k in due], args.rounds)
     for key, taken in zip(due, found, strict=True):
@@ -132,7 +145,9 @@ def measure_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
 def judge_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     """All files that are not judged yet."""
     due = [
-        k for k in rows.variants() if k.network == subject.name and exists(k, rows) and rows.find(k, "judged") is None
+        k
+        for k in rows.variants()
+        if k.network == subject.name and exists(k, rows, args) and rows.find(k, "judged") is None
     ]
     if not due:
         return
@@ -150,9 +165,9 @@ def held(subject: Subject, size: int) -> torch.Tensor:
     return subject.images("held", subject.held, size)
 
 
-def exists(key: Key, rows: Rows) -> bool:
-    """Whether it was made, not missed."""
-    return "digest" in (rows.find(key, "made") or {})
+def exists(key: Key, rows: Rows, args: argparse.Namespace) -> bool:
+    """Whether it was made, not missed, and its file is still there."""
+    return digest(key, rows) is not None and (args.out / key.file).exists()
 
 
 def digest(key: Key, rows: Rows) -> Any:
@@ -177,10 +192,13 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [*VARIANTS, *(v + RECOVERED for v in VARIANTS)]
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "report", "all"], default=["all"])
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument(
+        "--networks", nargs="+", choices=list(NETWORKS), default=[n for n in NETWORKS if not n.endswith(("-1", "-2"))]
+    )
     parser.add_argument("--variants", nargs="+", choices=every, default=list(VARIANTS))
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
     parser.add_argument("--recover", type=float, default=3.0, metavar="MINUTES", help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=0, help="of recovery, in place of minutes")
     parser.add_argument("--latency", help="what lmfx.compress measures with (default: its own default)")
     parser.add_argument("--rounds", type=int, default=15, help="of measuring (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="make what is asked for anew")

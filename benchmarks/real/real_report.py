@@ -11,7 +11,8 @@ from benchmarks.real.rows import Key, Rows
 __all__ = ["picture", "table"]
 
 KNOWN = {
-    *("network", "variant", "budget", "stage", "version", "digest", "seconds", "peak_gb", "missed", "minutes"),
+    *("network", "variant", "budget", "stage", "version", "digest", "seconds", "peak_gb", "missed"),
+    *("minutes", "steps", "recovery_seconds"),
     *("ratio", "spread", "ms", "original_ms", "figure", "unit"),
     *("reported", "spans", "size", "importance", "channels", "errors"),
 }

@@ -65,7 +65,7 @@ def crnn() -> Subject:
         size=HEIGHT,
         pinned=("Prediction",),
         smaller=(60, 56, 52, 48, 44, 40, 36, 32),
-        held=512,
+        held=256,
     )
 
 

@@ -5,22 +5,22 @@
     torch-pruning    channels pruned by the best of three importances (`pruned`)
     uniform          whole layers dropped, as few as possible, each counting the same; nothing is merged or fitted
 
-Each is followed, on request, by the same recovery without labels (`X+recover`): `lmfx.recover` for so many minutes on
-the calibration images and more of their kind. For a smaller input the student scales the images itself, and its teacher
-sees them whole. A module, not a script.
+Each is followed, on request, by the same recovery without labels (`X+recover`): `lmfx.recover` for so many minutes of
+wall clock (on a busy machine give steps) on the calibration images and more of their kind. For a smaller input the
+student scales the images itself, and its teacher sees them whole. A module, not a script.
 """
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lmfx
 from benchmarks.real.exported import draft, latencies
@@ -51,6 +51,7 @@ class Work:
     subject: Subject
     folder: Path
     minutes: float = 3.0
+    steps: int = 0  # of recovery, in place of minutes
     options: dict[str, Any] = field(default_factory=dict)  # of lmfx.compress
     widths: dict[tuple[int, ...], float] = field(default_factory=dict)  # measured ratios of pruned networks
 
@@ -68,7 +69,7 @@ class Work:
         sizes = self.subject.smaller
         whole = draft(self.model, self.subject.example)
         files = [draft(self.model, self.subject.images("cal", 1, size)) for size in sizes]
-        return {s: t.ratio for s, t in zip(sizes, latencies(whole, files), strict=True)}
+        return {s: t.ratio for s, t in zip(sizes, latencies(whole, files, 7), strict=True)}
 
 
 class _Scaled(nn.Module):
@@ -182,9 +183,16 @@ def make(work: Work, variant: str, budget: float) -> Made:
         raise SystemExit("this lmfx has no recover: leave variants with +recover out")
     subject = work.subject
     images = subject.images("cal", subject.recovery, subject.size)
-    torch.manual_seed(0)
-    trained = recover(made.trainable, work.model, images, minutes=work.minutes)
-    facts = {**made.facts, "minutes": work.minutes}
-    if isinstance(trained, _Scaled):
-        return replace(made, net=trained.net, facts=facts)
-    return replace(made, net=lmfx.merge(trained) if hasattr(trained, "graph") else trained, facts=facts)
+    assert made.trainable is not None
+    student = (
+        made.trainable if isinstance(made.trainable, fx.GraphModule) else lmfx.trace(made.trainable.eval(), images[:1])
+    )
+    spent = {"steps": work.steps} if work.steps else {"minutes": work.minutes}
+    start = time.process_time()
+    trained = recover(student, work.model, images, progress=False, **spent)
+    facts = {**made.facts, **spent, "recovery_seconds": round(time.process_time() - start, 1)}
+    if not isinstance(made.trainable, _Scaled):
+        return replace(made, net=lmfx.merge(trained), facts=facts)
+    net = made.trainable.net  # what is exported takes the small images
+    net.load_state_dict({k.removeprefix("net."): v for k, v in trained.state_dict().items()})
+    return replace(made, net=net.eval(), facts=facts)
