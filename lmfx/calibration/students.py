@@ -19,14 +19,16 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
-from lmfx.calibration.fitting import FittedOp, fit_student, set_fitted
+from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.plan_fits import fit_student, set_fitted
 from lmfx.calibration.recording import batches_for, record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
-from lmfx.passes.rewrite.trainable import rewrite, span_names, span_sides
+from lmfx.passes.rewrite.span_modules import span_sides
+from lmfx.passes.rewrite.trainable import rewrite, span_names
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["Students"]

@@ -27,7 +27,7 @@ from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.errors import InputError, ModelError
 from lmfx.passes.ir import Candidate
-from lmfx.passes.rewrite.trainable import build_span, span_sides
+from lmfx.passes.rewrite.span_modules import build_span, span_sides
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.moved_norms import moved_norm
 

@@ -32,7 +32,7 @@ from lmfx.passes.identity.fingerprint import node_text
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.added_activations import activated
-from lmfx.passes.rewrite.trainable import span_sides
+from lmfx.passes.rewrite.span_modules import span_sides
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.moved_norms import moved_norm
 

@@ -21,6 +21,7 @@ figure for one such block.
 from __future__ import annotations
 
 from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ __all__ = ["channels_first"]
 
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
 _JOINS = (torch.add, torch.sub, torch.mul)
+
+
+@dataclass(frozen=True)
+class _Becomes:
+    """What a node becomes where the channels are first: another module, or without one the op that it is."""
+
+    module: nn.Module | None = None
 
 
 def channels_first(gm: fx.GraphModule) -> int:
@@ -80,10 +88,10 @@ def _rewrite(gm: fx.GraphModule, island: list[fx.Node]) -> bool:
         value = next(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op != "get_attr")
         if kind is None:
             bypass(node)  # it enters
-        elif isinstance(kind, ops.ChannelAffine):
-            place(gm, node, kind, op_name(node), value)
-        elif isinstance(kind, nn.Module):
-            set_submodule(gm, str(node.target), kind)
+        elif isinstance(kind.module, ops.ChannelAffine):
+            place(gm, node, kind.module, op_name(node), value)
+        elif kind.module is not None:
+            set_submodule(gm, str(node.target), kind.module)
     for node in dict.fromkeys(leaving):
         bypass(node)
     return True
@@ -115,8 +123,8 @@ def _leaves(gm: fx.GraphModule, node: fx.Node) -> bool:
     return order is not None and order == (0, len(order) - 1, *range(1, len(order) - 1))
 
 
-def _kind(gm: fx.GraphModule, node: fx.Node, inside: Container[fx.Node]) -> nn.Module | bool | None:
-    """What a node of an island becomes: another module, the same op (True), or None if it is not understood."""
+def _kind(gm: fx.GraphModule, node: fx.Node, inside: Container[fx.Node]) -> _Becomes | None:
+    """What a node of an island becomes, or None if it is not understood."""
     shape = node.meta.get("shape")
     if shape is None or not 3 <= len(shape) <= 5 or not node.meta.get("floating"):
         return None
@@ -125,29 +133,29 @@ def _kind(gm: fx.GraphModule, node: fx.Node, inside: Container[fx.Node]) -> nn.M
         return _module(gm, node, shape) if list(node.args) == values and len(values) == 1 else None
     alike = (isinstance(a, fx.Node) and a in inside and a.meta["shape"] == shape for a in node.args)
     if node.target in _JOINS and len(node.args) == 2 and not node.kwargs and all(alike):
-        return True
+        return _Becomes()
     name = op_name(node)
     found = scale_and_bias(gm, node, name, -1) if name in SCALAR and len(values) == 1 else None
-    return ops.ChannelAffine(*found[1:]) if found is not None else None
+    return _Becomes(ops.ChannelAffine(*found[1:])) if found is not None else None
 
 
-def _module(gm: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> nn.Module | bool | None:
+def _module(gm: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> _Becomes | None:
     module: Any = gm.get_submodule(str(node.target))
     if ops.has_hooks(module):
         return None
     if ops.is_plain(module, nn.PReLU) or type(module) is ops.ChannelAffine:
         numbers = module.weight if isinstance(module, nn.PReLU) else module.scale
-        return True if numbers.numel() == 1 else None  # else one a row here, not one a channel
+        return _Becomes() if numbers.numel() == 1 else None  # else one a row here, not one a channel
     if ops.plain_in(module, ops.ACTIVATIONS):
-        return True if all(p.numel() == 1 for p in module.parameters()) else None
+        return _Becomes() if all(p.numel() == 1 for p in module.parameters()) else None
     if not _is_called_once(gm, node):
         return None
     if isinstance(module, nn.LayerNorm) and tuple(module.normalized_shape) == (shape[-1],) and _is_last(module, shape):
         norm = ops.ChannelLayerNorm(module.normalized_shape, module.eps, elementwise_affine=False)
         norm.elementwise_affine = module.elementwise_affine
         norm.weight, norm.bias = module.weight, module.bias
-        return norm.train(module.training)
-    return _pointwise_conv(module, len(shape) - 2) if ops.is_plain(module, nn.Linear) else None
+        return _Becomes(norm.train(module.training))
+    return _Becomes(_pointwise_conv(module, len(shape) - 2)) if ops.is_plain(module, nn.Linear) else None
 
 
 def _is_last(module: nn.LayerNorm, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,6 @@ none, the best one: fewest convolutions hidden, then fewest sizes fixed, then fe
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,12 +43,13 @@ from ..model.randomness import kept_random_state
 from ..model.size_limits import set_limits
 from ..model.stateful import run_unchanged
 from ..model.trace_facts import TraceFacts, note, noted
+from .annotation import Annotator, annotate, cloned, example_values, spec_of
 from .exported import FixedSizes, trace_export, trace_free
 from .hidden import HiddenOps
 from .shape_tracer import trace_shapes
 from .tracers import Traced, first_line, trace_symbolic
 
-__all__ = ["TRACERS", "annotate", "example_arguments", "fingerprint", "trace"]
+__all__ = ["TRACERS", "example_arguments", "fingerprint", "trace"]
 
 TRACERS: dict[str, Callable[[nn.Module, Example], Traced]] = {
     "symbolic": trace_symbolic,
@@ -248,7 +248,7 @@ def _check_repeats(model: nn.Module, example: Example, reference: Any) -> None:
     with FullPrecision():
         again = run_unchanged(model, example)
     if _difference(reference, again) is not None:
-        raise random_error(eval_copy(model), _clone(example))
+        raise random_error(eval_copy(model), cloned(example))
 
 
 def _traced(name: str, model: nn.Module, example: Example) -> Traced:
@@ -276,8 +276,8 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tu
     annotate(gm, example)
     fold_constants(gm)
     canonicalize(gm)
-    runner = _Annotator(gm, frozenset(traced.opaque) | _unknown_norms(gm, traced))
-    difference = _difference(reference, runner.run(*_placeholder_values(gm, example)))
+    runner = Annotator(gm, frozenset(traced.opaque) | _unknown_norms(gm, traced))
+    difference = _difference(reference, runner.run(*example_values(gm, example)))
     if difference is not None:
         raise _Differs(f"the graph does not compute what the model computes ({difference})")
     if runner.hidden.autocast:
@@ -290,8 +290,8 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tu
         tracer=name,
         opaque=traced.opaque,
         volatile=changes_while_it_runs(before, gm),
-        positional=[_spec(a) for a in args],
-        keyword={k: _spec(v) for k, v in kwargs.items()},
+        positional=[spec_of(a) for a in args],
+        keyword={k: spec_of(v) for k, v in kwargs.items()},
     )
     note(gm, facts)
     return gm, runner.hidden
@@ -302,80 +302,6 @@ def _unknown_norms(gm: fx.GraphModule, traced: Traced) -> frozenset[str]:
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in traced.norms]
     shapes = [(str(n.target), n.meta.get("shape") or ()) for n in calls]
     return frozenset(name for name, shape in shapes if not ops.normalizes(gm.get_submodule(name), shape))
-
-
-def annotate(gm: fx.GraphModule, example: Example) -> Any:
-    """Run the example through the graph, note every node's shape, dtype and module path, and return the output."""
-    return _Annotator(gm).run(*_placeholder_values(gm, example))
-
-
-def _placeholder_values(gm: fx.GraphModule, example: Example) -> list[Any]:
-    args, kwargs = example
-    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return [_clone(given.get(name)) for name in names]
-
-
-def _clone(value: Any) -> Any:
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
-
-
-class _Annotator(fx.Interpreter):
-    def __init__(self, gm: fx.GraphModule, opaque: frozenset[str] = frozenset()) -> None:
-        super().__init__(gm)
-        self.opaque = opaque
-        self.hidden = HiddenOps()
-        self.order = {node: i for i, node in enumerate(gm.graph.nodes)}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return super().run(*args, enable_io_processing=False)
-
-    def run_node(self, n: fx.Node) -> Any:
-        versions = {s: v._version for s in n.all_input_nodes if isinstance(v := self.env.get(s), Tensor)}
-        with self.hidden if n.op == "call_module" and n.target in self.opaque else contextlib.nullcontext():
-            value = super().run_node(n)
-        for source, version in versions.items():
-            self._check_mutation(n, source, version)
-        tensor = value if isinstance(value, Tensor) else None
-        n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
-        n.meta["dtype"] = tensor.dtype if tensor is not None else None
-        n.meta["device"] = tensor.device if tensor is not None else None
-        first = n.args[0] if n.args else None
-        n.meta["same"] = tensor is not None and isinstance(first, fx.Node) and self.env.get(first) is tensor
-        n.meta["floating"] = tensor is not None and tensor.is_floating_point()
-        if "path" not in n.meta:
-            stack = n.meta.get("nn_module_stack")
-            n.meta["path"] = (list(stack.values())[-1][0] if stack else "") or ""
-        return value
-
-    def _check_mutation(self, n: fx.Node, source: fx.Node, version: int) -> None:
-        """Refuse an op that still writes into a value (an opaque module, say) which is read again afterwards."""
-        mutated = self.env[source]
-        if mutated._version == version:
-            return
-        for node, value in self.env.items():
-            shared = isinstance(value, Tensor) and value._version == mutated._version and _same_memory(value, mutated)
-            if shared and any(self.order[user] > self.order[n] for user in node.users):
-                raise TraceError(f"{n.name} mutates {source.name} in place, and {node.name} is read afterwards")
-
-
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _spec(value: Any) -> Any:
-    """What a saved network needs to know of an input: a tensor's shape and type, a constant as it is.
-
-    Containers say what they are, so that no dict is taken for a tensor and no tuple for a list.
-    """
-    if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, dict):
-        return {"dict": {str(k): _spec(v) for k, v in value.items()}}
-    if isinstance(value, (tuple, list)):
-        return {"tuple" if isinstance(value, tuple) else "list": [_spec(v) for v in value]}
-    return value
 
 
 def _difference(expected: Any, actual: Any) -> str | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.paper.ddpm_table import COUNTS, library_net, main_path, missing_entries, published_entries, trace_spans
 from benchmarks.zoo.denoising import DenoisingNet
-from lmfx.passes.rewrite.trainable import kept_nodes
+from lmfx.passes.rewrite.span_modules import kept_nodes
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.pruning import side_inputs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.ir import Candidate, Layer
-from lmfx.passes.rewrite.trainable import build_span
+from lmfx.passes.rewrite.span_modules import build_span
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.pruning import is_dropped
 from tests.fuzz.compare import Wrong

@@ -471,17 +471,18 @@ def test_the_stages_by_hand_find_the_rows_of_compress(
 ) -> None:
     model = toy()
     graph = lmfx.trace(model, X)
-    spans = lmfx.spans(graph)
+    spans = lmfx.spans(graph, max_kernel_size=3)
     # Few candidates would be scored exactly, and all of them would not.
     judged = len(Calibration((DATA,)).split(Reconstruction().images)[1])
     cost = macs.multiply_accumulates(spans.network) * judged / 2
     monkeypatch.setattr(reconstruction, "EXACT_MACS", cost * 0.7 * len(spans))
-    compress(model, X, 0.6, calibration=DATA, cache_dir=tmp_path)
+    bounds: dict[str, Any] = {"max_kernel_size": 3, "max_span_convs": 2}
+    compress(model, X, 0.8, calibration=DATA, cache_dir=tmp_path, **bounds)
     scored, timed = ({key for kind, key in puts if kind == wanted} for wanted in ("importance", "latency"))
     assert len(scored) < 0.7 * len(spans)
     puts.clear()
-    table = lmfx.score(graph, calibration=DATA, cache_dir=tmp_path, progress=False)
+    table = lmfx.score(graph, calibration=DATA, spans=spans, cache_dir=tmp_path, progress=False)
     again = {key for kind, key in puts if kind == "importance"}
     assert scored and again and not scored & again and scored <= set(table)
-    lmfx.profile(graph, "roofline", cache_dir=tmp_path, progress=False, calibrate=False)
+    lmfx.profile(graph, "roofline", spans=spans, cache_dir=tmp_path, progress=False, calibrate=False)
     assert not timed & {key for kind, key in puts if kind == "latency"}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.calibration.fitting import FitGroup, fit_groups, fit_plan, set_fitted
+from lmfx.calibration.fitting import FitGroup, fit_groups
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.plan_fits import fit_plan, set_fitted
 from lmfx.calibration.recording import record_batches
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan

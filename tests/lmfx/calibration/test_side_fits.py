@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.calibration.fitting import fit_groups, fit_plan
+from lmfx.calibration.fitting import fit_groups
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.plan_fits import fit_plan
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.errors import InputError
 from lmfx.passes.fit.closed_form import Gram, evaluate, solve
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.passes.rewrite.trainable import merge, rewrite, span_names, span_sides
+from lmfx.passes.rewrite.span_modules import span_sides
+from lmfx.passes.rewrite.trainable import merge, rewrite, span_names
 from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace

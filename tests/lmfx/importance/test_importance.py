@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import lmfx
-from lmfx.calibration.fitting import fit_groups, set_fitted
+from lmfx.calibration.fitting import fit_groups
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.plan_fits import set_fitted
 from lmfx.calibration.recording import record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance import Magnitude, Reconstruction, get_estimator

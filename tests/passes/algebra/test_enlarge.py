@@ -17,7 +17,8 @@ from lmfx.passes.algebra import enlarged, linear
 from lmfx.passes.algebra.linear_span import EnlargingSpan
 from lmfx.passes.errors import OptionError, PlanError
 from lmfx.passes.ir import MergePlan
-from lmfx.passes.rewrite.trainable import build_span, merge, rewrite
+from lmfx.passes.rewrite.span_modules import build_span
+from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanSet
 from tests.helpers import check_rewrite, double, ops_of, run, spans_of
 

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from lmfx.passes.canonical.constants import fold_constants
 from lmfx.passes.spans.enumeration import enumerate_spans
 from lmfx.passes.spans.layers import Network
-from lmfx.passes.trace.tracing import annotate, trace
+from lmfx.passes.trace.annotation import annotate
+from lmfx.passes.trace.tracing import trace
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, run
 
 X = torch.randn(2, 4, 7, 9, dtype=torch.float64)

@@ -16,7 +16,8 @@ from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import enumerate_spans
 from lmfx.passes.spans.layers import Network
-from lmfx.passes.trace.tracing import annotate, example_arguments, fingerprint, trace
+from lmfx.passes.trace.annotation import annotate
+from lmfx.passes.trace.tracing import example_arguments, fingerprint, trace
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, run, snapshot
 from tests.helpers import one_thread as one_thread
 
