@@ -15,6 +15,7 @@ from lmfx import stages
 from lmfx.budget import Budget
 from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
 from lmfx.calibration.model_checks import check_run_options, span_options
+from lmfx.calibration.refitting import refit as refit_layers
 from lmfx.environment.caller_state import entry
 from lmfx.importance import Estimator, ImportanceTable, Reconstruction, get_estimator
 from lmfx.importance.on_demand import score_on_demand
@@ -35,7 +36,7 @@ from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, parse_keep
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
-from lmfx.quality import Judge, Quality, QualityName, QualityWarning
+from lmfx.quality import Choosing, Judge, Quality, QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
 from lmfx.result import Result, result_of
 
@@ -68,6 +69,7 @@ def compress(
     cache_dir: str | os.PathLike[str] | None = None,
     merge: bool = True,
     quality: QualityName | None = "auto",
+    refit: bool = True,
     progress: bool = True,
 ) -> fx.GraphModule:
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
@@ -104,6 +106,8 @@ def compress(
         quality: what plans are chosen by, on calibration images that no fit saw: "auto" (KL of scores, divergence of
             other outputs), "kl", "agreement" (of the arg-max), "psnr" (of maps) or "divergence"; None takes the plan
             of best importance, and judges none. Plans are judged with importance="reconstruction", from 16 images on.
+        refit: set the layers that the plan keeps anew, in closed form, where judged images say that it helps; needs
+            what `quality` needs.
         progress: show progress bars on stderr.
 
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
@@ -181,6 +185,10 @@ def compress(
             if judged is not None:
                 found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
     student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=progress)
+    if refit and session is not None and quality is not None and any(not c.exact for c in found.plan.candidates):
+        roles = images.roles()
+        choosing = Choosing(Judge(graph, roles.choose), quality)
+        student = refit_layers(student, graph, roles.fit, choosing, found.plan, progress)
     net = stages.merge(student) if merge else student
     made = _finish(graph, net, spans, wanted, source, merge, found, images, share)
     _check_kept(made, share, wanted)
@@ -230,7 +238,7 @@ def _scores(
 ) -> ImportanceTable:
     """Importances of all candidates, or, of a network in which that takes long, of those that the budget depends on."""
     options: dict[str, Any] = {"calibration": images, "spans": spans, "cache_dir": cache_dir, "executor": executor}
-    if not isinstance(estimator, ReconstructionSession) or estimator.options.exact:
+    if not isinstance(estimator, ReconstructionSession) or not estimator.heavy:
         return stages.score(graph, estimator, latency=table, progress=progress, **options)
     free = {c.key: 0.0 for c in stages.worth_scoring(spans, table)}
     anything = stages.solve(graph, table, ImportanceTable(free, {}), spans=spans)
@@ -238,7 +246,9 @@ def _scores(
     share = 1.0 if budget is None else budget.resolve(anything.original) / anything.original
     asked = KEEP_SHARES if budget is None else (share, BELOW * share)
     shares = [s for s in asked if fastest <= s <= 1] or [fastest]
-    found = score_on_demand(graph, estimator, table, shares, width=WIDTH, progress=progress, **options)
+    # A fit from few pixels may be worse than the identity that it could be, so drops are not bounded by it.
+    drops = [c for c in spans if c.realization == "drop"]
+    found = score_on_demand(graph, estimator, table, shares, width=WIDTH, first=drops, progress=progress, **options)
     return found.table
 
 
@@ -254,7 +264,7 @@ def _that_keeps(
     original = median(time_wholes(source, [bare(judged.analysis.graph, example_arguments(example_input))])[0])
     ratio = measure_plan(judged.analysis, plan, source, example_input, original)
     if ratio >= 1:  # what is not faster is not worth what it loses
-        plan, ratio = MergePlan((), plan.fingerprint), 1.0
+        plan, ratio, predicted = MergePlan((), plan.fingerprint), 1.0, original
     return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
 
 
@@ -267,7 +277,7 @@ def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
             f"the compressed network no longer does what the original did ({found}, on {found.images} images): allow a "
             "larger budget, train it (lmfx.recover, lmfx.distill), or keep layers with exclude=",
             QualityWarning,
-            stacklevel=6,
+            stacklevel=5,  # the caller of compress
         )
     return found
 

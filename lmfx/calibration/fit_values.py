@@ -3,7 +3,7 @@
 A fit reads sampled output pixels. A large map has many in one image, so a few images serve it; a map of 7 x 7 needs
 hundreds. Memory goes with (images) x (pixels), so it is about the same for each node,
 
-    images(group) = samples / output pixels,  at least LEAST_IMAGES, at most all
+    images(group) = samples / output pixels,  at least LEAST_IMAGES (of `fitting`), at most all
 
 and the network runs once for all groups whose values fit into `limit` bytes together. The images come in an order of
 which each beginning is spread evenly over all of them: data are often sorted by class.
@@ -24,8 +24,9 @@ from lmfx.passes.spans.layers import Network
 
 __all__ = ["FitValues", "spread"]
 
-LEAST_IMAGES = 24
-HELD_BYTES = 3 << 29  # 1.5 GiB
+HELD_BYTES = 1 << 30
+BATCH = 16  # images that run at once
+LARGEST_HALF = 3e4
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -57,15 +58,12 @@ class FitValues:
     def taken(self, name: str, count: int) -> Tensor:
         """The value on the first `count` images; what no image changes as it is."""
         value = self.held[name]
-        return value[:count] if len(value) >= count else value
+        value = value[:count] if len(value) >= count else value
+        return value.float() if value.dtype == torch.float16 else value
 
     def count(self, group: FitGroup) -> int:
         """The number of images that a group's fits are made from."""
-        if group.sides:
-            return len(self.images)  # a vector from the side has one sample an image
-        size = self.network.shape(group.candidates[0].span.output)[2:]
-        wanted = math.ceil(group.samples(self.quick) / max(math.prod(size), 1))
-        return min(len(self.images), max(LEAST_IMAGES, wanted))
+        return group.images(self.network, self.quick, len(self.images))
 
     def record(self, first: FitGroup) -> None:
         """Runs the network for `first`, and for what comes after it as long as there is room."""
@@ -78,20 +76,24 @@ class FitValues:
                 break
             counts.update(more)
         self.counts = counts
-        self.held = record_some(self.network, self.images, counts)
+        self.held = record_some(self.network, self.images, counts, self.quick)
 
     def bytes(self, counts: Mapping[str, int]) -> int:
         """What the values of nodes on so many images take."""
         shapes = {n: self.network.shape(n) for n in counts}
-        return sum(4 * count * int(torch.Size(shapes[n][1:]).numel()) for n, count in counts.items())
+        return sum(2 * count * int(torch.Size(shapes[n][1:]).numel()) for n, count in counts.items())
 
 
 @torch.no_grad()
-def record_some(network: Network, images: Calibration, counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """The value of each node on its number of images, the first ones; (images, channels, size...)."""
+def record_some(network: Network, images: Calibration, counts: Mapping[str, int], quick: bool) -> dict[str, Tensor]:
+    """The value of each node on its number of images, the first ones; (images, channels, size...).
+
+    Where `quick`, float32 is kept in half precision if its range allows that: the rounding is far below the damping of
+    quick fits.
+    """
     parts: dict[str, list[Tensor]] = {n: [] for n in counts}
     done = 0
-    for batch in batches_for(network.gm, images):
+    for batch in batches_for(network.gm, images, BATCH):
         left = {n: count - done for n, count in counts.items() if count > done}
         if not left:
             break
@@ -101,6 +103,23 @@ def record_some(network: Network, images: Calibration, counts: Mapping[str, int]
             if len(value) != rows:  # no image changes it
                 parts[name] = parts[name] or [value]
             else:
-                parts[name].append(value[: left[name]].clone() if left[name] < rows else value)
+                kept = value[: left[name]]
+                parts[name].append(_half(kept) if quick else kept.clone() if left[name] < rows else kept)
         done += rows
-    return {name: torch.cat(found) for name, found in parts.items()}
+        del values
+    return {name: _joined(parts, name) for name in list(parts)}
+
+
+def _half(value: Tensor) -> Tensor:
+    """A copy in half precision, if it is float32 and can be held."""
+    if value.dtype != torch.float32 or not bool(value.abs().amax() < LARGEST_HALF):
+        return value.clone()
+    return value.half()
+
+
+def _joined(parts: dict[str, list[Tensor]], name: str) -> Tensor:
+    """All images of one node, which is taken out: one at a time, nothing is held twice."""
+    found = parts.pop(name)
+    if len({t.dtype for t in found}) > 1:
+        found = [t.float() for t in found]
+    return torch.cat(found)

@@ -12,6 +12,7 @@ of a span's vectors together,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +34,8 @@ from lmfx.passes.spans.layers import Network
 __all__ = ["FitGroup", "FittedOp", "fit_groups"]
 
 LEAST_SAMPLES = 4096
-MOST_SAMPLES = {True: 10000, False: 20000}  # quick or not
+LEAST_IMAGES = {True: 24, False: 96}  # quick or not; pixels of one image are much alike
+MOST_SAMPLES = {True: 8000, False: 20000}  # quick or not
 FLOAT32_ROUNDING = 1e-6  # see `Gram`
 SAMPLES_AN_UNKNOWN = {True: 2, False: 4}
 COMPONENTS, IMAGES_A_COMPONENT = 48, 4  # of vectors from the side, at most
@@ -66,6 +68,13 @@ class FitGroup:
     def names(self) -> set[str]:
         """The nodes whose values the fit needs."""
         return {self.entry, *self.calls, *self.sides, *(s.output for c in self.candidates for s in c.spans)}
+
+    def images(self, network: Network, quick: bool, total: int) -> int:
+        """How many of `total` images give as many samples as its fits are made from."""
+        if self.sides:
+            return total  # a vector from the side has one sample an image
+        size = network.shape(self.candidates[0].span.output)[2:]
+        return min(total, max(LEAST_IMAGES[quick], math.ceil(self.samples(quick) / max(math.prod(size), 1))))
 
     def samples(self, quick: bool) -> int:
         """The number of output pixels that its fits are made from, if there are as many."""

@@ -57,43 +57,61 @@ def fit_student(
     """Sets the fitted convs `fits` (module name -> candidate) of `student` itself, in the order of the graph, and gives
     each name with its op. `targets` is what the original has at their outputs and, where they have several calls, at
     their entries."""
-    for name, seen in _inputs(student, batches, names, set(fits)):
-        candidate = fits[name]
-        (group,) = fit_groups(network, [candidate])
+    total = sum(len(batch[0]) for batch in batches)
+    groups = {name: fit_groups(network, [candidate])[0] for name, candidate in fits.items()}
+    counts = {name: group.images(network, False, total) for name, group in groups.items()}
+    for name, seen in _inputs(student, batches, names, counts):
+        candidate, group, count = fits[name], groups[name], counts[name]
+        original = {n: v[:count] if len(v) >= count else v for n, v in targets.items()}
         # What enters a call that depends on another call is not known yet: the original's is close.
-        xs = [seen[i][0] if i in seen else targets[s.entry] for i, s in enumerate(candidate.spans)]
+        xs = [seen[i][0] if i in seen else original[s.entry] for i, s in enumerate(candidate.spans)]
         values = dict(zip(group.sides, seen[0][1:], strict=True)) if group.sides else {}
-        values.update((s.output, targets[s.output]) for s in candidate.spans)
+        values.update((s.output, original[s.output]) for s in candidate.spans)
         op = group.fit(xs[0], values, others=xs[1:])[candidate.key]
         set_fitted(student.get_submodule(name), op)
         yield name, op
 
 
 def _inputs(
-    student: fx.GraphModule, batches: Sequence[tuple[Tensor, ...]], names: tuple[str, ...] | Frame, targets: set[str]
+    student: fx.GraphModule,
+    batches: Sequence[tuple[Tensor, ...]],
+    names: tuple[str, ...] | Frame,
+    targets: Mapping[str, int],
 ) -> Iterator[tuple[str, dict[int, list[Tensor]]]]:
-    """Runs all batches side by side, node by node, and stops before each of the modules `targets` with its name and its
-    inputs on all images, so that the caller can set the module before it runs: those of each call that can be had by
-    then, by the call's number."""
-    gathered = _gathered(student, targets)
-    calls = _calls(gathered, targets)
+    """Stops before each of the modules `targets` with its name and its inputs on so many images, so that the caller can
+    set the module before it runs: those of each call that can be had by then, by the call's number.
+
+    Between two stops the batches run one after the other, so that only what is alive at a stop is held for all of them.
+    """
+    gathered = _gathered(student, set(targets))
+    calls = _calls(gathered, set(targets))
+    nodes = list(gathered.graph.nodes)
+    stops = sorted((nodes.index(called[0]), name) for name, called in calls.items())
     runs = [fx.Interpreter(gathered) for _ in batches]
     for run, batch in zip(runs, batches, strict=True):
         run.args_iter = iter(placeholder_values(gathered, batch, names))
-    left = set(targets)
-    for node in gathered.graph.nodes:
-        if node.op == "output":
-            return
-        if node.op == "call_module" and str(node.target) in left:
-            left.remove(str(node.target))
-            known = [n for n in calls[str(node.target)] if all(value in runs[0].env for value in n.all_input_nodes)]
-            sources = {n: [v for v in n.args if isinstance(v, fx.Node)] for n in known}
-            values = {n: [torch.cat([r.env[v] for r in runs]) for v in found] for n, found in sources.items()}
-            yield str(node.target), {int(n.meta.get("call", 0)): found for n, found in values.items()}
+    sizes = [len(batch[0]) for batch in batches]
+    done = 0
+    for place, (stop, name) in enumerate(stops):
+        most = max(targets[later] for _, later in stops[place:])
+        runs = runs[
+            : next(i + 1 for i in range(len(runs)) if sum(sizes[: i + 1]) >= min(most, sum(sizes[: len(runs)])))
+        ]
         for run in runs:
-            run.env[node] = run.run_node(node)
-            for dead in run.user_to_last_uses.get(node, ()):
-                del run.env[dead]
+            for node in nodes[done:stop]:
+                run.env[node] = run.run_node(node)
+                for dead in run.user_to_last_uses.get(node, ()):
+                    del run.env[dead]
+        done = stop
+        known = [n for n in calls[name] if all(value in runs[0].env for value in n.all_input_nodes)]
+        sources = {n: [v for v in n.args if isinstance(v, fx.Node)] for n in known}
+        values = {n: [_first(runs, v, targets[name]) for v in found] for n, found in sources.items()}
+        yield name, {int(n.meta.get("call", 0)): found for n, found in values.items()}
+
+
+def _first(runs: Sequence[fx.Interpreter], node: fx.Node, count: int) -> Tensor:
+    """The value of a node on the first `count` images."""
+    return torch.cat([run.env[node] for run in runs])[:count]
 
 
 def _calls(gm: fx.GraphModule, targets: set[str]) -> dict[str, list[fx.Node]]:

@@ -19,12 +19,14 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
+from lmfx.calibration.fit_values import spread
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.plan_fits import fit_student, set_fitted
 from lmfx.calibration.recording import batches_for, record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.environment.progress import progress as progress_bar
+from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.span_modules import span_sides
@@ -41,7 +43,7 @@ class Students:
     """The trainable forms of one graph under plans, set from the same calibration images."""
 
     def __init__(self, analysis: Analysis, calibration: Calibration) -> None:
-        self.analysis, self.calibration = analysis, calibration
+        self.analysis, self.calibration = analysis, spread(calibration)  # so that a beginning of it stands for all
         self._surrogates: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by the network's id, which analysis holds
         self._values: _Kept[Tensor] = _Kept(lambda v: v.numel() * v.element_size())
         self._ops: _Kept[FittedOp] = _Kept(lambda op: 8 * (op.weight.numel() + sum(m.numel() for m in op.sides)))
@@ -57,6 +59,17 @@ class Students:
         surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
         student = rewrite(self.analysis, plan, surrogates, share_tensors)
         self._fit(network, student, plan, progress)
+        return student
+
+    def sketch(self, plan: MergePlan, op: Callable[[Candidate], LinearOp | None]) -> fx.GraphModule:
+        """The trainable form under `plan` with fits from elsewhere: to be judged, and not to be kept."""
+        network = self.analysis.network(plan)
+        composed = any(c.realization == "compose" for c in plan.candidates)
+        surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
+        student = rewrite(self.analysis, plan, surrogates, share_tensors=True)
+        for name, c in zip(span_names(network.gm, plan), plan.candidates, strict=True):
+            if c.realization == "fit" and (found := op(c)) is not None:
+                set_fitted(student.get_submodule(name), found)
         return student
 
     def surrogates(self, network: Network) -> dict[str, tuple[Tensor, Tensor]]:

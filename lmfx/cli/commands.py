@@ -187,6 +187,8 @@ def compress_command(args: argparse.Namespace) -> None:
             model,
             x,
             args.budget,
+            keep=args.keep,
+            quality=args.quality,
             calibration=data,
             latency=_backend(args, model) if carried is None else carried,
             importance=importance,

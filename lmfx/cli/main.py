@@ -114,16 +114,15 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("compress", compress_command, "make a network that is within a latency budget, and save it")
     model_options(made)
-    made.add_argument(
-        "--budget", required=True, metavar="B", help='0.6 or "60%%" of the latency, "4.5ms", or "2x" as fast'
-    )
+    made.add_argument("--budget", metavar="B", help='0.6 or "60%%" of the latency, "4.5ms", or "2x" as fast')
+    made.add_argument("--keep", metavar="SHARE", help='what must still agree, 0.98 or "98%%": as fast as that allows')
     made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
     made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
     made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
     measure_options(made)
     table_option(made)
     score_options(made)
-    add(made, compress, COMPRESS_OPTIONS)
+    add(made, compress, ("quality", *COMPRESS_OPTIONS))
 
     made = command(
         "simplify", simplify_command, "make all merges that lose nothing, without a measurement, and save the result"

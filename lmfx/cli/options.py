@@ -69,6 +69,11 @@ SYNTAX: dict[str, dict[str, Any]] = {
     "exclude": {"action": "append", "metavar": "GLOB", "help": "leave modules of these names alone (repeatable)"},
     "importance": {"choices": tuple(ESTIMATORS), "help": "how the cost in quality is estimated"},
     "surrogate": {"choices": ("affine", "identity"), "help": "what stands for the activations that composing removes"},
+    "quality": {
+        "metavar": "NAME",
+        "type": _name_or_none,
+        "help": "what plans are chosen by: auto, kl, agreement, divergence, psnr, or none",
+    },
     "cache_dir": {"metavar": "DIR", "help": "where measurements are kept and found again"},
 }
 NUMBER: dict[str, Any] = {"type": _number_or_none, "metavar": "N|none"}  # what has no type above; none: unbounded

@@ -33,6 +33,7 @@ from lmfx.passes.spans.moved_norms import moved_norm
 
 __all__ = ["Judging", "Scorer"]
 
+MOST_CHOOSING = 64  # images that whole plans are judged by
 AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
 
 
@@ -80,6 +81,7 @@ class Scorer:
         self.gm = spans.network.gm
         self.after = After(spans)
         self.calibration, self.judged = calibration.split(options.images)
+        self.choosing = calibration.split(MOST_CHOOSING)[1]
         self.executor = executor
         self.rows = output_rows(self.gm, self.judged)
         self.names: set[str] = set()

@@ -36,14 +36,14 @@ class JointLoss:
     def __init__(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
         """`candidates` are all that a plan may have."""
         self.scorer = scorer
-        images = scorer.judged
+        images = scorer.choosing
         cost = multiply_accumulates(scorer.network) / 2
         count = min(len(images), max(LEAST_IMAGES, int(CHANGE_MACS / max(cost, 1.0))))
         images = Calibration(tuple(t[:count] for t in images.tensors), images.names)
         self.judge = Judge(scorer.gm, images)
         self.space = LossSpace(self.judge)
         parts = scorer.judged_parts[0]
-        if not scorer.options.exact or count < len(scorer.judged):
+        if not scorer.options.exact or count != len(scorer.judged):
             changing = [c for c in candidates if c.realization != "keep" and not c.exact]
             names = set().union(*(scorer.reads([c]) | scorer.crossing(c) for c in changing))
             parts = [scorer.exact_part(batch, names) for batch in batches_for(scorer.gm, images)]

@@ -102,6 +102,7 @@ def score_on_demand(
     spans: SpanSet | None = None,
     tolerance: float = 0.0,
     width: int = 1,
+    first: Sequence[Candidate] = (),
     cache_dir: str | os.PathLike[str] | None = None,
     executor: ExecutorLike = None,
     progress: bool = True,
@@ -113,6 +114,7 @@ def score_on_demand(
         estimator: a name with its `options`, or an object; any that scores single candidates.
         budgets: as in `Frontier.at`, relative ones of the original's predicted latency.
         tolerance: stop where a budget's importance is proven to be within this share of the best; 0 finds the best.
+        first: candidates that are scored in any case, before all others: for those of which the assumptions are unsure.
         width: candidates scored a round for each one that a plan lacks; more keep more workers busy and score more.
 
     Other arguments are those of `lmfx.score`. Raises `InfeasibleBudget` for a budget that no plan reaches, and
@@ -138,6 +140,7 @@ def score_on_demand(
         no_change = getattr(named, "no_change", None)
         best = [0.0] * len(chosen) if no_change is None else no_change(found, chosen, data, store, executor)
         search = _OnDemandSearch(found, chosen, latency, wanted, best, tolerance, width)
+        search.first = [search.places[c.key] for c in first if c.key in search.places]
         return search.run(named, data, store, executor, progress)
 
 
@@ -181,6 +184,7 @@ class _OnDemandSearch:
         self.free = {i for i, c in enumerate(candidates) if c.exact}  # lose nothing, which needs no scoring
         self.scores.update({i: -float(self.best[i]) for i in self.free})
         self.identity: dict[str, Any] = {}
+        self.first: list[int] = []
 
     def run(
         self, estimator: Estimator, data: Calibration, store: Store, executor: ExecutorLike, progress: bool
@@ -215,6 +219,8 @@ class _OnDemandSearch:
 
     def missing(self) -> list[int]:
         """What to score next; nothing when every budget's plan is settled."""
+        if first := [i for i in self.first if i not in self.scores]:
+            return first
         upper = solve_spans(self.spans, self.latency, self.optimistic())
         lower = solve_spans(self.spans, self.latency, self.named(self.scores))
         found: dict[int, None] = {}

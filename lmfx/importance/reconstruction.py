@@ -31,7 +31,7 @@ from lmfx.calibration.images import Calibration
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance.base import ImportanceTable, stored_scores, weights_identity
-from lmfx.importance.change import Scorer
+from lmfx.importance.change import MOST_CHOOSING, Scorer
 from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.pool import ExecutorLike, opened
 from lmfx.latency.profiling import digest
@@ -47,6 +47,7 @@ __all__ = ["Reconstruction", "ReconstructionSession"]
 
 VERSION = 6
 EXACT_MACS = 1e12  # some ten seconds on two cores
+LEAST_EXACT = 8  # images; where fewer could be afforded, the second-order estimate on more is better
 CANDIDATES_A_CONV = 10  # that are usually worth scoring
 
 
@@ -54,11 +55,12 @@ CANDIDATES_A_CONV = 10  # that are usually worth scoring
 class Reconstruction:
     """Output divergence of each candidate, estimated on at most `images` held-out images with `probes` probes.
 
-    `exact` runs the network after the candidate instead of the second-order estimate; None does so where it is cheap
-    (a small network). `surrogate` is what a composed span puts in place of the activations that it removes: "identity"
-    (the paper) or "affine" (least squares). `norms` says what batch norms after the candidate use: "kept", the
-    statistics that they have (for a network that is not trained further), or "batch", those of the scoring images (for
-    one that is), which needs the network to be run, so `exact` must not be False.
+    `exact` runs the network after the candidate instead of the second-order estimate, which can be wrong by a factor of
+    30 for dropped convs in plain chains; None does so where eight images or more can be afforded, on as many as can.
+    `surrogate` is what a composed span puts in place of the activations that it removes: "identity" (the paper) or
+    "affine" (least squares). `norms` says what batch norms after the candidate use: "kept", the statistics that they
+    have (for a network that is not trained further), or "batch", those of the scoring images (for one that is), which
+    needs the network to be run, so `exact` must not be False.
     """
 
     exact: bool | None = None
@@ -119,8 +121,11 @@ class Reconstruction:
         if self.exact is not None:
             return self
         judged = min(self.images, len(calibration.split(self.images)[1]))
-        cost = multiply_accumulates(network) * judged * candidates / 2  # half of the network on average
-        return replace(self, exact=cost <= EXACT_MACS or self.norms == "batch")
+        cost = multiply_accumulates(network) * candidates / 2  # of one image; half of the network on average
+        images = int(EXACT_MACS / max(cost, 1.0))
+        if images >= min(judged, LEAST_EXACT) or self.norms == "batch":
+            return replace(self, exact=True, images=max(min(images, judged), min(judged, LEAST_EXACT)))
+        return replace(self, exact=False)
 
 
 class ReconstructionSession:
@@ -135,6 +140,12 @@ class ReconstructionSession:
     ) -> None:
         self.options, self.spans, self.candidates, self.calibration = options, spans, candidates, calibration
         self.name = options.name
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the network is so large that not all that is at hand goes into each score."""
+        options = self.options
+        return not options.exact or options.images < min(MOST_CHOOSING, len(self.calibration.roles().choose))
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

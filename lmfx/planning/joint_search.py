@@ -11,7 +11,7 @@ several times, each answer is judged by its joint loss, and only candidates of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -50,6 +50,7 @@ class _Search:
         surrogate: Surrogate,
     ) -> None:
         self.spans, self.table, self.joint, self.limit, self.surrogate = spans, table, joint, limit, surrogate
+        self.importances: Mapping[str, float] = {}  # as they were scored
         self.found: dict[tuple[str, ...], Proposal] = {}
 
     def rows(self, scores: ImportanceTable) -> dict[str, float]:
@@ -63,6 +64,9 @@ class _Search:
         if index < 0:
             return None
         plan = frontier.plan(index)
+        if all(c.exact or c.key in self.importances for c in plan.candidates):
+            known = sum(0.0 if c.exact else self.importances[c.key] for c in plan.candidates)
+            plan = replace(plan, importance=known)
         key = tuple(c.key for c in plan.candidates)
         if key not in self.found:
             self.found[key] = Proposal(plan, float(frontier.raw.latency[index]), self.joint.loss(plan.candidates))
@@ -80,6 +84,7 @@ def propose(
 ) -> list[Proposal]:
     """Plans whose rows add up to at most `limit` ms, the one of least joint loss first; none if there is none."""
     search = _Search(spans, table, joint, limit, surrogate)
+    search.importances = scores.rows
     random = np.random.default_rng(0)
     keys = sorted(scores.rows)
     if search.ask(search.rows(scores)) is None:

@@ -3,7 +3,7 @@
     scores ─▶ solver ─▶ a plan that holds the budget     `planning.search`
                  │
                  └▶ proposals of as little latency        `planning.joint_search`: by a sum of vectors
-                        └▶ the best few as students       fitted in the context of their plan, judged on images
+                        └▶ the best few as students       with the fits that were scored, judged on images
                               └▶ the best that measures   that no fit saw
                                  within the budget
 
@@ -35,7 +35,7 @@ from lmfx.quality import Judge, QualityName
 
 __all__ = ["Finalist", "Judged"]
 
-FINALISTS = 3  # proposals that are built
+FINALISTS = 5  # proposals that are built
 NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
 
 
@@ -79,10 +79,11 @@ class Judged:
         return Judge(self.analysis.graph, self.roles.choose, held_out=not self.roles.seen)
 
     def loss(self, plan: MergePlan) -> float:
-        """The loss of a plan's student, fitted in context, on the images that plans are chosen by."""
+        """The loss of a plan's student on the images that plans are chosen by, with the fits that were scored."""
         key = tuple(c.key for c in plan.candidates)
         if key not in self.losses:
-            self.losses[key] = self.judge(self.students.student(plan)).loss(self.name)
+            student = self.students.sketch(plan, lambda c: self.session.scorer.made(c)[0])
+            self.losses[key] = self.judge(student).loss(self.name)
         return self.losses[key]
 
     def proposals(self, limit: float) -> list[Proposal]:

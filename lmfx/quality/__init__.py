@@ -4,7 +4,7 @@ In: a traced network and calibration images. Out: a `Judge`, which gives the `Qu
 inputs and outputs: divergence of every output, agreement of the arg-max and KL of scores, PSNR of maps.
 """
 
-from .judge import Judge, compare
+from .judge import Choosing, Judge, compare
 from .measures import OutputQuality, Quality, QualityName, QualityWarning
 
-__all__ = ["Judge", "OutputQuality", "Quality", "QualityName", "QualityWarning", "compare"]
+__all__ = ["Choosing", "Judge", "OutputQuality", "Quality", "QualityName", "QualityWarning", "compare"]

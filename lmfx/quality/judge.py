@@ -14,10 +14,10 @@ from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.interface import plain_output
 from lmfx.passes.model.trace_facts import noted
-from lmfx.quality.measures import OutputQuality, Quality, measure_output
+from lmfx.quality.measures import OutputQuality, Quality, QualityName, measure_output
 from lmfx.quality.outputs import outputs_of
 
-__all__ = ["Judge", "compare"]
+__all__ = ["Choosing", "Judge", "compare"]
 
 
 class Judge:
@@ -62,6 +62,17 @@ class Judge:
         """The output of one batch."""
         assert isinstance(net, fx.GraphModule)
         return record(net, batch, (), self.images.names)[1]
+
+
+class Choosing:
+    """A judge as those who change a network see it: its images, and one loss of what a graph gives on them."""
+
+    def __init__(self, judge: Judge, name: QualityName = "auto") -> None:
+        self.judge, self.name, self.images = judge, name, judge.images
+
+    def loss(self, outputs: list[Any]) -> float:
+        """The loss of the outputs of all images, in batches of any size; lower is better."""
+        return self.judge.of(self.judge.joined([floating(o) for o in outputs])).loss(self.name)
 
 
 def floating(output: Any) -> list[Tensor]:

@@ -4,9 +4,9 @@ Small changes of a network add up where they arrive: with d_c the change of the 
 
     z' = z + sum over c of d_c        loss = KL(softmax z | softmax z'), or |z' - z|^2 / |z - mean of z|^2
 
-which no sum of the candidates' own losses gives, because errors that point the same way reinforce each other: on
-EfficientNet-Lite0 plans that lose 0.62 are predicted at 0.55 by this, and at 0.15 by the sum. To second order the loss
-is half the squared length of
+which no sum of the candidates' own losses gives, because errors that point the same way reinforce each other: plans of
+an ImageNet classifier that lose 0.62 are predicted at 0.55 by this, and at 0.15 by the sum. To second order the loss is
+half the squared length of
 
     u_c = sqrt(p) (d_c - p.d_c)        p = softmax z                 u_c = sqrt(2 / variance) d_c
 

@@ -6,7 +6,8 @@
 
 A softmax says that its output is scores, and then the outputs beside it are not, unless they are softmaxes as well.
 Else the last layer that computes decides: a Linear or a convolution, perhaps pooled, gives scores where it has two
-columns or more; a sigmoid, a tanh or a division by the norm does not.
+columns or more; a sigmoid, a tanh or a division by the norm does not. Rows whose arg-max is always the same say no
+class: such an output counts as values.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
         if dim is not None:
             shape = [n for i, n in enumerate(value.shape) if i != dim]
             scored = source.softmax if softmax else source.layer
-            if len(shape) in (1, 2) and shape[-1] >= 2 and scored:
+            if len(shape) in (1, 2) and shape[-1] >= 2 and scored and _differs(value.movedim(dim, 0)):
                 kind = "scores"
             elif len(shape) >= 2 and max(shape[1:]) > 1:
                 kind = "map"
@@ -90,6 +91,12 @@ def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
             # A pooled activation (a classifier that ends in a conv) is a row of scores as well.
             return _Source(name in ("relu", "batchnorm1d", "batchnorm2d"), False)
         node = node.all_input_nodes[0]
+
+
+def _differs(rows: torch.Tensor) -> bool:
+    """Whether rows have different arg-max; of a single row it cannot be told."""
+    found = rows.argmax(-1).flatten()
+    return len(found) < 2 or bool((found != found[0]).any())
 
 
 def _operation(node: fx.Node, module: nn.Module | None) -> str:

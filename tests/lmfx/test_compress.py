@@ -69,10 +69,10 @@ def test_the_result_is_within_the_budget_and_has_fewer_convs(budget: Any) -> Non
     net.graph.lint()
 
 
-def test_more_time_never_gives_a_worse_network() -> None:
-    model = toy()
-    importance = [result(compress(model, X, b, calibration=DATA)).plan.importance for b in (0.4, 0.5, 0.6, 0.8, 0.9)]
-    assert importance == sorted(importance)
+def test_more_time_never_gives_a_plan_of_less_importance() -> None:
+    model, budgets = toy(), (0.4, 0.5, 0.6, 0.8, 0.9)
+    found = [result(compress(model, X, b, calibration=DATA, quality=None)).plan.importance for b in budgets]
+    assert found == sorted(found)
 
 
 def test_the_output_stays_close_to_that_of_the_original() -> None:
@@ -412,7 +412,9 @@ def distance(net: nn.Module, model: nn.Module) -> float:
 
 def test_distillation_brings_the_student_closer_and_leaves_the_teacher_as_it_was() -> None:
     model = toy()
-    student = compress(model, X, 0.5, calibration=DATA, merge=False, realize=("compose",), surrogate="identity")
+    student = compress(
+        model, X, 0.5, calibration=DATA, merge=False, realize=("compose",), surrogate="identity", refit=False
+    )
     model.train()
     model.blocks[0].norm.eval()  # frozen within a model that trains
     modes, before = [m.training for m in model.modules()], distance(student, model.eval())

@@ -82,6 +82,8 @@ def test_a_collapsed_network_is_said_loudly(tmp_path: Path) -> None:
         net = compress(0.35, realize=("compose",), surrogate="identity", cache_dir=tmp_path)
     assert lmfx.result_of(net).quality.collapsed
     (warning,) = [w for w in caught if w.category is lmfx.QualityWarning]
+    line = Path(__file__).read_text().splitlines()[warning.lineno - 1]
+    assert "lmfx.compress(MODEL" in line
     assert "no longer does what the original did" in str(warning.message)
     assert Path(warning.filename).name == Path(__file__).name
     assert "COLLAPSED" in lmfx.report(net)

@@ -113,7 +113,8 @@ def test_exact_fits_are_those_of_a_fit_alone(made: Made) -> None:
     for candidate in fits:
         scores = Reconstruction(exact=True).score(made.spans, [candidate], made.data)
         expected = divergence(made, applied(made, candidate))
-        assert -scores[candidate.key] == pytest.approx(expected, rel=1e-4, abs=1e-7), candidate.key
+        # The values that a quick fit is made from are held in half precision.
+        assert -scores[candidate.key] == pytest.approx(expected, rel=3e-3, abs=1e-7), candidate.key
 
 
 def test_the_second_order_estimate_ranks_as_the_exact_one_does(made: Made) -> None:

@@ -10,7 +10,7 @@ from lmfx.quality.loss_space import FEATURES, LossSpace
 from tests.lmfx.quality.test_measures import Heads
 
 
-def judge_of(tail: str, size: tuple[int, int] = (9, 7), count: int = 6) -> Judge:
+def judge_of(tail: str, size: tuple[int, int] = (9, 7), count: int = 24) -> Judge:
     torch.manual_seed(0)
     graph = lmfx.trace(Heads(tail).double().eval(), torch.randn(1, 3, *size, dtype=torch.float64))
     return Judge(graph, Calibration((torch.randn(count, 3, *size, dtype=torch.float64),)))

@@ -126,20 +126,23 @@ class Heads(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
         self.line, self.other = nn.Linear(6, 4), nn.Linear(6, 2)
         self.tail = tail
+        with torch.no_grad():  # features that differ from image to image
+            seen = self.body(torch.randn(64, 3, 9, 7)).mean((2, 3))
+        self.register_buffer("middle", seen.mean(0))
+        self.register_buffer("width", seen.std(0).clamp_min(1e-2))
 
     def forward(self, x: torch.Tensor) -> object:
         y = self.body(x)
-        v = y.mean((2, 3))
+        v = (y.mean((2, 3)) - self.middle) / self.width
         return {
             "logits": lambda: self.line(v),
             "softmax": lambda: self.line(v).softmax(1),
             "sigmoid": lambda: self.line(v).sigmoid(),
             "boxes": lambda: (self.line(v), self.other(v).softmax(1)),
             "map": lambda: y,
-            "pooled": lambda: v,
             "embedding": lambda: nn.functional.normalize(self.line(v)),
             "named": lambda: {"aux": self.other(v), "main": self.line(v)},
-            "sequence": lambda: self.line(y.mean(2).transpose(1, 2)),
+            "sequence": lambda: self.line(((y.mean(2) - self.middle[:, None]) / self.width[:, None]).transpose(1, 2)),
             "one": lambda: self.line(v)[:, :1],
         }[self.tail]()
 
@@ -152,7 +155,6 @@ class Heads(nn.Module):
         ("sigmoid", ["values"]),
         ("boxes", ["values", "scores"]),
         ("map", ["map"]),
-        ("pooled", ["scores"]),
         ("embedding", ["values"]),
         ("named", ["scores", "scores"]),
         ("sequence", ["scores"]),
@@ -160,16 +162,25 @@ class Heads(nn.Module):
     ],
 )
 def test_outputs_are_told_apart(tail: str, kinds: list[str]) -> None:
+    torch.manual_seed(0)
     graph = lmfx.trace(Heads(tail).eval(), torch.randn(1, 3, 9, 7))
-    judge = Judge(graph, Calibration((torch.randn(5, 3, 9, 7),)))
+    judge = Judge(graph, Calibration((torch.randn(24, 3, 9, 7),)))
     assert [k.kind for k in judge.kinds] == kinds
     assert judge(graph).loss() == pytest.approx(0, abs=1e-12)
-    assert judge(graph).images == 5
+    assert judge(graph).images == 24
+
+
+def test_rows_that_always_say_the_same_are_no_scores() -> None:
+    model = Heads("logits").eval()
+    with torch.no_grad():
+        model.line.bias += torch.tensor([100.0, 0.0, 0.0, 0.0])
+    judge = Judge(lmfx.trace(model, torch.randn(1, 3, 9, 7)), Calibration((torch.randn(24, 3, 9, 7),)))
+    assert [k.kind for k in judge.kinds] == ["values"]
 
 
 def test_named_outputs_keep_their_names() -> None:
     graph = lmfx.trace(Heads("named").eval(), torch.randn(1, 3, 9, 7))
-    assert [k.name for k in Judge(graph, Calibration((torch.randn(5, 3, 9, 7),))).kinds] == ["aux", "main"]
+    assert [k.name for k in Judge(graph, Calibration((torch.randn(24, 3, 9, 7),))).kinds] == ["aux", "main"]
 
 
 def test_compare_says_what_a_changed_network_kept() -> None:
