@@ -1,6 +1,7 @@
 """Goes through a graph with many images at once, a place at a time, holding little.
 
-All images cannot have all their values in memory: 256 photographs in the first expansion of an inverted residual network take 1.2 GB.
+All images cannot have all their values in memory: 256 photographs in a first expansion to 96
+channels take 1.2 GB.
 So they go through in chunks, and between two places a `Lockstep` holds, for each chunk, only what later nodes read
 (*live* values), at a node where that is small. What a place itself needs is computed from there, a chunk at a time, and
 forgotten:
