@@ -14,7 +14,6 @@ go through Hugging Face Accelerate (`pip install "lmfx[train]"`), which wraps st
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +28,8 @@ from torch.utils import _pytree as pytree
 from lmfx.calibration.images import fits
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
-from lmfx.export.specs import eval_mode
 from lmfx.made_of import made_of
-from lmfx.passes.errors import InputError, MissingExtra
+from lmfx.passes.errors import InputError
 from lmfx.passes.model.trace_facts import noted
 from lmfx.training.checkpoints import load_training, save_training
 from lmfx.training.losses import Distance, StudentLoss, recorded, shared_layers
@@ -45,6 +43,7 @@ from lmfx.training.option_checks import (
     check_run,
     check_steps,
 )
+from lmfx.training.processes import own_random_numbers, runner_for, teaching
 from lmfx.training.run_identity import described_run, sizes_at_start
 
 __all__ = ["distill"]
@@ -113,7 +112,7 @@ def distill(
     check_steps(epochs, lr, schedule, warmup)
     check_objective(loss, distillation, weight, temperature, features)
     check_run(clip, norms, ema, precision)
-    runner = _runner(precision, accelerator)
+    runner = runner_for(precision, accelerator)
     data = batches if hasattr(batches, "__len__") else list(batches)
     trainable = [p for p in student.parameters() if p.is_floating_point() and p.requires_grad]
     if not trainable:
@@ -143,7 +142,7 @@ def distill(
         run |= {"processes": 1 if runner is None else runner.num_processes}
         start = sizes_at_start(student, Path(checkpoint))
 
-    with _teacher(teacher if distillation else None, runner) as original, _own_random_numbers():
+    with teaching(teacher if distillation else None, runner) as original, own_random_numbers():
         layers: Sequence[str] = ()
         if distillation == "features":
             assert original is not None
@@ -188,46 +187,6 @@ def distill(
         if average is not None:
             student.load_state_dict(average.module.state_dict())
     return student.eval()
-
-
-def _runner(precision: Precision, accelerator: Any) -> Any:
-    """An Accelerator where one is asked for or needed, else None."""
-    if accelerator is not None:
-        return accelerator
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if precision == "fp32" and processes == 1:
-        return None
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        what = f"precision={precision!r}" if precision != "fp32" else f"training in {processes} processes"
-        raise MissingExtra(f'{what} needs Accelerate ({error}): pip install "lmfx[train]"') from error
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-
-
-@contextlib.contextmanager
-def _teacher(teacher: nn.Module | None, runner: Any) -> Iterator[nn.Module | None]:
-    """The teacher in eval mode, each of its modules in its own mode again at the end; a copy if it must move."""
-    if teacher is None:
-        yield None
-        return
-    first = next(teacher.parameters(), None)
-    if runner is not None and first is not None and _elsewhere(first.device, runner.device):
-        teacher = copy.deepcopy(teacher).to(runner.device)
-    with eval_mode(teacher):
-        yield teacher
-
-
-def _elsewhere(device: torch.device, wanted: torch.device) -> bool:
-    """Whether two devices differ; one without an index is the current one of its type, so no index is no difference."""
-    return device.type != wanted.type or (None not in (device.index, wanted.index) and device.index != wanted.index)
-
-
-@contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    """The caller's random numbers go on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 def _seed(loader: Any, seed: int, epoch: int) -> None:

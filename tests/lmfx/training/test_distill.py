@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 
 import lmfx
 from lmfx.training.checkpoints import CHECKPOINT
-from lmfx.training.distillation import _elsewhere
 from lmfx.training.losses import StudentLoss, shared_layers
+from lmfx.training.processes import elsewhere
 from tests.helpers import one_thread as one_thread
 from tests.toys import compress as roofline_compress
 from tests.toys import images, toy
@@ -260,8 +260,8 @@ def test_a_checkpoint_without_an_average_is_not_gone_on_with_one(tmp_path: Path)
 
 def test_a_device_without_an_index_is_that_of_its_type() -> None:
     device = torch.device
-    assert not _elsewhere(device("cuda"), device("cuda:1")) and not _elsewhere(device("cuda:1"), device("cuda:1"))
-    assert _elsewhere(device("cuda:0"), device("cuda:1")) and _elsewhere(device("cpu"), device("cuda"))
+    assert not elsewhere(device("cuda"), device("cuda:1")) and not elsewhere(device("cuda:1"), device("cuda:1"))
+    assert elsewhere(device("cuda:0"), device("cuda:1")) and elsewhere(device("cpu"), device("cuda"))
 
 
 KILLED = """
