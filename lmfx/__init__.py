@@ -41,6 +41,7 @@ from lmfx.result import Result, result_of
 from lmfx.simplify import simplify
 from lmfx.stages import merge, merge_siblings, profile, rewrite, score, solve, spans, trace
 from lmfx.training.distillation import distill
+from lmfx.training.recovery import recover
 
 __all__ = [
     "Budget",
@@ -83,6 +84,7 @@ __all__ = [
     "merge",
     "merge_siblings",
     "profile",
+    "recover",
     "report",
     "result_of",
     "rewrite",

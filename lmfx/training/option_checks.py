@@ -10,7 +10,16 @@ from torch import nn
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.training.losses import Distance
 
-__all__ = ["Norms", "Precision", "Schedule", "check_networks", "check_objective", "check_run", "check_steps"]
+__all__ = [
+    "Norms",
+    "Precision",
+    "Schedule",
+    "check_networks",
+    "check_objective",
+    "check_recovery",
+    "check_run",
+    "check_steps",
+]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Schedule = Literal["cosine", "constant"]
@@ -56,6 +65,19 @@ def check_run(clip: Any, norms: Any, ema: Any, precision: Any) -> None:
     if ema is not None and not (isinstance(ema, (int, float)) and 0 < ema < 1):
         raise OptionError(f"ema={ema!r}: use a decay between 0 and 1, like 0.9999")
     _check_choice("precision", precision, get_args(Precision))
+
+
+def check_recovery(steps: Any, lr: Any, norms: Any, batch: Any, temperature: Any, features: Any) -> None:
+    """Raises `OptionError` for what cannot be the options of a recovery."""
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise OptionError(f"{name}={value!r}: use a whole number from 1, or None")
+    _check_positive("lr", lr)
+    _check_positive("temperature", temperature)
+    if norms is not None:
+        _check_choice("norms", norms, get_args(Norms))
+    if not isinstance(features, (int, float)) or not 0 <= features < math.inf:
+        raise OptionError(f"features={features!r}: use a weight from 0")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from lmfx.export.specs import eval_mode
 from lmfx.passes.errors import MissingExtra
 from lmfx.training.option_checks import Precision
 
-__all__ = ["elsewhere", "own_random_numbers", "runner_for", "teaching"]
+__all__ = ["agreed", "elsewhere", "own_random_numbers", "runner_for", "teaching"]
 
 
 def runner_for(precision: Precision, accelerator: Any) -> Any:
@@ -56,3 +56,12 @@ def own_random_numbers() -> Iterator[None]:
     """The caller's random numbers go on afterwards as if nothing had been drawn."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield
+
+
+def agreed(value: float, runner: Any) -> float:
+    """A number as the first process has it, so that all of them decide alike."""
+    if runner is None or runner.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast
+
+    return float(broadcast(torch.tensor([value], dtype=torch.float64, device=runner.device)))

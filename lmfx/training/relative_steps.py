@@ -30,7 +30,11 @@ class RelativeSteps(torch.optim.Optimizer):
     """Moves each tensor by `lr` of its size a step, matrices along orthogonal directions."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.99)
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "betas": betas})
 

@@ -1,0 +1,266 @@
+"""One recovery from its start to its end: what is tried, when it is judged, and the best that was seen.
+
+    begin    the start is judged; a first step says what a step takes, and how many images it may have
+    search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides
+    train    in eight parts; after each the student and the average of its last steps are judged
+    setback  where both are worse than the start, or a loss is no number: back to the best, at a third of the rate
+
+The best state is kept from the start on, so whatever happens there is one to return.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from lmfx.calibration.images import Calibration
+from lmfx.passes.errors import InputError
+from lmfx.quality import Judge
+from lmfx.training.checkpoints import load_training, save_training
+from lmfx.training.moving_average import moving_average
+from lmfx.training.option_checks import Norms
+from lmfx.training.processes import agreed
+from lmfx.training.rate_search import FACTOR, find_rate
+from lmfx.training.recovery_clock import Clock, cosine
+from lmfx.training.recovery_trainer import Trainer
+
+__all__ = ["Choices", "Recovery", "RecoveryRun"]
+
+BATCHES = (64, 32, 16, 8)
+FEWEST_STEPS = 200  # of a training for which a batch is chosen
+FIRST_RATE = 0.02
+SEARCH, TRIALS = 0.2, 5  # share of the time, and trials that it is divided among
+SHORTEST_TRIAL, LONGEST_TRIAL = 20, 60  # steps: a few steps find every rate too large
+JUDGED, LEAST_JUDGED = 0.015, 16  # share of the time that judging once may take, and images it has at least
+PARTS = 8
+DECAY = 0.98  # of the average over the steps
+NOTHING_LOST = 1e-7  # a loss that is no more than rounding
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller chose; None is found out."""
+
+    rate: float | None = None
+    norms: Norms | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery did. Losses are those by which plans are chosen (`Quality.loss`), on images that no step saw."""
+
+    before: float
+    after: float
+    steps: int
+    seconds: float
+    rate: float | None  # None: nothing was trained
+    batch: int
+    norms: Norms
+
+    def __str__(self) -> str:
+        chosen = "" if self.rate is None else f", rate {self.rate:.2g}, norms {self.norms}"
+        trained = f"{self.steps} steps of {self.batch} images in {self.seconds:.0f} s{chosen}"
+        return f"held-out loss {self.before:.3g} -> {self.after:.3g} ({trained})"
+
+
+class RecoveryRun:
+    """Trains the trainer's student until the clock has run out, and keeps the best state by the judge."""
+
+    def __init__(self, trainer: Trainer, judge: Judge, clock: Clock, choices: Choices) -> None:
+        self.trainer, self.judge, self.clock, self.choices = trainer, judge, clock, choices
+        self.runner, self.student = trainer.runner, trainer.student
+        self.done = 0
+        self.rate: float | None = None
+        self.folder: Path | None = None
+        self.run: dict[str, Any] = {}
+        self.sizes: dict[str, float] = {}
+        begun = clock.elapsed()
+        self.start = self.value(self.student)
+        self.judging = agreed(clock.elapsed() - begun, self.runner)
+        if clock.steps is None and self.judging > JUDGED * clock.seconds:
+            share = JUDGED * clock.seconds / self.judging
+            count = max(int(len(judge.images) * share), LEAST_JUDGED)
+            self.judge = Judge(
+                judge.gm, Calibration(tuple(t[:count] for t in judge.images.tensors), judge.images.names)
+            )
+            self.start = self.value(self.student)
+            self.judging *= share
+        self.first = trainer.weights()
+        self.best, self.best_state = self.start, self.first
+
+    def keep_in(self, folder: Path, run: dict[str, Any], sizes: dict[str, float]) -> None:
+        """Checkpoints go to `folder` and are of this run only; `sizes` are those of the weights that it begins with."""
+        self.folder, self.run, self.sizes = folder, run, sizes
+
+    def value(self, net: fx.GraphModule) -> float:
+        """The held-out loss of a network in eval mode, the same in all processes."""
+        found = self.judge(net).loss()
+        return agreed(found if math.isfinite(found) else math.inf, self.runner)
+
+    def told(self) -> Recovery:
+        """What was done, so far."""
+        norms: Norms = "train" if self.trainer.trained else "frozen"
+        seconds = self.clock.elapsed()
+        return Recovery(self.start, self.best, self.done, seconds, self.rate, self.trainer.batch, norms)
+
+    def finish(self) -> None:
+        """Leaves the student in its best state."""
+        self.student.load_state_dict(self.best_state)
+        self.student.eval()
+
+    # --- the time -----------------------------------------------------------------------------------------------------
+
+    def train(self, bar: Any) -> None:
+        """All of it; `bar` counts steps, or seconds where the time is what is given."""
+        if self.start <= NOTHING_LOST:
+            return
+        part = self._found_again()
+        if self.rate is None:
+            self._begin()
+            self._search()
+        assert self.rate is not None
+        optimizer, average = self.optimizer, self.average
+        while (fraction := self._fraction()) < 1:
+            if fraction >= (part + 1) / PARTS:
+                part = int(fraction * PARTS)
+                if not self._judged(average.module):
+                    optimizer, average = self._set_back()
+                self._save(part, optimizer, average)
+            loss = self.trainer.step(self.done, optimizer, self.rate * cosine(fraction))
+            if not math.isfinite(loss):
+                optimizer, average = self._set_back()
+            average.update_parameters(self.student)
+            self.done += 1
+            bar.set_postfix(loss=f"{loss:.3g}", held_out=f"{self.best:.3g}", refresh=False)
+            bar.update(1 if self.clock.steps is not None else max(round(self.clock.elapsed()) - bar.n, 0))
+        self._judged(average.module)
+
+    def _fraction(self) -> float:
+        return agreed(self.clock.fraction(self.done), self.runner)
+
+    def _begin(self) -> None:
+        """Chooses how many images a step has, by what a step takes, unless the caller did."""
+        trainer, clock = self.trainer, self.clock
+        if self.choices.batch is not None:
+            trainer.batch = trainer.possible(self.choices.batch)
+        elif clock.steps is not None:
+            trainer.batch = trainer.possible(min(BATCHES[0], len(trainer.fit)))
+        else:
+            trainer.batch = trainer.possible(BATCHES[-1])
+            each = self._step_seconds() / trainer.batch
+            left = clock.seconds - clock.elapsed()
+            fitting = [b for b in BATCHES if FEWEST_STEPS * b * each <= left and b <= len(trainer.fit)]
+            trainer.batch = trainer.possible(fitting[0] if fitting else BATCHES[-1])
+
+    def _step_seconds(self) -> float:
+        """What a step takes, from the second of two that change nothing."""
+        optimizer = self.trainer.optimizer(0.0)
+        took = 0.0
+        for _ in range(2):
+            begun = self.clock.elapsed()
+            self.trainer.step(0, optimizer, 0.0)
+            took = self.clock.elapsed() - begun
+        return agreed(took, self.runner)
+
+    # --- the search ---------------------------------------------------------------------------------------------------
+
+    def _search(self) -> None:
+        trainer = self.trainer
+        steps, most = self._trials()
+
+        def trial(rate: float) -> float:
+            self.student.load_state_dict(self.first)
+            optimizer = trainer.optimizer(rate)
+            for step in range(steps):
+                if not math.isfinite(trainer.step(step, optimizer, rate * cosine(step / steps))):
+                    return math.inf
+            trainer.settle(self.student)
+            return self._offered(self.student)
+
+        trainer.trained = self.choices.norms == "train"
+        self.rate, reached = self.choices.rate, math.inf
+        if self.rate is None and most < 2:
+            self.rate = FIRST_RATE
+        elif self.rate is None:
+            self.rate, reached = find_rate(trial, FIRST_RATE, self.start, most)
+        if self.choices.norms is None and trainer.norms and trainer.batch >= BATCHES[-1] and math.isfinite(reached):
+            trainer.trained = True
+            trainer.trained = trial(self.rate) < reached
+        self.student.load_state_dict(self.first)
+        self.optimizer, self.average = self._anew(self.rate)
+
+    def _trials(self) -> tuple[int, int]:
+        """(steps of a trial, trials that there is time for)."""
+        if self.clock.steps is not None:
+            return min(max(self.clock.steps // 20, SHORTEST_TRIAL), LONGEST_TRIAL), TRIALS
+        time, each = SEARCH * self.clock.seconds, max(self._step_seconds(), 1e-6)
+        steps = min(max(int((time / TRIALS - self.judging) / each), SHORTEST_TRIAL), LONGEST_TRIAL)
+        return steps, min(int(time / (steps * each + self.judging)), TRIALS)
+
+    def _anew(self, rate: float) -> tuple[Any, Any]:
+        return self.trainer.optimizer(rate), moving_average(self.student, DECAY)
+
+    # --- judging ------------------------------------------------------------------------------------------------------
+
+    def _offered(self, net: fx.GraphModule) -> float:
+        """The held-out loss of a settled network, which is kept if it is the best so far."""
+        found = self.value(net)
+        if found < self.best:
+            self.best = found
+            self.best_state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+        return found
+
+    def _judged(self, average: Any) -> bool:
+        """Whether the student or its average is better than the start. Both stay as they are."""
+        now = self.trainer.weights()
+        found = math.inf
+        for state in (now, average.state_dict()):
+            self.student.load_state_dict(state)
+            self.trainer.settle(self.student)
+            found = min(found, self._offered(self.student))
+        self.student.load_state_dict(now)
+        return found <= self.start
+
+    def _set_back(self) -> tuple[Any, Any]:
+        """Back to the best state, at a lower rate."""
+        assert self.rate is not None
+        self.rate /= FACTOR
+        if self.rate < FIRST_RATE * 1e-6:
+            raise InputError(
+                "the loss of the student is no number, whatever the rate: check its weights and the images"
+            )
+        self.student.load_state_dict(self.best_state)
+        return self._anew(self.rate)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, part: int, optimizer: Any, average: Any) -> None:
+        runner = self.runner
+        if self.folder is not None and (runner is None or runner.is_main_process):
+            scaler = getattr(runner, "scaler", None)
+            extra = {"done": self.done, "spent": self.clock.elapsed(), "rate": self.rate, "batch": self.trainer.batch}
+            extra |= {"trained": self.trainer.trained, "scaler": None if scaler is None else scaler.state_dict()}
+            told: dict[str, Any] = {"run": self.run, "start": self.sizes, "extra": extra, "average": average}
+            save_training(self.folder, self.student, optimizer, epoch=part, **told)
+        if runner is not None:
+            runner.wait_for_everyone()
+
+    def _found_again(self) -> int:
+        """The part that a checkpoint was left after, with the state of then; 0 without one."""
+        self.optimizer, self.average = self._anew(FIRST_RATE)
+        if self.folder is None:
+            return 0
+        told: dict[str, Any] = {"run": self.run, "start": self.sizes, "average": self.average}
+        part, extra = load_training(self.folder, self.student, self.optimizer, **told)
+        if extra is not None:
+            self.done, self.rate, self.trainer.batch = extra["done"], extra["rate"], extra["batch"]
+            self.trainer.trained = extra["trained"]
+            self.clock.spent += extra["spent"]
+            if extra["scaler"] is not None and getattr(self.runner, "scaler", None) is not None:
+                self.runner.scaler.load_state_dict(extra["scaler"])
+        return part
