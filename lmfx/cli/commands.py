@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from lmfx.cli.inputs import example, images, model_and_example
+from lmfx.cli.inputs import SEED, example, images, model_and_example
 from lmfx.cli.models import load_model
 from lmfx.cli.options import COMPRESS_OPTIONS, SPAN_OPTIONS, estimator, executor, taken
 from lmfx.compress import compress
@@ -30,13 +31,16 @@ from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table
 from lmfx.simplify import simplify
-from lmfx.stages import default_backend, profile, score, solve, trace
+from lmfx.stages import default_backend, merge, profile, score, solve, trace
+from lmfx.training.recovery import MOST_IMAGES, recover
+from lmfx.training.recovery_clock import seconds_of
 
 __all__ = [
     "compress_command",
     "export_command",
     "frontier_command",
     "profile_command",
+    "recover_command",
     "simplify_command",
     "spans_command",
 ]
@@ -227,28 +231,53 @@ def simplify_command(args: argparse.Namespace) -> None:
         _write_onnx(net, x, output / "net.onnx")
 
 
+def recover_command(args: argparse.Namespace) -> None:
+    """`lmfx recover`: trains a saved network on images without labels, and saves it again."""
+    seconds_of(args.minutes)
+    folder, output = Path(args.directory), Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    spec, inputs = _model_of(args, folder)
+    torch.manual_seed(SEED)
+    model = load_model(spec, args.weights)
+    student = load(folder, model)
+    positional, keyword = example_of(inputs)
+    data, what = images(args, keyword or tuple(positional), MOST_IMAGES)
+    recover(student, model, data, minutes=args.minutes, checkpoint=args.checkpoint, progress=not args.quiet)
+    print(student.meta["lmfx_recovery"])
+    print(f"trained and judged on {what}")
+    save(student if args.trainable else merge(student), output, model=spec)
+    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+
+
 def export_command(args: argparse.Namespace) -> None:
     """`lmfx export`: writes a saved network as ONNX."""
     folder = Path(args.directory)
-    spec, inputs = model_spec(folder)
-    spec = args.model or _zoo_name(spec, folder)
-    if spec is None:
-        raise PlanError(
-            f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
-            f"write lmfx export {folder} MODEL"
-        )
+    spec, inputs = _model_of(args, folder)
     net = load(folder, load_model(spec))
     positional, keyword = example_of(inputs)
     _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
 
 
-def _zoo_name(spec: str | None, folder: Path) -> str | None:
+def _model_of(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the model that a folder's network was made of, and its inputs."""
+    spec, inputs = model_spec(folder)
+    spec = args.model or _zoo_name(spec, args.command, folder)
+    if spec is None:
+        raise PlanError(
+            f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
+            f"write lmfx {args.command} {folder} MODEL"
+        )
+    return spec, inputs
+
+
+def _zoo_name(spec: str | None, command: str, folder: Path) -> str | None:
     """What a folder may say of its model: a name of torchvision or timm. Code of its own is run on no file's word."""
     if spec is None or ZOO.fullmatch(spec):
         return spec
     raise PlanError(
         f"{folder / 'plan.json'} was made for {spec!r}, and a file does not decide what is imported: if you trust that "
-        f"code, write lmfx export {folder} MODEL"
+        f"code, write lmfx {command} {folder} MODEL"
     )
 
 

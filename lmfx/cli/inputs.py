@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmfx.calibration.images import Calibration, as_calibration
+from lmfx.calibration.images import MAX_IMAGES, Calibration, as_calibration
 from lmfx.cli.models import call, imported, load_model
 from lmfx.passes.errors import InputError
 
@@ -81,8 +81,9 @@ def model_and_example(args: argparse.Namespace, like: Any = None) -> tuple[nn.Mo
     return load_model(args.model, args.weights), made
 
 
-def images(args: argparse.Namespace, like: Any) -> tuple[Calibration, str]:
-    """(calibration images, what they are, for a person), checked against the example `like`. Raises `InputError`."""
+def images(args: argparse.Namespace, like: Any, most: int = MAX_IMAGES) -> tuple[Calibration, str]:
+    """(at most `most` calibration images, what they are, for a person), checked against the example `like`. Raises
+    `InputError`."""
     text = args.calibration
     if text.startswith("random:") or text == "random":
         found = re.fullmatch(r"random(?::([1-9]\d*))?", text)
@@ -91,7 +92,7 @@ def images(args: argparse.Namespace, like: Any) -> tuple[Calibration, str]:
         count = int(found[1] or RANDOM_IMAGES)
         what = f"{count} images of standard normal noise, which tell nothing of your data; see --calibration"
         return _noise(count, like), what
-    data = as_calibration(_read(text, "--calibration", "the calibration images"), like)
+    data = as_calibration(_read(text, "--calibration", "the calibration images"), like, most)
     return data, f"{len(data)} images of {text}"
 
 

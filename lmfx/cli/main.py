@@ -5,6 +5,7 @@
     lmfx frontier MODEL     every Pareto-optimal latency and importance
     lmfx compress MODEL     a network within a budget, saved to a folder
     lmfx simplify MODEL     all merges that lose nothing, saved to a folder
+    lmfx recover DIR        a saved network, trained without labels for minutes
     lmfx export DIR         a saved network as ONNX
     lmfx cache WHAT         what was measured and is kept: list, export, import, prune
 
@@ -27,6 +28,7 @@ from lmfx.cli.commands import (
     export_command,
     frontier_command,
     profile_command,
+    recover_command,
     simplify_command,
     spans_command,
 )
@@ -134,6 +136,22 @@ def _parser() -> argparse.ArgumentParser:
         "--growth", type=float, default=1.0, metavar="G", help="cost of a merged conv over that of its parts, at most"
     )
     add(made, simplify, ("include", "exclude"))
+
+    made = command("recover", recover_command, "train a saved network on images without labels, and save it again")
+    made.add_argument("directory", metavar="DIR", help="what lmfx compress --trainable or lmfx.save wrote")
+    made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as for lmfx export)")
+    made.add_argument("--weights", metavar="FILE", help="safetensors file with the model's weights")
+    made.add_argument(
+        "--calibration",
+        required=True,
+        metavar="FILE|package.module:NAME",
+        help="images (N, channels, ...) without labels, as for lmfx compress; hundreds or more",
+    )
+    made.add_argument("--minutes", default="3", metavar="T", help="3, 90s or 1h, all in all (default: %(default)s)")
+    made.add_argument("--checkpoint", metavar="DIR", help="keep the state here; the same command goes on from it")
+    made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
+    made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
+    made.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
 
     made = command("export", export_command, "write a saved network as ONNX, checked against ONNX Runtime")
     made.add_argument("directory", metavar="DIR", help="what lmfx compress or lmfx.save wrote")

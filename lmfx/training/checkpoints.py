@@ -1,6 +1,7 @@
 """Writes and reads checkpoints of a training: one safetensors file, never pickle, written whole or not at all.
 
     training.safetensors    student.NAME      the state dict
+                            average.NAME      of a moving average, best.NAME of the best so far, where there are
                             optimizer.I.NAME  tensors of the optimizer's state
                             metadata          JSON: epoch, the run it belongs to (`run_identity`), all that is no tensor
 
@@ -39,12 +40,14 @@ def save_training(
     start: dict[str, float],
     extra: Any = None,
     average: nn.Module | None = None,
+    best: nn.Module | None = None,
 ) -> None:
     """Writes a checkpoint after `epoch` whole epochs; an older one is replaced at once: a kill leaves one of both."""
     state = optimizer.state_dict()
     tensors = {f"student.{name}": value for name, value in student.state_dict().items()}
-    if average is not None:
-        tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
+    for part, net in (("average", average), ("best", best)):
+        if net is not None:
+            tensors |= {f"{part}.{name}": value for name, value in net.state_dict().items()}
     scalars: dict[str, dict[str, Any]] = {}
     for index, entry in state["state"].items():
         for name, value in entry.items():
@@ -77,6 +80,7 @@ def load_training(
     run: dict[str, Any],
     start: dict[str, float],
     average: nn.Module | None = None,
+    best: nn.Module | None = None,
 ) -> tuple[int, Any]:
     """Loads the checkpoint in `folder` into all, and gives (epochs that are done, extra); (0, None) if there is none.
 
@@ -103,9 +107,9 @@ def load_training(
             f"{file} belongs to another training (the student began with other weights): use another folder, or delete "
             "it"
         )
-    weights, averages = (
+    weights, averages, bests = (
         {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
-        for part in ("student.", "average.")
+        for part in ("student.", "average.", "best.")
     )
     state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in about["scalars"].items()}
     for name, tensor in tensors.items():
@@ -116,6 +120,8 @@ def load_training(
         student.load_state_dict(weights)
         if average is not None:
             average.load_state_dict(averages)
+        if best is not None:
+            best.load_state_dict(bests)
         optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     except (RuntimeError, ValueError, KeyError) as error:
         raise StoreError(

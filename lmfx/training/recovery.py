@@ -29,10 +29,11 @@ from torch import Tensor, fx, nn
 from lmfx.calibration.images import Calibration, Frame, as_calibration
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
+from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InputError
+from lmfx.passes.model.trace_facts import noted
 from lmfx.planning.saved_networks import example_of
 from lmfx.quality import Judge
-from lmfx.result import Result
 from lmfx.stages import trace
 from lmfx.training.option_checks import Norms, Precision, check_networks, check_recovery
 from lmfx.training.processes import own_random_numbers, runner_for
@@ -138,25 +139,24 @@ def recover(
 
 def _note_quality(student: fx.GraphModule, original: fx.GraphModule, data: Calibration) -> None:
     """The result that travels with a student says what it is worth now, on images that nothing saw."""
-    meta = student.meta.get("lmfx", {})
-    result = meta.get("result")
-    if isinstance(result, Result):
+    made = made_of(student)
+    if made is not None and made.result is not None:
         roles = data.roles()
         quality = Judge(original, roles.judge, held_out=not roles.seen)(student)
-        student.meta["lmfx"] = {**meta, "result": replace(result, quality=quality)}
+        set_made_of(student, replace(made, result=replace(made.result, quality=quality)))
 
 
 def _original(
     student: fx.GraphModule, model: nn.Module, images: Any, device: torch.device
 ) -> tuple[Calibration, fx.GraphModule]:
     """(the images on `device`, the model as its traced graph there)."""
-    example = model.meta.get("lmfx", {}).get("example") if isinstance(model, fx.GraphModule) else None
-    inputs = student.meta.get("lmfx", {})
-    inputs = inputs["result"].inputs if isinstance(inputs.get("result"), Result) else inputs
+    example = noted(model).example if isinstance(model, fx.GraphModule) else None
+    made = made_of(student)
+    inputs = noted(student).inputs if made is None or made.result is None else made.result.inputs
     data: Calibration | None = images if isinstance(images, Calibration) else None
     if data is None:
         given = example
-        if given is None and "positional" in inputs:
+        if given is None and (inputs["positional"] or inputs["keyword"]):
             positional, keyword = example_of(inputs)
             given = keyword or (tuple(positional) if len(positional) != 1 else positional[0])
         elif given is None and isinstance(images, Tensor):
@@ -183,5 +183,6 @@ def _original(
 
 def _rows(inputs: dict[str, Any]) -> int:
     """The batch size of the example that a student was made with, at least 1."""
-    specs = [s for s in inputs.get("positional", ()) if isinstance(s, dict) and s.get("shape")]
+    specs = [*inputs["positional"], *inputs["keyword"].values()]
+    specs = [s for s in specs if isinstance(s, dict) and s.get("shape")]
     return int(specs[0]["shape"][0]) if specs else 1

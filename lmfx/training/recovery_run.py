@@ -10,6 +10,7 @@ The best state is kept from the start on, so whatever happens there is one to re
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class RecoveryRun:
             self.start = self.value(self.student)
             self.judging *= share
         self.first = trainer.weights()
-        self.best, self.best_state = self.start, self.first
+        self.best, self.best_net = self.start, copy.deepcopy(self.student)
 
     def keep_in(self, folder: Path, run: dict[str, Any], sizes: dict[str, float]) -> None:
         """Checkpoints go to `folder` and are of this run only; `sizes` are those of the weights that it begins with."""
@@ -110,7 +111,7 @@ class RecoveryRun:
 
     def finish(self) -> None:
         """Leaves the student in its best state."""
-        self.student.load_state_dict(self.best_state)
+        self.student.load_state_dict(self.best_net.state_dict())
         self.student.eval()
 
     # --- the time -----------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ class RecoveryRun:
         found = self.value(net)
         if found < self.best:
             self.best = found
-            self.best_state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+            self.best_net.load_state_dict(net.state_dict())
         return found
 
     def _judged(self, average: Any) -> bool:
@@ -234,7 +235,7 @@ class RecoveryRun:
             raise InputError(
                 "the loss of the student is no number, whatever the rate: check its weights and the images"
             )
-        self.student.load_state_dict(self.best_state)
+        self.student.load_state_dict(self.best_net.state_dict())
         return self._anew(self.rate)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -244,8 +245,13 @@ class RecoveryRun:
         if self.folder is not None and (runner is None or runner.is_main_process):
             scaler = getattr(runner, "scaler", None)
             extra = {"done": self.done, "spent": self.clock.elapsed(), "rate": self.rate, "batch": self.trainer.batch}
-            extra |= {"trained": self.trainer.trained, "scaler": None if scaler is None else scaler.state_dict()}
-            told: dict[str, Any] = {"run": self.run, "start": self.sizes, "extra": extra, "average": average}
+            extra |= {
+                "trained": self.trainer.trained,
+                "best": self.best,
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            told: dict[str, Any] = {"run": self.run, "start": self.sizes, "extra": extra}
+            told |= {"average": average, "best": self.best_net}
             save_training(self.folder, self.student, optimizer, epoch=part, **told)
         if runner is not None:
             runner.wait_for_everyone()
@@ -255,11 +261,11 @@ class RecoveryRun:
         self.optimizer, self.average = self._anew(FIRST_RATE)
         if self.folder is None:
             return 0
-        told: dict[str, Any] = {"run": self.run, "start": self.sizes, "average": self.average}
+        told: dict[str, Any] = {"run": self.run, "start": self.sizes, "average": self.average, "best": self.best_net}
         part, extra = load_training(self.folder, self.student, self.optimizer, **told)
         if extra is not None:
             self.done, self.rate, self.trainer.batch = extra["done"], extra["rate"], extra["batch"]
-            self.trainer.trained = extra["trained"]
+            self.trainer.trained, self.best = extra["trained"], extra["best"]
             self.clock.spent += extra["spent"]
             if extra["scaler"] is not None and getattr(self.runner, "scaler", None) is not None:
                 self.runner.scaler.load_state_dict(extra["scaler"])

@@ -20,8 +20,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lmfx.passes.ir import MergePlan
-from lmfx.result import Result
+from lmfx.made_of import made_of
 
 __all__ = ["Tap", "Tapped", "shared_values"]
 
@@ -90,13 +89,10 @@ def shared_values(student: fx.GraphModule, original: fx.GraphModule) -> list[tup
 
 def _exits(student: fx.GraphModule) -> dict[str, str]:
     """The node of the original whose value each node of a merged conv stands for."""
-    meta = student.meta.get("lmfx", {})
-    result = meta.get("result")
-    plan = result.plan if isinstance(result, Result) else meta.get("plan")
-    keys = student.meta.get("lmfx_spans", {})
-    if not isinstance(plan, MergePlan) or not keys:
+    made, keys = made_of(student), student.meta.get("lmfx_spans", {})
+    if made is None or not keys:
         return {}
-    spans = {c.key: c.spans for c in plan.candidates if c.post_norm is None}
+    spans = {c.key: c.spans for c in made.plan.candidates if c.post_norm is None}
     calls: dict[str, int] = {}
     found = {}
     for node in student.graph.nodes:

@@ -61,6 +61,7 @@ PUBLIC = {
     "merge": set(),
     "merge_siblings": set(),
     "profile": {"graph", "backend"},
+    "recover": {"student", "model", "images", "minutes", "steps", "progress"},
     "report": set(),
     "rewrite": {"graph", "plan"},
     "save": set(),
