@@ -23,15 +23,15 @@ THRESHOLD = 0.7
 
 def onet() -> Subject:
     """Four convs and a dense layer; box, landmarks, probabilities."""
-    return _subject("ONet", 48, scores=2)
+    return _subject("ONet", 48, scores=2, last="conv4")
 
 
 def rnet() -> Subject:
     """Three convs and a dense layer; box, probabilities."""
-    return _subject("RNet", 24, scores=1)
+    return _subject("RNet", 24, scores=1, last="conv3")
 
 
-def _subject(name: str, size: int, scores: int) -> Subject:
+def _subject(name: str, size: int, scores: int, last: str) -> Subject:
     def judge(outputs: Outputs, original: Outputs) -> dict[str, float]:
         is_face = original[scores][:, 1] > THRESHOLD
         called = outputs[scores][:, 1] > THRESHOLD
@@ -47,7 +47,8 @@ def _subject(name: str, size: int, scores: int) -> Subject:
         judge=judge,
         figure="found",
         size=size,
-        pinned=("dense5_1", "dense5_2", "dense6_1", "dense6_2", "dense6_3"),
+        # Torch-Pruning takes a flattened map for channels first, and here they are last.
+        pinned=(last, "dense5_1", "dense5_2", "dense6_1", "dense6_2", "dense6_3"),
         calibration=256,
     )
 
