@@ -24,7 +24,8 @@ from lmfx.passes.trace.tracing import example_arguments
 
 __all__ = ["Calibration", "Frame", "Roles", "as_calibration", "fits"]
 
-MAX_IMAGES = 512
+MAX_IMAGES = 512  # at least, where there are as many: of small images more are read, as MAX_VALUES allows
+MOST_SMALL_IMAGES, MAX_VALUES = 2048, 3 << 24
 LEAST_HELD, LEAST_JUDGED = 4, 16  # images of which some are held out, of which some only judge
 
 
@@ -128,13 +129,13 @@ class Roles:
     seen: bool
 
 
-def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES) -> Calibration:
+def as_calibration(calibration: Any, example_input: Any, limit: int | None = None) -> Calibration:
     """Calibration inputs from a tensor, a tuple or dict like the example, or an iterable of batches (a DataLoader).
 
     Of a batch that is a tuple, the first entries are taken, as many as the model has inputs; labels are ignored. A
     batch may leave out what is no tensor in the example; where it has it, it must be equal, since constants are taken
-    from the example. At most `limit` images are read. None stands for the example itself. Raises `InputError` for
-    shapes that do not fit the example, NaN, or nothing at all.
+    from the example. At most `limit` images are read (512, of small ones up to 2,048). None stands for the example
+    itself. Raises `InputError` for shapes that do not fit the example, NaN, or nothing at all.
     """
     if isinstance(calibration, Calibration):
         return calibration
@@ -144,6 +145,9 @@ def as_calibration(calibration: Any, example_input: Any, limit: int = MAX_IMAGES
     plain = all(v is BATCHED for v in frame.leaves) and all(isinstance(v, Tensor) for v in (*args, *kwargs.values()))
     reader = _Reader(frame, example, args, kwargs, framed=not plain)
     source = [tuple(example)] if calibration is None else calibration
+    if limit is None:
+        values = max(sum(t[0].numel() for t in example), 1)
+        limit = max(MAX_IMAGES, min(MOST_SMALL_IMAGES, MAX_VALUES // values))
     columns: list[list[Tensor]] = [[] for _ in example]
     count = 0
     for batch in reader.batches(source):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lmfx.quality.judge import Judge
-from lmfx.quality.measures import LEAST_PROBABILITY
+from lmfx.quality.measures import LEAST_PROBABILITY, scaled_kl
 from lmfx.quality.outputs import Output
 
 __all__ = ["LossSpace"]
@@ -78,10 +78,7 @@ class LossSpace:
         total = 0.0
         for part, z, d in self._split(change):
             if part.classes:
-                a, b = self._logits(part, z), self._logits(part, z + d)
-                p = a.softmax(-1)
-                rows = (p * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1)
-                total += float(rows.clamp_min(0).mean())
+                total += scaled_kl(self._logits(part, z), self._logits(part, z + d))
             else:
                 total += float(d.square().sum(1).mean()) / part.variance
         return total

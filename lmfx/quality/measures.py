@@ -4,6 +4,9 @@
     agreement    share of rows whose arg-max is the same; of a sequence, of the steps at which either has another class
                  than the most frequent one (a blank would agree with itself)
     KL           mean of sum p (log p - log p'),  p = softmax(y), in nats, over the rows
+    scaled KL    the least KL of softmax(y' / T) over some T: what is left of KL once the scale of the outputs is set
+                 anew, as refits and training do. Without it a network that says nothing (all classes alike) beats one
+                 that is often right and too sure
     PSNR         10 log10( (max y - min y)^2 / mean |y' - y|^2 ) in dB: 0 dB is an error as large as the picture's range
 
 A loss, by which plans are compared, is lower for the better network, and 0 for the reference itself.
@@ -20,13 +23,14 @@ from torch import Tensor
 
 from lmfx.quality.outputs import Output
 
-__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "QualityWarning", "measure_output"]
+__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "QualityWarning", "measure_output", "scaled_kl"]
 
 QualityName = Literal["auto", "kl", "agreement", "divergence", "psnr"]
 NAMES = ("auto", "kl", "agreement", "divergence", "psnr")
 # On the other side of which a network has collapsed; scores may be of another scale and still say the same.
 LEAST_AGREEMENT, MOST_DIVERGENCE, MOST_OF_SCORES = 0.6, 0.5, 1.0
 LEAST_PROBABILITY = 1e-12
+TEMPERATURES = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 MOST_KL = 1e3  # of one row; what is not finite counts as this
 
 
@@ -44,6 +48,7 @@ class OutputQuality:
     agreement: float | None = None
     kl: float | None = None
     psnr: float | None = None
+    scaled_kl: float | None = None
 
     def __str__(self) -> str:
         parts = [] if self.agreement is None else [f"agreement {self.agreement:.1%}"]
@@ -99,11 +104,11 @@ class Quality:
     def loss(self, name: QualityName = "auto") -> float:
         """What a plan is chosen by, lower is better.
 
-        "auto": KL of scores, divergence of all other outputs, added up. "agreement" counts rows that disagree, and
-        where two plans have as many, the KL decides; "psnr" is the divergence of maps. A name that fits none of the
+        "auto": scaled KL of scores, divergence of all other outputs, added up. "agreement" counts rows that disagree,
+        and where two plans have as many, "auto" decides; "psnr" is the divergence of maps. A name that fits none of the
         outputs stands for "auto".
         """
-        auto = sum(o.divergence if o.kl is None else o.kl for o in self.outputs)
+        auto = sum(o.divergence if o.scaled_kl is None else o.scaled_kl for o in self.outputs)
         if name == "agreement" and self.agreement is not None:
             return (1 - self.agreement) + 1e-3 * auto / (1 + auto)
         if name == "kl" and self.kl is not None:
@@ -126,7 +131,7 @@ def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQu
     divergence = _divergence(y, z)
     if output.kind == "scores":
         a, b = (t.clamp_min(LEAST_PROBABILITY).log() if output.probabilities else t for t in (y, z))
-        return OutputQuality(output.name, "scores", divergence, _agreement(y, z), _kl(a, b))
+        return OutputQuality(output.name, "scores", divergence, _agreement(y, z), _kl(a, b), None, scaled_kl(a, b))
     if output.kind == "map":
         return OutputQuality(output.name, "map", divergence, psnr=_psnr(y, z))
     return OutputQuality(output.name, output.kind, divergence)
@@ -153,6 +158,11 @@ def _agreement(y: Tensor, z: Tensor) -> float:
         if bool(says.any()):
             same = same[says]
     return float(same.double().mean())
+
+
+def scaled_kl(y: Tensor, z: Tensor) -> float:
+    """The least KL of `z` over some temperatures, 1 among them."""
+    return min(_kl(y, z / t) for t in TEMPERATURES)
 
 
 def _kl(y: Tensor, z: Tensor) -> float:

@@ -34,6 +34,16 @@ def test_agreement_counts_the_rows_and_kl_is_that_of_the_softmax() -> None:
     assert found.kl == pytest.approx(one / 4, rel=1e-12)
 
 
+def test_being_too_sure_is_not_as_bad_as_saying_nothing() -> None:
+    torch.manual_seed(0)
+    y = 4 * torch.randn(64, 10, dtype=torch.float64)
+    sure = 5 * (y + 2 * torch.randn_like(y))
+    nothing = torch.zeros_like(y)
+    found = [Quality((measure_output(SCORES, y, z),), 64) for z in (sure, nothing)]
+    assert found[0].kl is not None and found[1].kl is not None and found[0].kl > found[1].kl
+    assert found[0].loss() < found[1].loss()
+
+
 def test_probabilities_have_the_kl_of_their_logits() -> None:
     y, z = torch.randn(8, 7, dtype=torch.float64), torch.randn(8, 7, dtype=torch.float64)
     logits = measure_output(SCORES, y, z)
@@ -83,8 +93,8 @@ def test_images_along_another_dimension_are_found() -> None:
 
 
 def test_a_name_chooses_what_counts() -> None:
-    worse = Quality((OutputQuality("a", "scores", 0.4, 0.7, 0.1),), 10)
-    better = Quality((OutputQuality("a", "scores", 0.3, 0.6, 0.2),), 10)
+    worse = Quality((OutputQuality("a", "scores", 0.4, 0.7, 0.1, None, 0.1),), 10)
+    better = Quality((OutputQuality("a", "scores", 0.3, 0.6, 0.2, None, 0.2),), 10)
     assert worse.loss("agreement") < better.loss("agreement")
     assert worse.loss("kl") < better.loss("kl")
     assert worse.loss("auto") < better.loss("auto")
