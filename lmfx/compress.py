@@ -39,6 +39,8 @@ from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.quality import Choosing, Judge, Quality, QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
 from lmfx.result import Result, result_of
+from lmfx.training.recovery import recover as recover_student
+from lmfx.training.recovery_clock import seconds_of
 
 __all__ = ["compress"]
 
@@ -70,6 +72,7 @@ def compress(
     merge: bool = True,
     quality: QualityName | None = "auto",
     refit: bool = True,
+    recover: float | str | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
@@ -108,6 +111,8 @@ def compress(
             of best importance, and judges none. Plans are judged with importance="reconstruction", from 16 images on.
         refit: set the layers that the plan keeps anew, in closed form, where judged images say that it helps; needs
             what `quality` needs.
+        recover: minutes, or a text like "3min" or "90s", of label-free training on the calibration images
+            (`lmfx.recover`); what judges the result is not trained on.
         progress: show progress bars on stderr.
 
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
@@ -121,6 +126,8 @@ def compress(
         raise OptionError(f"surrogate={surrogate!r}: use 'affine' or 'identity'")
     if quality is not None and quality not in NAMES:
         raise OptionError(f"quality={quality!r}: use one of {', '.join(map(repr, NAMES))}, or None")
+    if recover is not None:
+        seconds_of(recover)  # said before anything is traced
     options: dict[str, Any] = {
         "realize": realize,
         "max_kernel_size": max_kernel_size,
@@ -189,6 +196,8 @@ def compress(
         roles = images.roles()
         choosing = Choosing(Judge(graph, roles.choose), quality)
         student = refit_layers(student, graph, roles.fit, choosing, found.plan, progress)
+    if recover is not None and any(not c.exact for c in found.plan.candidates):
+        recover_student(student, graph, images, minutes=recover, progress=progress)
     net = stages.merge(student) if merge else student
     made = _finish(graph, net, spans, wanted, source, merge, found, images, share)
     _check_kept(made, share, wanted)

@@ -193,6 +193,8 @@ def compress_command(args: argparse.Namespace) -> None:
             args.budget,
             keep=args.keep,
             quality=args.quality,
+            refit=not args.no_refit,
+            recover=args.recover,
             calibration=data,
             latency=_backend(args, model) if carried is None else carried,
             importance=importance,

@@ -140,3 +140,24 @@ def test_the_chosen_plan_is_no_worse_than_that_of_the_importances(half: Any, tmp
     graph = lmfx.trace(MODEL, IMAGES[:1])
     choosing = IMAGES[3::8]
     assert lmfx.compare(half, graph, choosing).loss() <= lmfx.compare(plain, graph, choosing).loss() + 1e-6
+
+
+def test_recover_trains_for_a_time_and_gives_nothing_worse(half: Any, tmp_path: Path) -> None:
+    net = compress(0.6, recover="3s", cache_dir=tmp_path)
+    before, after = lmfx.result_of(half), lmfx.result_of(net)
+    assert after.plan == before.plan and after.quality is not None
+    graph, choosing = lmfx.trace(MODEL, IMAGES[:1]), IMAGES[3::8]
+    assert lmfx.compare(net, graph, choosing).loss() <= lmfx.compare(half, graph, choosing).loss() + 1e-6
+
+
+@pytest.mark.parametrize("bad", ["soon", -1, 0])
+def test_a_time_that_is_none_is_refused_at_once(bad: Any) -> None:
+    with pytest.raises(lmfx.OptionError, match="minutes"):
+        compress(0.6, recover=bad)
+
+
+def test_refit_is_judged_by_the_network(half: Any, tmp_path: Path) -> None:
+    plain = compress(0.6, refit=False, cache_dir=tmp_path)
+    graph, choosing = lmfx.trace(MODEL, IMAGES[:1]), IMAGES[3::8]
+    assert lmfx.result_of(plain).plan == lmfx.result_of(half).plan
+    assert lmfx.compare(half, graph, choosing).loss() < lmfx.compare(plain, graph, choosing).loss()
