@@ -9,7 +9,7 @@ from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
-from lmfx.latency import Calibration
+from lmfx.latency import CalibrationLine
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import MergePlan, Refusal
@@ -39,7 +39,7 @@ class Result:
     measured: float | None = None
     original: float | None = None
     ratio: float | None = None
-    line: Calibration | None = None
+    line: CalibrationLine | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
     # How a network from `simplify` was compared with its model.
     checked: str = field(default="", metadata={"optional": True})

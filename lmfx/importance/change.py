@@ -31,13 +31,13 @@ from lmfx.passes.rewrite.span_modules import build_span, span_sides
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.moved_norms import moved_norm
 
-__all__ = ["Judging", "Scorer"]
+__all__ = ["Scorer", "ScorerOptions"]
 
 MOST_CHOOSING = 64  # images that whole plans are judged by
 AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
 
 
-class Judging(Protocol):
+class ScorerOptions(Protocol):
     """How candidates are judged; see `lmfx.importance.Reconstruction`."""
 
     @property
@@ -68,7 +68,7 @@ class Scorer:
 
     def __init__(
         self,
-        options: Judging,
+        options: ScorerOptions,
         spans: SpanSet,
         calibration: Calibration,
         executor: Executor | None = None,

@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from lmfx.latency.backend import Backend, Measurement, Prune, Whole
-from lmfx.latency.table import Calibration, LatencyTable, calibrate
+from lmfx.latency.table import CalibrationLine, LatencyTable, calibrate
 from lmfx.latency.workload import Workload, signature
 from lmfx.passes.errors import OptionError
 from lmfx.store.rows import Store, default_cache_dir
@@ -15,7 +15,7 @@ from lmfx.store.rows import Store, default_cache_dir
 __all__ = [
     "BACKENDS",
     "Backend",
-    "Calibration",
+    "CalibrationLine",
     "LatencyTable",
     "Measurement",
     "Prune",

@@ -21,7 +21,7 @@ from lmfx.passes.errors import TableError
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.store.row_values import check_value
 
-__all__ = ["Calibration", "LatencyTable", "calibrate", "kendall_tau"]
+__all__ = ["CalibrationLine", "LatencyTable", "calibrate", "kendall_tau"]
 
 FORMAT = "lmfx-latency-table"
 VERSION = 1
@@ -29,7 +29,7 @@ LEAST_TO_LEAVE_ONE_OUT = 6
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationLine:
     """whole = a + b * sum, in ms, and how far it was off on `plans` measured networks, as fractions.
 
     `mape` is the mean absolute error on the networks that the line was fitted to. `held_out` is that on networks which
@@ -53,7 +53,7 @@ class Calibration:
 
 def calibrate(
     sums: Sequence[float], wholes: Sequence[float], held_out: Sequence[tuple[float, float]] = ()
-) -> Calibration:
+) -> CalibrationLine:
     """Fits whole = a + b * sum to a handful of measured networks; b is positive. `held_out` are (sum, whole) pairs.
 
     One point gives b = 1. Of two or more, the line through two of them that has the least mean relative error on all,
@@ -75,7 +75,7 @@ def calibrate(
         keep = ~np.eye(x.size, dtype=bool)
         lines = [_line(x[k], y[k]) for k in keep]
         errors = np.array([abs(p + q * xi - yi) / yi for (p, q), xi, yi in zip(lines, x, y, strict=True)])
-    return Calibration(
+    return CalibrationLine(
         a,
         b,
         float(np.mean(np.abs(a + b * x - y) / y)),
@@ -113,7 +113,7 @@ class LatencyTable(Mapping[str, Measurement]):
 
     rows: Mapping[str, Measurement]
     identity: Mapping[str, Any]
-    calibration: Calibration | None = None
+    calibration: CalibrationLine | None = None
 
     def __getitem__(self, key: str) -> Measurement:
         try:
@@ -227,7 +227,7 @@ class LatencyTable(Mapping[str, Measurement]):
         try:
             rows = {k: Measurement(**_latency(k, v)) for k, v in body["rows"].items()}
             line = body.get("calibration")
-            calibration = None if line is None else Calibration(**{k: _number(v) for k, v in line.items()})
+            calibration = None if line is None else CalibrationLine(**{k: _number(v) for k, v in line.items()})
             return cls(rows, dict(body["identity"]), calibration)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"the latency table {path} is damaged ({error}); profile again") from error

@@ -12,8 +12,7 @@ import numpy as np
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
 from lmfx.importance import ImportanceTable
-from lmfx.latency import Calibration as Line
-from lmfx.latency import LatencyTable
+from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra
 from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
 from lmfx.passes.solve.dynamic_program import Chain, Entry, ParetoFrontier, solve_chains
@@ -22,7 +21,7 @@ from lmfx.passes.trace.tracing import fingerprint
 
 __all__ = ["Frontier", "Point", "solve_spans"]
 
-IDENTITY = Line(0.0, 1.0, 0.0, float("nan"), float("nan"))
+IDENTITY = CalibrationLine(0.0, 1.0, 0.0, float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Frontier:
         spans: SpanSet,
         raw: ParetoFrontier,
         original: float,
-        line: Line = IDENTITY,
+        line: CalibrationLine = IDENTITY,
         surrogate: Surrogate = "identity",
     ) -> None:
         self.spans = spans
@@ -69,7 +68,7 @@ class Frontier:
         return self.line(self.original_sum)
 
     @entry
-    def calibrated(self, line: Line) -> Frontier:
+    def calibrated(self, line: CalibrationLine) -> Frontier:
         """The same frontier with another relation between sums of rows and whole networks."""
         return Frontier(self.spans, self.raw, self.original_sum, line, self.surrogate)
 
@@ -156,7 +155,7 @@ def solve_spans(
     spans: SpanSet,
     latency: LatencyTable,
     importance: ImportanceTable,
-    line: Line | None = None,
+    line: CalibrationLine | None = None,
     surrogate: Surrogate = "identity",
 ) -> Frontier:
     """Every budget from one exact solve. Candidates without a row in both tables cannot be chosen.

@@ -40,7 +40,7 @@ class Proposal:
     loss: float
 
 
-class _Search:
+class _JointSearch:
     def __init__(
         self,
         spans: SpanSet,
@@ -83,7 +83,7 @@ def propose(
     draws: int = DRAWS,
 ) -> list[Proposal]:
     """Plans whose rows add up to at most `limit` ms, the one of least joint loss first; none if there is none."""
-    search = _Search(spans, table, joint, limit, surrogate)
+    search = _JointSearch(spans, table, joint, limit, surrogate)
     search.importances = scores.rows
     random = np.random.default_rng(0)
     keys = sorted(scores.rows)

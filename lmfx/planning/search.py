@@ -18,7 +18,7 @@ from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.environment.progress import progress as progress_bar
-from lmfx.latency import Backend, Calibration, calibrate
+from lmfx.latency import Backend, CalibrationLine, calibrate
 from lmfx.latency.whole_networks import timing_form
 from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import InfeasibleBudget
@@ -61,7 +61,7 @@ def find_plan(
     progress: bool = False,
 ) -> Found:
     """The best plan whose measured latency is within `budget`. Raises `InfeasibleBudget` with the fastest measured."""
-    search = _Search(graph, frontier, budget, backend, example_input)
+    search = _BudgetSearch(graph, frontier, budget, backend, example_input)
     with progress_bar(STEPS, "searching the budget", progress) as bar:
         found = search.run(lambda: bar.update(1))
         bar.update(max(0, STEPS - search.steps))
@@ -74,7 +74,7 @@ def find_loss_free(
     """The fastest plan of a frontier of plans that all lose nothing, if its measured latency is within `budget`."""
     if not frontier.plan(0).candidates:
         return None  # nothing that loses nothing is faster
-    return _Search(graph, frontier, budget, backend, example_input).fastest()
+    return _BudgetSearch(graph, frontier, budget, backend, example_input).fastest()
 
 
 def measure_plan(analysis: Analysis, plan: MergePlan, backend: Backend, example_input: Any, original: float) -> float:
@@ -94,7 +94,7 @@ def _repeats(repeats: int, ms: float) -> int:
     return max(repeats, min(LONGEST * repeats, ceil(LEAST_MS / ms)))
 
 
-class _Search:
+class _BudgetSearch:
     def __init__(
         self, graph: fx.GraphModule, frontier: Frontier, budget: Budget, backend: Backend, example_input: Any
     ) -> None:
@@ -127,10 +127,10 @@ class _Search:
         self.steps += 1
         return ratio
 
-    def line(self) -> Calibration:
+    def line(self) -> CalibrationLine:
         useful = [(s, w) for s, w in zip(self.sums, self.wholes, strict=True) if s > 0 and w > 0]
         if len(useful) < 2:
-            return Calibration(self.wholes[0] - self.sums[0], 1.0, 0.0, float("nan"), float("nan"))
+            return CalibrationLine(self.wholes[0] - self.sums[0], 1.0, 0.0, float("nan"), float("nan"))
         return calibrate([s for s, _ in useful], [w for _, w in useful])
 
     def begin(self) -> float:

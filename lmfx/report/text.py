@@ -11,7 +11,7 @@ from torch import fx
 
 from lmfx.environment.bounded_reading import in_one_line, printable
 from lmfx.environment.caller_state import entry
-from lmfx.latency import Calibration, LatencyTable
+from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.ir import Candidate, ConvConfig, Refusal
 from lmfx.passes.model.size_limits import limits_of
 from lmfx.passes.model.trace_facts import noted
@@ -155,7 +155,7 @@ def calibration_text(latency: LatencyTable) -> str:
     return said + (f"\n{_count(busy, 'row')} only seen while the machine was busy" if busy else "")
 
 
-def _line(line: Calibration) -> str:
+def _line(line: CalibrationLine) -> str:
     errors = [f"off by {_percent(line.mape)}"] if math.isfinite(line.mape) else []
     errors += [f"{_percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
     errors += [f"at worst {_percent(line.worst)}"] if math.isfinite(line.worst) else []

@@ -29,8 +29,8 @@ from .linear import LinearOp
 from .side_vectors import Maps, SideAdd, SideConv, merge_maps, side_conv, through
 
 __all__ = [
+    "AffineChain",
     "Branches",
-    "Chain",
     "Crop",
     "EnlargingSpan",
     "LinearSpan",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class Chain(nn.Sequential):
+class AffineChain(nn.Sequential):
     """Affine modules and selections one after the other, none of which pads. Empty: the identity."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -62,7 +62,7 @@ class Chain(nn.Sequential):
             elif isinstance(module, ops.ChannelSelect):
                 maps, channels = {i: m[list(module.index)] for i, m in maps.items()}, len(module.index)
             else:
-                if isinstance(module, (Chain, Branches)):
+                if isinstance(module, (AffineChain, Branches)):
                     own = module.side_maps(channels, ndim, device)
                 op = affine_op(module, channels, ndim, device)
                 maps, channels = through(maps, op), op.out_channels
@@ -112,7 +112,7 @@ class Crop(nn.Module):
 class Branches(nn.Module):
     """Chains that read crops of one value and meet in a join."""
 
-    def __init__(self, join: str, chains: Sequence[Chain], crops: Sequence[Crop], signs: Sequence[float]) -> None:
+    def __init__(self, join: str, chains: Sequence[AffineChain], crops: Sequence[Crop], signs: Sequence[float]) -> None:
         super().__init__()
         self.join = join
         self.signs = tuple(signs)
@@ -134,7 +134,7 @@ class Branches(nn.Module):
         starts = [max(before) for before in zip(*([b for b, _ in c.amounts] for c in self._crops()), strict=True)]
         ends = [max(after) for after in zip(*([a for _, a in c.amounts] for c in self._crops()), strict=True)]
         for chain, crop in zip(self.chains, self._crops(), strict=True):
-            assert isinstance(chain, Chain)
+            assert isinstance(chain, AffineChain)
             op = chain.linear_op(channels, ndim, device)
             pads = tuple((s - b, e - a) for (b, a), s, e in zip(crop.amounts, starts, ends, strict=True))
             found.append(LinearOp(op.weight, op.bias, op.stride, pads, op.dilation, op.groups))
@@ -145,7 +145,7 @@ class Branches(nn.Module):
 
     def side_maps(self, channels: int, ndim: int, device: torch.device | None) -> Maps:
         """The matrix by which each side input is multiplied on its way through the join, in float64."""
-        chains = [c for c in self.chains if isinstance(c, Chain)]
+        chains = [c for c in self.chains if isinstance(c, AffineChain)]
         parts = [c.side_maps(channels, ndim, device) for c in chains]
         if not any(parts):
             return {}
@@ -159,12 +159,12 @@ class Branches(nn.Module):
         return f"{self.join}, signs={self.signs}"
 
 
-_SIDED = (Chain, Branches, SideAdd, SideConv)
+_SIDED = (AffineChain, Branches, SideAdd, SideConv)
 
 
 def affine_op(module: nn.Module, channels: int, ndim: int, device: torch.device | None) -> LinearOp:
     """One affine module as an op in float64, without its padding where it is one of a span."""
-    if isinstance(module, (Chain, Branches)):
+    if isinstance(module, (AffineChain, Branches)):
         return module.linear_op(channels, ndim, device)
     if isinstance(module, ops.CONVS):
         return linear.from_conv(module)
@@ -240,7 +240,7 @@ class LinearSpan(nn.Module):
     """
 
     def __init__(
-        self, body: Chain, padding: Sequence[tuple[int, int]], config: ConvConfig, sides: Sequence[str] = ()
+        self, body: AffineChain, padding: Sequence[tuple[int, int]], config: ConvConfig, sides: Sequence[str] = ()
     ) -> None:
         super().__init__()
         self.body = body
@@ -296,7 +296,7 @@ class EnlargingSpan(LinearSpan):
     that keep their statistics.
     """
 
-    def __init__(self, body: Chain, pads: Sequence[Pads], config: ConvConfig) -> None:
+    def __init__(self, body: AffineChain, pads: Sequence[Pads], config: ConvConfig) -> None:
         super().__init__(body, config.padding, config)
         self.pads = tuple(pads)
 

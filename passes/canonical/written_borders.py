@@ -30,7 +30,7 @@ _VIEWS = ("expand", "expand_copy", "broadcast_to", "clone", "detach", "lift_fres
 
 
 @dataclass
-class _Border:
+class _WrittenBorder:
     """The padded value, the scatters that write to it, and what they write on each (dimension, side)."""
 
     padded: fx.Node
@@ -49,9 +49,9 @@ def pads_before(gm: fx.GraphModule) -> int:
     return found
 
 
-def _border(gm: fx.GraphModule, last: fx.Node) -> _Border | None:
+def _border(gm: fx.GraphModule, last: fx.Node) -> _WrittenBorder | None:
     """The chain of scatters that ends at `last`, if it writes one number a channel along sides of a padded map."""
-    border, node = _Border(last), last
+    border, node = _WrittenBorder(last), last
     while op_name(node) == "slice_scatter":
         base, value, dim, start, end, step = _arguments(node)
         shape = node.meta.get("shape")
@@ -100,7 +100,7 @@ def _channels(gm: fx.GraphModule, value: Any, rank: int, channels: int) -> Tenso
     return rows[:, 0].expand(channels).double() if bool((rows == rows[:, :1]).all()) else None
 
 
-def _move(gm: fx.GraphModule, last: fx.Node, border: _Border) -> bool:
+def _move(gm: fx.GraphModule, last: fx.Node, border: _WrittenBorder) -> bool:
     """Put the pad before the op that it follows, if that op makes of zeros what is written around the map."""
     pad = border.padded
     source = pad.args[0] if pad.op == "call_module" and len(pad.args) == 1 else None
@@ -123,7 +123,7 @@ def _move(gm: fx.GraphModule, last: fx.Node, border: _Border) -> bool:
     return True
 
 
-def _written(module: Any, last: fx.Node, border: _Border) -> bool:
+def _written(module: Any, last: fx.Node, border: _WrittenBorder) -> bool:
     """Whether exactly what a pad adds is written, on every side of it, and nothing but the scatters sees the pad."""
     flat = module.padding
     pads = {}
@@ -137,14 +137,14 @@ def _written(module: Any, last: fx.Node, border: _Border) -> bool:
     return inside and pads == {key: count for key, (count, _) in border.written.items()}
 
 
-def _only_copied(part: fx.Node, border: _Border) -> bool:
+def _only_copied(part: fx.Node, border: _WrittenBorder) -> bool:
     """Whether a slice only says where a scatter copies to."""
     return all(
         op_name(copy) == "copy" and copy.args[0] is part and border.nodes >= set(copy.users) for copy in part.users
     )
 
 
-def _makes_of_zeros(module: Any, border: _Border, node: fx.Node) -> bool:
+def _makes_of_zeros(module: Any, border: _WrittenBorder, node: fx.Node) -> bool:
     """Whether a pixelwise affine op makes of zeros what was written, to the rounding of its numbers."""
     channels, ndim = node.meta["shape"][1], len(node.meta["shape"]) - 2
     with torch.no_grad():

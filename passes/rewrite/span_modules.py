@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..algebra import linear
-from ..algebra.linear_span import Branches, Chain, Crop, EnlargingSpan, LinearSpan, without_padding
+from ..algebra.linear_span import Branches, AffineChain, Crop, EnlargingSpan, LinearSpan, without_padding
 from ..algebra.side_vectors import SideAdd, SideConv, side_vector
 from ..errors import PlanError
 from ..graph import ops
@@ -87,7 +87,7 @@ def fitted_conv(network: Network, config: ConvConfig, sides: tuple[str, ...] = (
     op = linear.from_conv(conv)
     added = [SideConv(i, network.shape(n)[1], config.out_channels, op.bias.to(like)) for i, n in enumerate(sides)]
     return LinearSpan(
-        Chain([conv, *added]),
+        AffineChain([conv, *added]),
         config.padding,
         linear.LinearOp(op.weight, op.bias, op.stride, config.padding, op.dilation, op.groups).config,
         sides,
@@ -115,7 +115,7 @@ class _Builder:
             return EnlargingSpan(chain, self.pads, config)
         return LinearSpan(chain, seen.padding, seen, self.sides)
 
-    def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[Chain, ConvConfig]:
+    def chain(self, layers: tuple[Layer, ...], linearize_last: bool) -> tuple[AffineChain, ConvConfig]:
         modules: list[nn.Module] = []
         pads: list[Pads] = []
         shape = self.network.shape(layers[0].entry)
@@ -152,7 +152,7 @@ class _Builder:
                 modules.append(surrogate)
                 pads.append(none)
         self.pads = pads
-        return Chain(modules), config
+        return AffineChain(modules), config
 
     def surrogate(self, activation: str) -> nn.Module | None:
         """What stands for an activation inside the span; without a fitted one a norm keeps its own scale and bias.
@@ -178,7 +178,7 @@ class _Builder:
                 chain, config = self.chain(branch.layers, linearize_last=True)
             else:
                 shape = self.network.shape(branch.entry)
-                chain, config = Chain([]), identity_config(shape[1], len(shape) - 2)
+                chain, config = AffineChain([]), identity_config(shape[1], len(shape) - 2)
             chains.append(chain)
             configs.append(config)
             signs.append(-1.0 if parallel.join == "sub" and i > 0 else 1.0)

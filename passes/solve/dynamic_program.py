@@ -158,7 +158,7 @@ def solve_series(entries: Iterable[tuple[int, int, float, float]], *, max_points
         checked.append(Entry(start, stop, latency, importance, tag))
     if not checked:
         raise TableError("there are no entries; give at least one (start, stop, latency, importance)")
-    flat = _Flat()
+    flat = _FlatChains()
     length = max(flat.check(entry, f"entry {entry.tag}") for entry in checked)
     flat.chain(Chain(checked, length), 0, "the chain")
     return _solve(flat, 0.0, max_points)
@@ -173,14 +173,14 @@ def solve_chains(
     """
     if not _number(fixed_latency) or fixed_latency < 0:
         raise TableError(f"fixed_latency is {fixed_latency!r}; give a finite number of ms, at least 0")
-    flat = _Flat()
+    flat = _FlatChains()
     at = 0
     for number, chain in enumerate(chains):
         at = flat.chain(chain, at, f"chain {number}")
     return _solve(flat, float(fixed_latency), max_points)
 
 
-class _Flat:
+class _FlatChains:
     """Nested chains as one graph, whose vertices are numbered so that every edge leads upwards."""
 
     def __init__(self) -> None:
@@ -247,7 +247,7 @@ class _Flat:
         return vertex
 
 
-def _solve(flat: _Flat, fixed: float, max_points: MaxPoints) -> ParetoFrontier:
+def _solve(flat: _FlatChains, fixed: float, max_points: MaxPoints) -> ParetoFrontier:
     """F over the flat graph, from its first vertex to its last."""
     if max_points not in (None, "auto") and not (_position(max_points) and int(max_points) >= 2):
         raise OptionError(

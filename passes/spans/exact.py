@@ -53,7 +53,7 @@ def inexact(network: Network, layers: tuple[Layer, ...], config: ConvConfig) -> 
     start = _Seen(identity_config(shape[1], len(shape) - 2), fill, True)
     try:
         _Walk(network, config).through(layers, start)
-    except _Border as border:
+    except _LossyBorder as border:
         return border.refusal
     except OptionError as error:
         return Refusal(str(error), (layers[-1].exit,))
@@ -80,7 +80,7 @@ class _Seen:
     nothing: bool = False
 
 
-class _Border(Exception):
+class _LossyBorder(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(str(refusal))
         self.refusal = refusal
@@ -103,7 +103,9 @@ class _Walk:
         step = self.network.step(name, seen.config)
         reason = self.border(step, seen)
         if reason is not None:
-            raise _Border(Refusal(f"{self.network.path(name)} pads what is not its input any more: {reason}", (name,)))
+            raise _LossyBorder(
+                Refusal(f"{self.network.path(name)} pads what is not its input any more: {reason}", (name,))
+            )
         return _Seen(linear.compose_config(seen.config, step), self.outside(name, seen.outside))
 
     def outside(self, name: str, value: Tensor | None) -> Tensor | None:

@@ -60,7 +60,7 @@ def trace_free(model: nn.Module, example: Example, free: Free) -> Traced:
     binding = bind(model, example)
     # Inputs are named in the order of the model's parameters, whatever the order of the example's names.
     example = example[0], {name: example[1][name] for name in binding.given if name in example[1]}
-    source = _Flat(eval_copy(model), example)
+    source = _FlatModel(eval_copy(model), example)
     tensors = tuple(v for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
     with quiet(), torch.no_grad():  # torch.export prints a whole graph when it fails
         # Without gradients, because autograd forbids some in-place ops that inference allows.
@@ -125,7 +125,7 @@ def _is_assertion(target: Any) -> bool:
     return name.rpartition("::")[2].startswith(("_assert", "sym_constrain", "_check"))
 
 
-class _Flat(nn.Module):
+class _FlatModel(nn.Module):
     """The model with the tensors of the example as its inputs and the tensors of its output as its outputs."""
 
     def __init__(self, model: nn.Module, example: Example) -> None:

@@ -1,4 +1,4 @@
-"""No architecture is known by name: what the compiler does follows from the graph alone.
+"""No architecture is known by name, because what the compiler does follows from the graph; and no name is taken twice.
 
 A stem is a part of the names of architectures and of their classes. The long ones may occur nowhere, the short ones not
 as words of their own (`raft` is in `draft`).
@@ -6,6 +6,7 @@ as words of their own (`raft` is in `draft`).
 
 from __future__ import annotations
 
+import ast
 import csv
 import re
 from pathlib import Path
@@ -83,3 +84,12 @@ def test_a_name_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["a draft", "vital", "activation", "the coating", "regions of a network", "conv"])
 def test_a_word_that_only_contains_a_short_name_is_not_one(text: str) -> None:
     assert architectures(text) == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    where: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}

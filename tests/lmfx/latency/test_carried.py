@@ -15,13 +15,13 @@ from torch import nn
 
 import lmfx
 from lmfx.cli.main import main
-from lmfx.latency import Calibration, LatencyTable, Measurement
+from lmfx.latency import CalibrationLine, LatencyTable, Measurement
 from lmfx.passes.errors import InfeasibleBudget, TableError
 from tests.toys import Net, images, toy
 
 X = images(1)
 DATA = images(12)
-LINE = Calibration(0.001, 2.0, 0.0, 1.0, 0.02)
+LINE = CalibrationLine(0.001, 2.0, 0.0, 1.0, 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from lmfx.budget import Budget
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.surrogates import affine_surrogates
-from lmfx.latency import Calibration
+from lmfx.latency import CalibrationLine
 from lmfx.made_of import MadeOf, made_of, set_made_of
 from lmfx.passes.errors import InputError, PlanError
 from lmfx.passes.graph.ops import ChannelAffine
@@ -92,7 +92,7 @@ def compressed(
         merged,
         {"backend": "roofline", "threads": 1},
         names=tuple(span_names(graph, plan)),
-        line=Calibration(0.1, 1.2, 0.01, 1.0, float("nan")),
+        line=CalibrationLine(0.1, 1.2, 0.01, 1.0, float("nan")),
         predicted=1.5,
         measured=1.4,
         original=3.0,

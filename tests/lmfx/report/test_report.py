@@ -9,9 +9,9 @@ import pytest
 from torch import fx, nn
 
 from lmfx.budget import Budget
-from lmfx.latency import Calibration, LatencyTable, Measurement
+from lmfx.latency import CalibrationLine, LatencyTable, Measurement
 from lmfx.made_of import MadeOf, set_made_of
-from lmfx.passes.algebra.linear_span import Chain, LinearSpan
+from lmfx.passes.algebra.linear_span import AffineChain, LinearSpan
 from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusal, Span
 from lmfx.report import report
@@ -50,14 +50,14 @@ RESULT = Result(
     measured=2.95,
     original=5.0,
     ratio=0.59,
-    line=Calibration(0.125, 1.5, 0.012, 0.98, float("nan")),
+    line=CalibrationLine(0.125, 1.5, 0.012, 0.98, float("nan")),
 )
 
 
 def network(result: Any, trainable: bool = False) -> fx.GraphModule:
     """Any network that carries a result."""
     root = nn.Module()
-    body = LinearSpan(Chain([nn.Conv2d(8, 8, 5)]), ((2, 2), (2, 2)), CONV) if trainable else nn.ReLU()
+    body = LinearSpan(AffineChain([nn.Conv2d(8, 8, 5)]), ((2, 2), (2, 2)), CONV) if trainable else nn.ReLU()
     root.add_module("span", body)
     graph = fx.Graph()
     graph.output(graph.call_module("span", (graph.placeholder("x"),)))
@@ -203,7 +203,7 @@ def test_what_a_table_promises_is_said_in_one_line() -> None:
     assert calibration_text(LatencyTable(rows, {})) == (
         "not calibrated on whole networks\n1 row only seen while the machine was busy"
     )
-    known = LatencyTable({"0:0-1:keep": Measurement(1.0)}, {}, Calibration(0.5, 1.25, 0.01, 0.9, 0.02, 0.08, 13))
+    known = LatencyTable({"0:0-1:keep": Measurement(1.0)}, {}, CalibrationLine(0.5, 1.25, 0.01, 0.9, 0.02, 0.08, 13))
     assert calibration_text(known) == (
         "network = 0.5 ms + 1.25 x sum of its rows; off by 1.0 %, 2.0 % held out, at worst 8.0 %, Kendall tau 0.90 "
         "(13 networks)"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfx.passes.algebra import linear
-from lmfx.passes.algebra.linear_span import Chain, LinearSpan
+from lmfx.passes.algebra.linear_span import AffineChain, LinearSpan
 from lmfx.passes.errors import OptionError
 from lmfx.passes.graph.conv_configs import module_config
 from lmfx.passes.graph.modules import ChannelSelect
@@ -366,8 +366,8 @@ def test_indices_outside_of_the_channels_are_errors() -> None:
     ],
 )
 def test_a_chain_with_selections_first_in_the_middle_or_last_is_one_conv(chain: Any) -> None:
-    body = double(Chain(chain()))
-    assert isinstance(body, Chain)
+    body = double(AffineChain(chain()))
+    assert isinstance(body, AffineChain)
     x = X[:, :6]
     assert relative_error(body(x), body.linear_op(6, 2)(x)) < 1e-14
 
