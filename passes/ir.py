@@ -243,6 +243,11 @@ class Candidate:
     calls: tuple[Span, ...] = field(default=(), kw_only=True, metadata={"optional": True})
 
     @property
+    def puts_conv(self) -> bool:
+        """Whether a conv of its own (`conv`) stands where the span was."""
+        return self.realization not in ("keep", "drop")
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """The spans of all calls, the candidate's own first."""
         return self.span, *self.calls
@@ -255,7 +260,7 @@ class Candidate:
     def key(self) -> str:
         """A name that is unique among the candidates of one graph and equal in every run."""
         parts = [self.span.series, f"{self.span.start}-{self.span.stop}", self.realization]
-        if self.conv is not None and self.realization != "keep":
+        if self.conv is not None and self.puts_conv:
             c = self.conv
             parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
             if any(d != 1 for d in c.dilation):

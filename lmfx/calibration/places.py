@@ -77,7 +77,7 @@ class Names:
             for i, span in enumerate(candidate.spans):
                 if candidate.realization == "drop":
                     self.dropped[span.entry] = span.output
-                elif candidate.realization != "keep" and candidate.post_norm is None:
+                elif candidate.puts_conv and candidate.post_norm is None:
                     self.merged[name, i] = span.output
 
     def of(self, node: fx.Node) -> fx.Node | None:

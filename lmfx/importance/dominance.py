@@ -32,7 +32,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     found = [np.empty(0, dtype=np.intp)] * len(candidates)
     inside: dict[str, list[tuple[int, int, int]]] = {}
     for i, d in enumerate(candidates):
-        if d.realization in ("compose", "fit"):
+        if d.puts_conv:
             for series, start, stop in places(d):
                 inside.setdefault(series, []).append((start, stop, i))
     tables = {name: np.array(rows) for name, rows in inside.items()}

@@ -58,7 +58,7 @@ class Workloads:
     def __call__(self, candidate: Candidate) -> Workload | None:
         """What to time for a candidate, or None if it costs nothing by itself."""
         join = self._join_of(candidate)
-        conv = candidate.conv if candidate.realization in ("compose", "fit") else None
+        conv = candidate.conv if candidate.puts_conv else None
         body: tuple[str, ...] = ()
         if candidate.realization == "keep":
             layer = self.network.series[candidate.span.series].layers[candidate.span.start]

@@ -171,7 +171,7 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
     for span in candidate.spans:
         if not 0 <= span.start < span.stop <= _LARGEST:
             raise _Damage(f"{where}.span runs from {span.start} to {span.stop}")
-    if candidate.realization in ("compose", "fit") and conv is None:
+    if candidate.puts_conv and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:
         _check_conv(conv, f"{where}.conv")

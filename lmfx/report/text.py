@@ -6,13 +6,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 from torch import fx
 
 from lmfx.environment.bounded_reading import in_one_line, printable
 from lmfx.environment.caller_state import entry
 from lmfx.latency import CalibrationLine, LatencyTable
-from lmfx.passes.ir import Candidate, ConvConfig, Refusal
+from lmfx.passes.ir import Candidate, ConvConfig, Realization, Refusal
 from lmfx.passes.model.size_limits import limits_of
 from lmfx.passes.model.trace_facts import noted
 from lmfx.planning.saved_networks import is_merged
@@ -88,7 +89,7 @@ def _head(result: Result) -> str:
     changed = {name for c in plan.candidates for name in c.all_convs}
     before = len(changed) + len(result.kept)
     after = len(result.kept) + sum(c.conv is not None for c in plan.candidates)
-    ways = [(n, sum(c.realization == n for c in plan.candidates)) for n in ("compose", "fit", "drop")]
+    ways = [(n, sum(c.realization == n for c in plan.candidates)) for n in get_args(Realization)[1:]]
     how = ", ".join(f"{count} {name}" for name, count in ways if count)
     title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
     if not plan.candidates:
@@ -193,11 +194,7 @@ def _backend(result: Result) -> str:
 
 
 def _spans(result: Result, full: bool) -> str:
-    named = [
-        (name, c)
-        for name, c in zip(result.names, result.plan.candidates, strict=False)
-        if c.realization in ("compose", "fit")
-    ]
+    named = [(name, c) for name, c in zip(result.names, result.plan.candidates, strict=False) if c.puts_conv]
     if not named:
         return ""
     shown = named if full else named[:ROWS]

@@ -32,7 +32,7 @@ def activated(network: Network, plan: MergePlan) -> dict[str, list[str]]:
     }
     found: dict[str, list[str]] = {}
     for candidate in plan.candidates:
-        if candidate.realization not in ("compose", "fit") or len(candidate.all_convs) < 2:
+        if not candidate.puts_conv or len(candidate.all_convs) < 2:
             continue
         for call in candidate.each():
             place = _place(network, call, owner)

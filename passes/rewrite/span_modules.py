@@ -42,7 +42,7 @@ def build_span(
 
 def span_sides(network: Network, candidate: Candidate) -> tuple[str, ...]:
     """The nodes whose vectors a composed or fitted candidate takes from the side, in the order of the graph."""
-    if candidate.realization not in ("compose", "fit") or not network.vectors:
+    if not candidate.puts_conv or not network.vectors:
         return ()
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     kept = kept_nodes(network, candidate) if candidate.realization == "compose" else network.convs(layers)[1]

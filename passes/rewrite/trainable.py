@@ -65,7 +65,7 @@ def rewrite(
             continue
         sides: tuple[fx.Node, ...] = ()
         norm: str | None = None
-        if candidate.realization != "drop":
+        if candidate.puts_conv:
             module = build_span(network, candidate, surrogates)
             sides = tuple(nodes[n] for n in module.sides) if isinstance(module, LinearSpan) else ()
             vectors |= set(module.sides) if isinstance(module, LinearSpan) else set()
@@ -228,7 +228,7 @@ def _check(network: Network, candidate: Candidate) -> None:
         whole = 0 <= span.start < span.stop and len(found) == span.stop - span.start
         if not whole or (found[0].entry, found[-1].exit) != (span.entry, span.exit):
             raise PlanError(f"the plan's span {candidate.key} ({span.entry} to {span.exit}) is not in this graph")
-        if candidate.conv is not None and candidate.realization != "keep":
+        if candidate.conv is not None and candidate.puts_conv:
             _check_conv(network, candidate.key, span, candidate.conv)
     own = candidate.span
     calls = network.calls.others(own.series, own.start, own.stop) if candidate.calls else ()

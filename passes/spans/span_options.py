@@ -11,7 +11,7 @@ exact        nothing is removed: the composed convs that are the same function a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..errors import OptionError
 from ..graph.ops import activation_of
@@ -23,7 +23,7 @@ Method = Literal["layermerge", "depth", "layeronly", "exact"]
 Norm = Literal["affine", "post"]
 # What each method may realize, and which realizations of a caller's say that the method was misunderstood.
 _METHODS: dict[str, frozenset[str]] = {
-    "layermerge": frozenset({"compose", "fit", "drop", "keep"}),
+    "layermerge": frozenset(get_args(Realization)),
     "depth": frozenset({"compose"}),
     "layeronly": frozenset({"drop"}),
     "exact": frozenset({"compose"}),
@@ -46,9 +46,10 @@ class SpanOptions:
     activation_after: str | None = None  # after a merged conv whose span ended without an activation
 
     def __post_init__(self) -> None:
-        unknown = set(self.realize) - {"compose", "fit", "drop", "keep"}
+        unknown = set(self.realize) - set(get_args(Realization))
         if unknown:
-            raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of 'compose', 'fit', 'drop'")
+            known = ", ".join(map(repr, get_args(Realization)[1:]))
+            raise OptionError(f"realize={self.realize!r} has {sorted(unknown)}; use some of {known}")
         for name, values in (("method", tuple(_METHODS)), ("norm", ("affine", "post"))):
             if getattr(self, name) not in values:
                 raise OptionError(f"{name}={getattr(self, name)!r}: use one of {', '.join(map(repr, values))}")
