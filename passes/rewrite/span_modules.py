@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..algebra import linear
-from ..algebra.linear_span import Branches, AffineChain, Crop, EnlargingSpan, LinearSpan, without_padding
+from ..algebra.linear_span import AffineChain, Branches, Crop, EnlargingSpan, LinearSpan, without_padding
 from ..algebra.side_vectors import SideAdd, SideConv, side_vector
 from ..errors import PlanError
 from ..graph import ops
