@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import fx, nn
 
+from lmfx.calibration.divergence import Divergence
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.model_checks import check_batched, check_graph, check_model, check_run_options, span_options
-from lmfx.calibration.refitting import JUDGED, LEAST_IMAGES, Divergence
+from lmfx.calibration.refitting import LEAST_IMAGES, split_to_judge
 from lmfx.calibration.refitting import refit as refit_student
 from lmfx.calibration.students import Students
 from lmfx.environment.caller_state import entry, ordinary
@@ -64,8 +65,8 @@ def rewrite(
 
     Fitted convs and affine surrogates are set from `calibration` (a tensor of images or a loader; without it the
     example that the graph was traced with stands in). `spans` of this graph save analysing it again. With `refit` every
-    layer is fitted to what it reads in the student, judged by each fourth image, from which then nothing is fitted; it
-    takes eight images or more. Raises `PlanError` if the plan was made for another graph.
+    layer is fitted to what it reads in the student, judged by a fourth of the images or less, of which no fit sees any;
+    it takes eight images or more. Raises `PlanError` if the plan was made for another graph.
     """
     if not isinstance(plan, MergePlan):
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
@@ -74,7 +75,7 @@ def rewrite(
     same = spans is not None and spans.network.gm is graph
     analysis = Analysis.of(spans.network) if spans is not None and same else Analysis(graph)
     apart = refit and len(images) >= LEAST_IMAGES
-    fitted, held = images.split(JUDGED) if apart else (images, None)
+    fitted, held = split_to_judge(images) if apart else (images, None)
     student = Students(analysis, fitted).student(plan, share_tensors=False, progress=progress)
     if held is not None:
         student = refit_student(student, graph, fitted, Divergence(graph, held), plan, progress)

@@ -49,9 +49,8 @@ class Lockstep:
     def __len__(self) -> int:
         return len(self.held)
 
-    @torch.no_grad()
     def values(self, chunk: int, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
-        """The values of some nodes for one chunk."""
+        """The values of some nodes for one chunk, with their derivatives where gradients are on."""
         known = self.held[chunk]
         needed, queue = set[fx.Node](), [n for n in wanted if n not in known]
         while queue:
@@ -71,6 +70,7 @@ class Lockstep:
                         del env[source]
         return {n: env[n] for n in wanted}
 
+    @torch.no_grad()
     def outputs(self) -> list[Any]:
         """What the graph gives for each chunk."""
         return [self.values(i, [self.nodes[-1]])[self.nodes[-1]] for i in range(len(self))]

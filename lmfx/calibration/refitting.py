@@ -3,72 +3,55 @@
 A layer that was kept has the weights of the original, made for the original's values, and the layers before it no
 longer give those. In the order of the graph, each layer is set anew:
 
-    min over W, b of  |clamp(place) - clamp(goal)|^2  +  lambda |W - W0|^2         place = A + s ((W - W0) x + b - b0)
+    min over W, b of  |place - goal|^2  +  lambda |W - W0|^2         place = now + s ((W - W0) x + b - b0)
 
-W0 is its own weight, `place` and `goal` are where student and original are compared (`places`), the clamp is that of a
-ReLU after it (`passes.fit.changes`), lambda is found on held-out images. A fit that is better at its place can still
-make the network worse, so the student as a whole is judged on images that no fit saw, and a layer stays as it was
-unless its divergence falls.
+W0 is its own weight, `place` and `goal` are where student and original are compared (`places`), lambda is found on
+held-out images (`passes.fit.changes`). A fit that is better at its place can still make the network worse, so the
+student as a whole is judged on images that no fit saw, and a layer stays as it was where its loss would rise. At the
+end the layers are set together (`joint_fit`): as many of the last ones as `MOST_WORK` allows, in a small network all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
-from typing import Any, Protocol
+from math import isfinite, prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lmfx.calibration.divergence import Divergence, Judging
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.joint_fit import CHUNK, PASSES, JointFit, metric_of
 from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import Site, find_sites
-from lmfx.calibration.recording import flat_output, output_rows
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import Rows, fit_rows
+from lmfx.passes.graph import ops
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.model_copy import deep_copy
 from lmfx.passes.rewrite.regrouped_sums import regrouped
 
-__all__ = ["JUDGED", "LEAST_IMAGES", "Divergence", "Judging", "refit"]
+__all__ = ["LEAST_IMAGES", "refit", "split_to_judge"]
 
-JUDGED = 64  # images, at most
 LEAST_IMAGES = 8
 SAMPLES_AN_UNKNOWN, LEAST_SAMPLES, MOST_SAMPLES = 16, 4096, 20000
 ROW_BYTES = 100 << 20  # of features
 MOST_UNKNOWNS = 2500
 HOLD_OUT_EVERY = 4  # of the fitting images, to choose damping by
+LEAST_STEPS, MOST_STEPS = 2, 5  # joint ones
+LEAST_GAIN = 0.01  # the share by which a step must lower the loss for there to be another
+MOST_WORK = 4e11  # multiply-adds of all joint steps
 
 
-class Judging(Protocol):
-    """Says how far a network is from the original, on images that no fit saw."""
-
-    @property
-    def images(self) -> Calibration: ...
-    def loss(self, outputs: list[Any]) -> float:
-        """What a graph gave on the images, batch by batch -> a number, lower is better; any size of batches."""
-
-
-class Divergence:
-    """Sum of |z' - z|^2 over sum of |z - mean z|^2 of all outputs together."""
-
-    def __init__(self, graph: fx.GraphModule, images: Calibration) -> None:
-        self.images = images
-        self.rows = output_rows(graph, images)
-        run = Lockstep(graph, images)
-        self.sizes = run.images
-        self.wanted = self._flat(run.outputs()).double()
-
-    def _flat(self, outputs: list[Any]) -> Tensor:
-        parts = [flat_output(o, n, self.rows) for o, n in zip(outputs, self.sizes, strict=True)]
-        return torch.cat(parts)
-
-    def loss(self, outputs: list[Any]) -> float:
-        """The divergence of outputs."""
-        error = (self._flat(outputs).double() - self.wanted).square().sum()
-        return float(error / (self.wanted - self.wanted.mean(0)).square().sum().clamp_min(1e-300))
+def split_to_judge(calibration: Calibration) -> tuple[Calibration, Calibration]:
+    """(images to fit on, others to judge on): each fourth judges, and of many images fewer, down to each eighth."""
+    every = min(max(len(calibration) // 64, 4), 8)
+    apart = torch.arange(len(calibration)) % every == every - 1
+    rest, judged = (tuple(t[mask] for t in calibration.tensors) for mask in (~apart, apart))
+    return Calibration(rest, calibration.names), Calibration(judged, calibration.names)
 
 
 @torch.no_grad()
@@ -82,8 +65,9 @@ def refit(
 ) -> fx.GraphModule:
     """A copy of `student`, the trainable form of a plan for `graph`, whose layers fit the values that they now get.
 
-    `judge` has images apart from those of `calibration`; without one, each fourth image of `calibration` judges. With
-    fewer than eight images nothing is changed. `plan` is that of the student, if its `meta` does not have it.
+    `judge` has images apart from those of `calibration`; without one, a part of `calibration` judges
+    (`split_to_judge`), by the divergence. With fewer than eight images nothing is changed. `plan` is that of the
+    student, if its `meta` does not have it.
     """
     made = made_of(student)
     plan = made.plan if plan is None and made is not None else plan
@@ -92,7 +76,7 @@ def refit(
         return student
     graph = graph if plan is None else regrouped(graph, plan.sums)
     if judge is None:
-        calibration, held = calibration.split(JUDGED)
+        calibration, held = split_to_judge(calibration)
         judge = Divergence(graph, held)
     _Refit(student, graph, calibration, judge, plan).run(progress)
     return student
@@ -113,8 +97,42 @@ class _Refit:
         self.ours, self.theirs = Lockstep(student, calibration), Lockstep(graph, calibration)
         self.judged, self.judge = Lockstep(student, judge.images), judge
         self.generator = torch.Generator().manual_seed(0)
+        self.student, self.graph, self.images = student, graph, calibration
+        self.first = self.first_joint()  # index of the node from which on layers are set together
+        self.metrics: list[tuple[Site, Tensor]] = []
+        self.differs = False  # whether any place has not what the original has there
+
+    def first_joint(self) -> int:
+        """The first node after which little enough is computed that joint steps can be made."""
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.student.parameters())
+        left = 0.0 if half else MOST_WORK / (LEAST_STEPS * PASSES * max(sum(self.ours.images), 1))
+        for i, node in reversed(list(enumerate(self.ours.nodes))):
+            left -= _work(self.student, node)
+            if left < 0:
+                return i + 1
+        return 0
 
     def run(self, progress: bool) -> None:
+        best = self.layers(progress)
+        if not self.metrics or not self.differs:
+            return
+        first = self.ours.index[self.metrics[0][0].node]
+        start, judged = Lockstep(self.student, self.images, CHUNK), Lockstep(self.student, self.judge.images)
+        start.hold(first)
+        judged.hold(first)
+        work = sum(_work(self.student, n) for n in start.nodes[start.at :]) * PASSES * sum(start.images)
+        steps = min(max(int(MOST_WORK / work), LEAST_STEPS), MOST_STEPS) if work else MOST_STEPS
+        joint = JointFit(self.student, start, Divergence(self.graph, self.images, CHUNK), self.metrics)
+        with progress_bar(steps, "setting layers together", progress) as bar:
+            for _ in range(steps):
+                before, best = best, joint.step(best, lambda: self.judge.loss(judged.outputs()))
+                bar.update(1)
+                if not best < before * (1 - LEAST_GAIN):
+                    break
+        joint.close()
+
+    def layers(self, progress: bool) -> float:
+        """Set one layer after another; the judged loss after it."""
         best = self.judge.loss(self.judged.outputs())
         with progress_bar(len(self.sites), "refitting", progress) as bar:
             for i, site in enumerate(self.sites):
@@ -128,6 +146,7 @@ class _Refit:
                 if i + 1 < len(self.sites):
                     self.hold(self.sites[i + 1 :])
                 bar.update(1)
+        return best
 
     def hold(self, left: list[Site]) -> None:
         """Go on to where the next of the sites that are left can be computed from."""
@@ -140,7 +159,9 @@ class _Refit:
         if feature_rows.unknowns_of(site.layer) > MOST_UNKNOWNS:
             return None
         rows = self.rows(site)
-        change = None if rows is None else fit_rows(rows)
+        if rows is not None and self.ours.index[site.node] >= self.first:
+            self.metrics.append((site, metric_of(rows.x)))
+        change = None if rows is None or _error(rows.now, rows.goal) <= _rounding(rows.now) else fit_rows(rows)
         if change is None or not isfinite(float(change.columns.abs().sum() + change.bias.abs().sum())):
             return None
         return _apply(site, change.columns, change.bias)
@@ -160,8 +181,11 @@ class _Refit:
             x, place = site.entering(values), values[site.place]
             if place.shape != goal.shape or not feature_rows.takes(layer, x) or len(x) % count:
                 return None
-            if not chunk and _error(place, goal) <= _rounding(place):
-                return None  # what the original has there already
+            if not chunk and _error(place, goal) <= _rounding(place):  # what the original has there already
+                if self.ours.index[site.node] < self.first:
+                    return None
+            else:
+                self.differs = True
             repeated = len(x) // count  # windows and steps of one image lie side by side
             pixels = feature_rows.pixels_of(layer, place.shape)
             each = min(max(-(-want // (images * repeated)), 1), pixels)
@@ -182,6 +206,16 @@ class _Refit:
         if not bool(features.isfinite().all() & now.isfinite().all() & goal.isfinite().all()):
             return None
         return Rows(features, now, goal, site.scale, sum(len(p[1]) for p in held))
+
+
+def _work(gm: fx.GraphModule, node: fx.Node) -> float:
+    """Multiply-adds of a node, an image."""
+    if node.op != "call_module" or node.meta.get("shape") is None:
+        return 0.0
+    shape = node.meta["shape"]
+    kinds = (*ops.CONVS, *ops.TRANSPOSED, nn.Linear)
+    layers: list[Any] = [m for m in gm.get_submodule(str(node.target)).modules() if isinstance(m, kinds)]
+    return float(sum(prod(shape[1:]) * feature_rows.unknowns_of(m) for m in layers))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -86,9 +86,9 @@ def pixels_of(layer: Any, shape: Sequence[int]) -> int:
     return prod(shape[1:-1]) if isinstance(layer, nn.Linear) else prod(shape[2:])
 
 
-def columns_of(layer: Any) -> Tensor:
-    """The weight as columns (blocks, features, out / blocks), in float64."""
-    weight = layer.weight.detach().double()
+def columns_of(layer: Any, weight: Tensor | None = None) -> Tensor:
+    """A weight, by default the layer's own, as columns (blocks, features, out / blocks), in float64."""
+    weight = (layer.weight if weight is None else weight).detach().double()
     if isinstance(layer, nn.Linear):
         return weight.T[None]
     groups, ndim = layer.groups, weight.dim() - 2

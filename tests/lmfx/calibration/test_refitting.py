@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lmfx
+from lmfx.calibration.divergence import Divergence
 from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import find_sites
-from lmfx.calibration.refitting import Divergence, refit
+from lmfx.calibration.refitting import refit
 from tests.helpers import double
 
 
@@ -286,3 +287,70 @@ def test_a_refitted_network_is_saved_and_loaded_with_the_biases_that_it_got(tmp_
     for name, net in (("student", student), ("merged", lmfx.merge(student))):
         lmfx.save(net, tmp_path / name)
         assert torch.equal(lmfx.load(tmp_path / name, model)(x), net(x))
+
+
+def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
+    """A student that cannot be what the original is: its second conv is one of 1 x 1."""
+    student = copy.deepcopy(graph)
+    conv = nn.Conv2d(6, 6, 1, groups=2, bias=False, dtype=torch.float64)
+    student.conv2 = conv.requires_grad_(False)
+    return student
+
+
+def test_layers_that_are_set_together_come_nearer_than_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, x = traced(Block, 3, 8, 8, images=160)
+    student, images = narrowed(graph), calibrated(x)
+    joint = refit(student, graph, images)
+    monkeypatch.setattr("lmfx.calibration.refitting.MOST_WORK", 0.0)
+    alone = refit(student, graph, images)
+    fresh = torch.randn(100, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert divergence(joint, graph, fresh) < 0.97 * divergence(alone, graph, fresh)
+    assert divergence(alone, graph, fresh) < divergence(student, graph, fresh)
+
+
+def test_setting_layers_together_gives_back_what_it_borrowed() -> None:
+    graph, x = traced(Block, 3, 8, 8, images=64)
+    student = narrowed(graph)
+    found = refit(student, graph, calibrated(x))
+    assert [n for n, _ in found.named_parameters()] == [n for n, _ in student.named_parameters()]
+    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in student.parameters()]
+    assert all(p.grad is None for p in found.parameters())
+
+
+def test_only_the_last_layers_of_a_large_network_are_set_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, x = traced(Block, 3, 8, 8)
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "lmfx.calibration.joint_fit.JointFit.step",
+        lambda self, best, judged: seen.append([s.path for s, _ in self.metrics]) or best,
+    )
+    student = wrecked(graph, "stem", "conv1", "conv2", "head")
+    student.head.bias.data += torch.tensor([3.0, 0, 0, 0, 0], dtype=torch.float64)
+    monkeypatch.setattr("lmfx.calibration.refitting.MOST_WORK", 50 * 36 * 1000.0)
+    refit(student, graph, calibrated(x))
+    assert seen in ([], [["head"]])
+    monkeypatch.setattr("lmfx.calibration.refitting.MOST_WORK", 1e12)
+    refit(student, graph, calibrated(x))
+    assert "stem" in seen[-1]
+
+
+def test_a_divergence_counts_each_output_in_its_own_unit() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y, 1e6 * y.mean((2, 3))
+
+    graph, x = traced(Two, 3, 6, 6)
+    judge = Divergence(graph, calibrated(x))
+    y, mean = graph(x)
+    pieces = list(zip(y.detach().split(16), mean.detach().split(16), strict=True))
+    assert judge.loss(pieces) < 1e-20
+    wrong = [(a + 0.1, b) for a, b in pieces]
+    other = [(a, b + 1e5) for a, b in pieces]
+    assert 1e-4 < judge.loss(wrong) < 1e2
+    assert 1e-4 < judge.loss(other) < 1e2
+    assert judge.loss([(a * float("nan"), b) for a, b in pieces]) == float("inf")

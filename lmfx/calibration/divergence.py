@@ -1,0 +1,63 @@
+"""How far outputs are from those of the original: squared differences, each output in its own unit.
+
+    divergence = mean over outputs of  sum |z' - z|^2 / sum |z - mean of z over the images|^2
+
+`Divergence` is a judge (`Judging`): it has images and says how good what a graph gave on them is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lmfx.calibration.images import Calibration
+from lmfx.calibration.lockstep import CHUNK, Lockstep
+from lmfx.calibration.recording import flat_output, output_rows
+from lmfx.passes.model.interface import plain_output
+
+__all__ = ["Divergence", "Judging"]
+
+
+class Judging(Protocol):
+    """Says how far a network is from the original, on images that no fit saw."""
+
+    @property
+    def images(self) -> Calibration: ...
+    def loss(self, outputs: list[Any]) -> float:
+        """What a graph gave on the images, batch by batch as `Lockstep` has them -> a number, lower is better."""
+
+
+class Divergence:
+    """The divergence from a graph on some images."""
+
+    def __init__(self, graph: fx.GraphModule, images: Calibration, size: int = CHUNK) -> None:
+        self.images = images
+        self._rows = output_rows(graph, images)
+        self._units: list[float] = []
+        run = Lockstep(graph, images, size)
+        given, self.sizes = run.outputs(), run.images
+        columns = [torch.cat(c).double() for c in zip(*map(self._leaves, given, self.sizes), strict=True)]
+        for whole in columns:
+            variance = float((whole - whole.mean(0)).square().sum())
+            self._units.append((variance or float(whole.square().sum()) or 1.0) ** 0.5 * len(columns) ** 0.5)
+        self.wanted = [self.flat(o, n) for o, n in zip(given, self.sizes, strict=True)]
+
+    def _leaves(self, output: Any, images: int) -> list[Tensor]:
+        """The floating tensors that have rows, each as (images, values)."""
+        found = [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
+        pairs = zip(found, self._rows, strict=True)
+        return [flat_output([v], images, (dim,)) for v, dim in pairs if dim is not None]
+
+    def flat(self, output: Any, images: int) -> Tensor:
+        """The output of one batch, (images, values), in units in which the squared error is the divergence."""
+        return torch.cat([v / u for v, u in zip(self._leaves(output, images), self._units, strict=True)], 1)
+
+    def loss(self, outputs: Sequence[Any]) -> float:
+        """The divergence of what a graph gave; infinite if that is not finite."""
+        pairs = zip(outputs, self.sizes, self.wanted, strict=True)
+        error = sum(float((self.flat(o, n).double() - w.double()).square().sum()) for o, n, w in pairs)
+        return error if error == error else float("inf")
