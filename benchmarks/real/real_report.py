@@ -14,7 +14,7 @@ KNOWN = {
     *("network", "variant", "budget", "stage", "version", "digest", "seconds", "peak_gb", "missed"),
     *("minutes", "steps", "recovery_seconds"),
     *("ratio", "spread", "ms", "original_ms", "figure", "unit"),
-    *("reported", "spans", "size", "importance", "channels", "errors"),
+    *("reported", "kept", "spans", "size", "importance", "channels", "errors"),
 }
 
 
@@ -56,7 +56,8 @@ def _note(row: dict[str, Any]) -> str:
     if "importance" in row:
         told.append(f"{row['importance']}, {row['channels']:.0%} of channels")
     if "reported" in row and row["reported"] is not None:
-        told.append(f"{row['version']}, reported {row['reported']:.3f}")
+        says = f" and {row['kept']:.1%} kept" if "kept" in row else ""
+        told.append(f"{row['version']}, reported {row['reported']:.3f}{says}")
     return f"   {'; '.join(told)}" if told else ""
 
 

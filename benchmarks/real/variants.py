@@ -12,8 +12,8 @@ student scales the images itself, and its teacher sees them whole. A module, not
 
 from __future__ import annotations
 
-import inspect
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -85,19 +85,26 @@ class _Scaled(nn.Module):
 
 def lmfx_itself(work: Work, budget: float) -> Made:
     """What `lmfx.compress` gives."""
-    student = lmfx.compress(
-        work.model,
-        work.subject.example,
-        budget,
-        calibration=work.calibration,
-        cache_dir=work.folder / "cache",
-        merge=False,
-        progress=False,
-        **work.options,
-    )
+    student = _compressed(work, budget, calibration=work.calibration)
     found = lmfx.result_of(student)
-    facts = {"reported": found.ratio, "spans": len(found.plan.candidates)}
+    assert found.quality is not None
+    facts = {"reported": found.ratio, "spans": len(found.plan.candidates), "kept": found.quality.kept}
     return Made(lmfx.merge(student), work.subject.example, facts, student)
+
+
+def _compressed(work: Work, budget: float, **options: Any) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lmfx.QualityWarning)  # the table says what is left
+        return lmfx.compress(
+            work.model,
+            work.subject.example,
+            budget,
+            cache_dir=work.folder / "cache",
+            merge=False,
+            progress=False,
+            **options,
+            **work.options,
+        )
 
 
 def smaller_input(work: Work, budget: float) -> Made:
@@ -133,31 +140,21 @@ class _Equal:
 def uniform(work: Work, budget: float) -> Made:
     """As few layers dropped as the budget allows. Raises `Missed` where too few may go."""
     try:
-        student = lmfx.compress(
-            work.model,
-            work.subject.example,
+        student = _compressed(
+            work,
             budget,
-            calibration=work.calibration[:8],
+            calibration=work.calibration[:16],
             importance=_Equal(),
             method="layeronly",
             realize=("compose",),
             surrogate="identity",
-            cache_dir=work.folder / "cache",
-            merge=False,
-            progress=False,
-            **_without_judging(),
-            **work.options,
+            quality=None,
+            refit=False,
         )
     except lmfx.InfeasibleBudget as error:
         raise Missed(error.latency / error.original) from error
     facts = {"reported": lmfx.result_of(student).ratio}
     return Made(lmfx.merge(student), work.subject.example, facts, student)
-
-
-def _without_judging() -> dict[str, Any]:
-    """What later versions of `compress` do on top is none of this baseline's."""
-    known = inspect.signature(lmfx.compress).parameters
-    return {name: False for name in ("refit",) if name in known}
 
 
 VARIANTS: dict[str, Callable[[Work, float], Made]] = {
@@ -178,18 +175,15 @@ def make(work: Work, variant: str, budget: float) -> Made:
     made = VARIANTS[variant.removesuffix(RECOVERED)](work, budget)
     if not variant.endswith(RECOVERED):
         return made
-    recover: Any = getattr(lmfx, "recover", None)
-    if recover is None:
-        raise SystemExit("this lmfx has no recover: leave variants with +recover out")
     subject = work.subject
     images = subject.images("cal", subject.recovery, subject.size)
     assert made.trainable is not None
     student = (
         made.trainable if isinstance(made.trainable, fx.GraphModule) else lmfx.trace(made.trainable.eval(), images[:1])
     )
-    spent = {"steps": work.steps} if work.steps else {"minutes": work.minutes}
+    spent: dict[str, Any] = {"steps": work.steps} if work.steps else {"minutes": work.minutes}
     start = time.process_time()
-    trained = recover(student, work.model, images, progress=False, **spent)
+    trained = lmfx.recover(student, work.model, images, progress=False, **spent)
     facts = {**made.facts, **spent, "recovery_seconds": round(time.process_time() - start, 1)}
     if not isinstance(made.trainable, _Scaled):
         return replace(made, net=lmfx.merge(trained), facts=facts)
