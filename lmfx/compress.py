@@ -1,51 +1,32 @@
-"""`compress`: trace, enumerate, measure, score, solve, search the budget, rewrite, fit, merge."""
+"""`compress`: checks what is asked for, has it done (`lmfx.planning.compression`), and says what is left."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
-from statistics import median
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
 
-from lmfx import stages
 from lmfx.budget import Budget
-from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
 from lmfx.calibration.model_checks import check_run_options, span_options
-from lmfx.calibration.refitting import refit as refit_layers
 from lmfx.environment.caller_state import entry
-from lmfx.importance import Estimator, ImportanceTable, Reconstruction, get_estimator
-from lmfx.importance.on_demand import score_on_demand
+from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
-from lmfx.importance.reconstruction import ReconstructionSession
-from lmfx.latency import Backend, LatencyTable, get_backend
-from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
-from lmfx.latency.whole_times import time_wholes
-from lmfx.made_of import made_of, set_made_of
-from lmfx.passes.errors import BudgetError, InfeasibleBudget, OptionError, QualityError
-from lmfx.passes.graph.tensor_inputs import bare
-from lmfx.passes.ir import MergePlan, Realization, Surrogate
-from lmfx.passes.model.trace_facts import note, noted
-from lmfx.passes.rewrite.trainable import span_names
-from lmfx.passes.spans.enumeration import Method, Norm, SpanSet
-from lmfx.passes.trace.tracing import example_arguments, fingerprint
-from lmfx.planning.frontier import Frontier
-from lmfx.planning.judged import Judged
-from lmfx.planning.keeping import fastest_that_keeps, parse_keep
-from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
-from lmfx.quality import Choosing, Judge, Quality, QualityName, QualityWarning
+from lmfx.latency import Backend, LatencyTable
+from lmfx.passes.errors import BudgetError, OptionError, QualityError
+from lmfx.passes.ir import Realization, Surrogate
+from lmfx.passes.spans.enumeration import Method, Norm
+from lmfx.planning.compression import Compression
+from lmfx.planning.input_sizes import at_best_size, parse_sizes
+from lmfx.planning.keeping import parse_keep
+from lmfx.quality import QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
-from lmfx.result import Result, result_of
-from lmfx.training.recovery import recover as recover_student
+from lmfx.result import result_of
 from lmfx.training.recovery_clock import seconds_of
 
 __all__ = ["compress"]
-
-KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
-WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
 
 @entry
@@ -73,6 +54,7 @@ def compress(
     quality: QualityName | None = "auto",
     refit: bool = True,
     recover: float | str | None = None,
+    input_sizes: Sequence[int | Sequence[int]] = (),
     progress: bool = True,
 ) -> fx.GraphModule:
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
@@ -113,6 +95,9 @@ def compress(
             what `quality` needs.
         recover: minutes, or a text like "3min" or "90s", of label-free training on the calibration images
             (`lmfx.recover`); what judges the result is not trained on.
+        input_sizes: other sizes that the images may be scaled to, heights or (height, width): the network is compressed
+            for each, and the one of best quality against the original at its own size is returned. `Result.input_size`
+            says which, `Result.alternatives` what the others keep, and what a smaller input alone would.
         progress: show progress bars on stderr.
 
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
@@ -143,69 +128,31 @@ def compress(
     check_run_options(executor, cache_dir)
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
 
-    graph = stages.trace(model, example_input)
-    spans = stages.spans(graph, **options)
-    source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
-    if isinstance(latency, LatencyTable):
-        source = latency
-        check_table(spans, source)
+    asked = Compression(
+        estimator=estimator,
+        options=options,
+        latency=latency,
+        surrogate=surrogate,
+        executor=executor,
+        cache_dir=cache_dir,
+        merge=merge,
+        quality=quality,
+        refit=refit,
+        recover=recover,
+        progress=progress,
+    )
+    if sizes := parse_sizes(input_sizes):
+        if wanted is None or quality is None or isinstance(latency, LatencyTable):
+            raise OptionError("input_sizes= needs a budget, a quality and a backend to measure on")
+        net = at_best_size(asked, model, example_input, wanted, sizes, calibration, quality)
     else:
-        source = get_backend(latency if latency is not None else stages.default_backend(graph))
-    images = as_calibration(calibration, example_input)
-
-    def profiled(some: SpanSet) -> LatencyTable:
-        if isinstance(source, LatencyTable):
-            return source
-        return stages.profile(graph, source, spans=some, cache_dir=cache_dir, progress=progress, calibrate=False)
-
-    session = None
-    if quality is not None and isinstance(estimator, Reconstruction) and len(images) >= LEAST_JUDGED:
-        session = estimator.session(spans, list(spans), images)
-
-    if share is not None and session is None:
-        raise OptionError(
-            f"keep={keep!r} is measured, on at least {LEAST_JUDGED} calibration images (there are {len(images)}) and "
-            "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
-        )
-    found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
-    same = MergePlan((), fingerprint(graph))
-    if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
-        return _finish(graph, stages.rewrite(graph, same, spans=spans), spans, wanted, source, merge, None, images)
-    if not any(c.realization != "keep" for c in spans):
-        raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
-    if found is None:
-        table = profiled(spans)
-        scores = _scores(graph, session or estimator, images, spans, table, wanted, cache_dir, executor, progress)
-        frontier = stages.solve(graph, table, scores, spans=spans, surrogate=surrogate)
-        judged = None
-        if session is not None and quality is not None:
-            judged = Judged(spans, table, scores, session, images, quality, surrogate, progress)
-        if wanted is None:
-            assert judged is not None and share is not None
-            found = _that_keeps(judged, frontier, share, source, example_input)
-        elif isinstance(source, LatencyTable):
-            found = predict_plan(frontier, wanted)
-            if judged is not None:
-                found = judged.better_predicted(found, wanted.resolve(frontier.original))
-        else:
-            found = find_plan(graph, frontier, wanted, source, example_input, progress)
-            if judged is not None:
-                found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
-    student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=progress)
-    if refit and session is not None and quality is not None and any(not c.exact for c in found.plan.candidates):
-        roles = images.roles()
-        choosing = Choosing(Judge(graph, roles.choose), quality)
-        student = refit_layers(student, graph, roles.fit, choosing, found.plan, progress)
-    if recover is not None and any(not c.exact for c in found.plan.candidates):
-        recover_student(student, graph, images, minutes=recover, progress=progress)
-    net = stages.merge(student) if merge else student
-    made = _finish(graph, net, spans, wanted, source, merge, found, images, share)
-    _check_kept(made, share, wanted)
-    return made
+        net = asked.run(model, example_input, wanted, share, calibration)
+    _check_quality(net, share, wanted)
+    return net
 
 
-def _check_kept(net: fx.GraphModule, share: float | None, budget: Budget | None) -> None:
-    """Raises `QualityError` for a network within a budget that keeps less than was asked for."""
+def _check_quality(net: fx.GraphModule, share: float | None, budget: Budget | None) -> None:
+    """Warns of a network that has collapsed. Raises `QualityError` for one that keeps less than was asked for."""
     quality = result_of(net).quality
     assert quality is not None
     if share is not None and budget is not None and quality.kept < share:
@@ -214,139 +161,10 @@ def _check_kept(net: fx.GraphModule, share: float | None, budget: Budget | None)
             f"keep={share:g} was asked for ({quality}, on {quality.images} images): allow a larger budget, keep less, "
             "or leave budget= out for the fastest network that keeps so much"
         )
-
-
-def _loss_free(
-    graph: fx.GraphModule,
-    spans: SpanSet,
-    profiled: Callable[[SpanSet], LatencyTable],
-    source: Backend | LatencyTable,
-    budget: Budget,
-    example_input: Any,
-) -> Found | Predicted | None:
-    """The fastest plan that loses nothing, if it is within the budget: nothing has to be scored for it."""
-    if not any(c.exact for c in spans):
-        return None
-    free = replace(spans, candidates=tuple(c for c in spans if c.exact or c.realization == "keep"))
-    frontier = stages.solve(graph, profiled(free), ImportanceTable({}, {}), spans=free)
-    if isinstance(source, LatencyTable):
-        return predict_loss_free(frontier, budget)
-    return find_loss_free(graph, frontier, budget, source, example_input)
-
-
-def _scores(
-    graph: fx.GraphModule,
-    estimator: Estimator,
-    images: Calibration,
-    spans: SpanSet,
-    table: LatencyTable,
-    budget: Budget | None,
-    cache_dir: str | os.PathLike[str] | None,
-    executor: ExecutorLike,
-    progress: bool,
-) -> ImportanceTable:
-    """Importances of all candidates, or, of a network in which that takes long, of those that the budget depends on."""
-    options: dict[str, Any] = {"calibration": images, "spans": spans, "cache_dir": cache_dir, "executor": executor}
-    if not isinstance(estimator, ReconstructionSession) or not estimator.heavy:
-        return stages.score(graph, estimator, latency=table, progress=progress, **options)
-    free = {c.key: 0.0 for c in stages.worth_scoring(spans, table)}
-    anything = stages.solve(graph, table, ImportanceTable(free, {}), spans=spans)
-    fastest = float(anything.latency[0]) / anything.original
-    share = 1.0 if budget is None else budget.resolve(anything.original) / anything.original
-    asked = KEEP_SHARES if budget is None else (share, BELOW * share)
-    shares = [s for s in asked if fastest <= s <= 1] or [fastest]
-    # A fit from few pixels may be worse than the identity that it could be, so drops are not bounded by it.
-    drops = [c for c in spans if c.realization == "drop"]
-    found = score_on_demand(graph, estimator, table, shares, width=WIDTH, first=drops, progress=progress, **options)
-    return found.table
-
-
-def _that_keeps(
-    judged: Judged, frontier: Frontier, share: float, source: Backend | LatencyTable, example_input: Any
-) -> Found | Predicted:
-    """The fastest plan that keeps a share, with its latency: measured, or predicted where nothing is measured."""
-    kept = fastest_that_keeps(judged, frontier, share)
-    predicted = frontier.line(kept.proposal.sum)
-    plan = replace(kept.proposal.plan, latency=predicted)
-    if isinstance(source, LatencyTable):
-        return Predicted(len(frontier) - 1, plan, frontier, predicted, frontier.original)
-    original = median(time_wholes(source, [bare(judged.analysis.graph, example_arguments(example_input))])[0])
-    ratio = measure_plan(judged.analysis, plan, source, example_input, original)
-    if ratio >= 1:  # what is not faster is not worth what it loses
-        plan, ratio, predicted = MergePlan((), plan.fingerprint), 1.0, original
-    return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
-
-
-def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
-    """What a network keeps of the original, on images that nothing else saw. Warns if that is little."""
-    roles = images.roles()
-    found = Judge(graph, roles.judge, held_out=not roles.seen)(net)
-    if found.collapsed:
+    if quality.collapsed:
         warnings.warn(
-            f"the compressed network no longer does what the original did ({found}, on {found.images} images): allow a "
-            "larger budget, train it (lmfx.recover, lmfx.distill), or keep layers with exclude=",
+            f"the compressed network no longer does what the original did ({quality}, on {quality.images} images): "
+            "allow a larger budget, train it (recover=, lmfx.recover, lmfx.distill), or keep layers with exclude=",
             QualityWarning,
-            stacklevel=5,  # the caller of compress
+            stacklevel=4,  # the caller of compress
         )
-    return found
-
-
-def _nothing_to_merge(
-    name: str, spans: SpanSet, source: Backend | LatencyTable, example_input: Any
-) -> InfeasibleBudget:
-    if isinstance(source, LatencyTable):
-        reached = source.total() if source.calibration is None else source.predict()
-    else:
-        network = bare(spans.network.gm, example_arguments(example_input))
-        reached = median(time_wholes(source, [network])[0])
-    reasons = "; ".join(str(r) for r in spans.refusals[:3])
-    return InfeasibleBudget(
-        f"nothing in {name} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
-        "See lmfx.spans(graph).refusals",
-        reached,
-        reached,
-    )
-
-
-def _finish(
-    graph: fx.GraphModule,
-    net: fx.GraphModule,
-    spans: SpanSet,
-    budget: Budget | None,
-    source: Backend | LatencyTable,
-    merged: bool,
-    found: Found | Predicted | None,
-    images: Calibration,
-    keep: float | None = None,
-) -> fx.GraphModule:
-    """Attach the result, and drop what only the compiler needed."""
-    made = made_of(net)
-    assert made is not None
-    plan = made.plan
-    changed = {name for c in plan.candidates for name in c.all_convs}
-    network = spans.network
-    every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
-    convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
-    result = Result(
-        plan=plan,
-        budget=budget,
-        merged=merged,
-        backend=runtime_of(source) if isinstance(source, LatencyTable) else dict(source.identity()),
-        names=tuple(span_names(graph, plan)),
-        refusals=spans.refusals,
-        kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
-        candidates=len(spans),
-        images=len(images),
-        predicted=found.predicted if found else None,
-        measured=found.measured if found else None,
-        original=found.original if found else None,
-        ratio=found.ratio if found else None,
-        line=found.frontier.line if found else None,
-        inputs=noted(graph).inputs,
-        frontier=found.frontier if found else None,
-        quality=_quality(graph, net.train(False), images),
-        keep=keep,
-    )
-    note(net, noted(graph).of_result())
-    set_made_of(net, replace(made, result=result))
-    return net

@@ -16,7 +16,16 @@ from lmfx.passes.ir import MergePlan, Refusal
 from lmfx.planning.frontier import Frontier
 from lmfx.quality.measures import Quality
 
-__all__ = ["Result", "result_of"]
+__all__ = ["Alternative", "Result", "result_of"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to be as fast: what it is, its share of the original's latency, and what it keeps."""
+
+    what: str
+    ratio: float
+    quality: Quality
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ class Result:
     # What the network keeps of the original, on images that neither a fit nor the choice of the plan saw.
     quality: Quality | None = field(default=None, metadata={"optional": True})
     keep: float | None = field(default=None, metadata={"optional": True})  # the share that had to be kept
+    # With input_sizes=: (height, width) that this network is for, and what else was made and judged.
+    input_size: tuple[int, ...] = field(default=(), metadata={"optional": True})
+    alternatives: tuple[Alternative, ...] = field(default=(), metadata={"optional": True})
     # Not saved with the network:
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 

@@ -195,6 +195,7 @@ def compress_command(args: argparse.Namespace) -> None:
             quality=args.quality,
             refit=not args.no_refit,
             recover=args.recover,
+            input_sizes=args.input_sizes,
             calibration=data,
             latency=_backend(args, model) if carried is None else carried,
             importance=importance,

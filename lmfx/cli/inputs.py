@@ -22,7 +22,7 @@ from lmfx.calibration.images import MAX_IMAGES, Calibration, as_calibration
 from lmfx.cli.models import call, imported, load_model
 from lmfx.passes.errors import InputError
 
-__all__ = ["calibration_option", "example", "images", "model_and_example", "model_options"]
+__all__ = ["calibration_option", "example", "images", "model_and_example", "model_options", "size_list"]
 
 RANDOM_IMAGES = 64
 SEED = 0
@@ -36,6 +36,14 @@ def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*([,x][1-9]\d*)+", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no shape; write 1,3,224,224 (batch, channels, height, width)")
     return tuple(int(n) for n in re.split("[,x]", text))
+
+
+def size_list(text: str) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each entry of "208,192" or "208x160,96x80"."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?(,[1-9]\d*(x[1-9]\d*)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write 208,192 or 208x160,96x80")
+    parts = [[int(n) for n in part.split("x")] for part in text.split(",")]
+    return tuple((part[0], part[-1]) for part in parts)
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

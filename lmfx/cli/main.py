@@ -32,7 +32,7 @@ from lmfx.cli.commands import (
     simplify_command,
     spans_command,
 )
-from lmfx.cli.inputs import model_options
+from lmfx.cli.inputs import model_options, size_list
 from lmfx.cli.options import (
     COMPRESS_DEFAULTS,
     COMPRESS_OPTIONS,
@@ -119,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--budget", metavar="B", help='0.6 or "60%%" of the latency, "4.5ms", or "2x" as fast')
     made.add_argument("--keep", metavar="SHARE", help='what must still agree, 0.98 or "98%%": as fast as that allows')
     made.add_argument("--recover", metavar="TIME", help="train so long on the calibration images: 3min, 90s")
+    made.add_argument(
+        "--input-sizes", type=size_list, default=(), metavar="N,N", help="also compress for images of these sizes"
+    )
     made.add_argument("--no-refit", action="store_true", help="leave the layers that the plan keeps as they are")
     made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
     made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")

@@ -52,6 +52,11 @@ class Judge:
         """Every floating tensor of the output, of all images; one without an image dimension, of the first batch."""
         return self.joined([floating(self.run(net, batch)) for batch in self.batches])
 
+    @torch.no_grad()
+    def outputs_of(self, net: nn.Module, images: Calibration) -> list[Tensor]:
+        """The same on other images of the same number, such as the judge's own at another size."""
+        return self.joined([floating(self.run(net, batch)) for batch in batches_for(net, images)])  # type: ignore[arg-type]
+
     def joined(self, parts: list[list[Tensor]]) -> list[Tensor]:
         """The tensors of all batches from those of each."""
         return [

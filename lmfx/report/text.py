@@ -121,6 +121,10 @@ def _quality(result: Result) -> list[str]:
         return []
     seen = _count(quality.images, "image") + (" that no fit saw" if quality.held_out else " that the fits saw")
     lines = [f"  quality    {quality}, on {seen}"]
+    if result.input_size:
+        lines.append(f"  input      images of {' x '.join(map(str, result.input_size))}")
+    for other in result.alternatives:
+        lines.append(f"             {other.what}: {other.quality} at {other.ratio:.1%}")
     if quality.collapsed:
         lines.append(
             "             COLLAPSED: it no longer does what the original did. Allow a larger budget, train it "

@@ -161,3 +161,40 @@ def test_refit_is_judged_by_the_network(half: Any, tmp_path: Path) -> None:
     graph, choosing = lmfx.trace(MODEL, IMAGES[:1]), IMAGES[3::8]
     assert lmfx.result_of(plain).plan == lmfx.result_of(half).plan
     assert lmfx.compare(half, graph, choosing).loss() < lmfx.compare(plain, graph, choosing).loss()
+
+
+# --- input sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_a_smaller_input_is_a_candidate(tmp_path: Path) -> None:
+    net = compress(0.5, input_sizes=((8, 8), 10), cache_dir=tmp_path)
+    result = lmfx.result_of(net)
+    assert result.input_size in ((12, 10), (8, 8), (10, 10))
+    assert result.ratio is not None and result.ratio <= 0.5
+    assert len(result.alternatives) >= 3
+    graph = lmfx.trace(MODEL, IMAGES[:1])
+    assert result.quality is not None and result.quality.images == 8
+    scaled = nn.functional.interpolate(IMAGES[7::8], size=result.input_size, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        same = float((net(scaled).argmax(1) == graph(IMAGES[7::8]).argmax(1)).double().mean())
+    assert result.quality.agreement == pytest.approx(same)
+    assert "input      images of" in lmfx.report(net)
+    lmfx.save(net, tmp_path / "net")
+
+
+def test_an_input_that_is_small_enough_needs_no_plan(tmp_path: Path) -> None:
+    result = lmfx.result_of(compress(0.9, input_sizes=((8, 8),), cache_dir=tmp_path))
+    alone = [a for a in result.alternatives if a.what == "input 8 x 8 alone"]
+    assert len(alone) == 1 and alone[0].ratio < 0.9
+
+
+def test_sizes_that_the_network_does_not_take_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 120, 5)).eval()
+    with pytest.raises(lmfx.InputError, match="leave that size out"):
+        lmfx.compress(model, IMAGES[:1], 0.8, calibration=IMAGES, latency="roofline", input_sizes=(8,), progress=False)
+
+
+@pytest.mark.parametrize("bad", [(0,), ("8",), ((1, 2, 3),), (True,)])
+def test_what_is_no_size_is_refused(bad: Any) -> None:
+    with pytest.raises(lmfx.OptionError, match="input_sizes"):
+        compress(0.8, input_sizes=bad)

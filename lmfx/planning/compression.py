@@ -1,0 +1,263 @@
+"""Compresses one model for one input size: the stages of `lmfx` one after the other.
+
+trace ─▶ spans ─▶ profile ─▶ score ─▶ solve ─▶ search the budget, or what is to be kept ─▶ judge plans
+      ─▶ rewrite, fit ─▶ refit what is kept ─▶ recover ─▶ merge ─▶ judge the result
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+from torch import fx, nn
+
+from lmfx import stages
+from lmfx.budget import Budget
+from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
+from lmfx.calibration.refitting import refit as refit_layers
+from lmfx.importance import Estimator, ImportanceTable, Reconstruction
+from lmfx.importance.on_demand import score_on_demand
+from lmfx.importance.pool import ExecutorLike
+from lmfx.importance.reconstruction import ReconstructionSession
+from lmfx.latency import Backend, LatencyTable, get_backend
+from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
+from lmfx.latency.whole_times import time_wholes
+from lmfx.made_of import made_of, set_made_of
+from lmfx.passes.errors import InfeasibleBudget, OptionError
+from lmfx.passes.graph.tensor_inputs import bare
+from lmfx.passes.ir import MergePlan, Surrogate
+from lmfx.passes.model.trace_facts import note, noted
+from lmfx.passes.rewrite.trainable import span_names
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.trace.tracing import example_arguments, fingerprint
+from lmfx.planning.frontier import Frontier
+from lmfx.planning.judged import Judged
+from lmfx.planning.keeping import fastest_that_keeps
+from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
+from lmfx.quality import Choosing, Judge, Quality, QualityName
+from lmfx.result import Result
+from lmfx.training.recovery import recover as recover_student
+
+KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
+WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` was asked for, but for the model, its images and the budget; `options` are those of spans."""
+
+    estimator: Estimator
+    options: dict[str, Any]
+    latency: str | Backend | LatencyTable | None
+    surrogate: Surrogate
+    executor: ExecutorLike
+    cache_dir: str | os.PathLike[str] | None
+    merge: bool
+    quality: QualityName | None
+    refit: bool
+    recover: float | str | None
+    progress: bool
+
+    def run(
+        self, model: nn.Module, example_input: Any, wanted: Budget | None, share: float | None, calibration: Any
+    ) -> fx.GraphModule:
+        """The compressed network with its result; `share` is what it must keep, where it takes the budget's place."""
+        estimator, quality = self.estimator, self.quality
+        graph = stages.trace(model, example_input)
+        spans = stages.spans(graph, **self.options)
+        source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
+        if isinstance(self.latency, LatencyTable):
+            source = self.latency
+            check_table(spans, source)
+        else:
+            source = get_backend(self.latency if self.latency is not None else stages.default_backend(graph))
+        images = as_calibration(calibration, example_input)
+
+        def profiled(some: SpanSet) -> LatencyTable:
+            if isinstance(source, LatencyTable):
+                return source
+            return stages.profile(
+                graph, source, spans=some, cache_dir=self.cache_dir, progress=self.progress, calibrate=False
+            )
+
+        # What plans are judged by; None where they are not.
+        judging = quality if isinstance(estimator, Reconstruction) and len(images) >= LEAST_JUDGED else None
+        if share is not None and judging is None:
+            raise OptionError(
+                f"keep={share:g} is measured, on at least {LEAST_JUDGED} calibration images (there are {len(images)}), "
+                "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
+            )
+        found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
+        same = MergePlan((), fingerprint(graph))
+        if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
+            return _finish(
+                graph, stages.rewrite(graph, same, spans=spans), spans, wanted, source, self.merge, None, images
+            )
+        if not any(c.realization != "keep" for c in spans):
+            raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
+        if found is None:
+            table = profiled(spans)
+            session = None
+            if judging is not None and isinstance(estimator, Reconstruction):
+                session = estimator.session(spans, stages.worth_scoring(spans, table), images)
+            scores = self.scores(graph, session or estimator, images, spans, table, wanted)
+            frontier = stages.solve(graph, table, scores, spans=spans, surrogate=self.surrogate)
+            judged = None
+            if session is not None and judging is not None:
+                judged = Judged(spans, table, scores, session, images, judging, self.surrogate, self.progress)
+            if wanted is None:
+                assert judged is not None and share is not None
+                found = _that_keeps(judged, frontier, share, source, example_input)
+            elif isinstance(source, LatencyTable):
+                found = predict_plan(frontier, wanted)
+                if judged is not None:
+                    found = judged.better_predicted(found, wanted.resolve(frontier.original))
+            else:
+                found = find_plan(graph, frontier, wanted, source, example_input, self.progress)
+                if judged is not None:
+                    found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
+        student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=self.progress)
+        lossy = any(not c.exact for c in found.plan.candidates)
+        if self.refit and judging is not None and lossy:
+            roles = images.roles()
+            choosing = Choosing(Judge(graph, roles.choose), judging)
+            student = refit_layers(student, graph, roles.fit, choosing, found.plan, self.progress)
+        if self.recover is not None and lossy:
+            recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
+        net = stages.merge(student) if self.merge else student
+        return _finish(graph, net, spans, wanted, source, self.merge, found, images, share)
+
+    def scores(
+        self,
+        graph: fx.GraphModule,
+        estimator: Estimator,
+        images: Calibration,
+        spans: SpanSet,
+        table: LatencyTable,
+        budget: Budget | None,
+    ) -> ImportanceTable:
+        """Importances of all candidates; of a network in which that takes long, of those that the budget depends on."""
+        options: dict[str, Any] = {
+            "calibration": images,
+            "spans": spans,
+            "cache_dir": self.cache_dir,
+            "executor": self.executor,
+        }
+        if not isinstance(estimator, ReconstructionSession) or not estimator.heavy:
+            return stages.score(graph, estimator, latency=table, progress=self.progress, **options)
+        free = {c.key: 0.0 for c in stages.worth_scoring(spans, table)}
+        anything = stages.solve(graph, table, ImportanceTable(free, {}), spans=spans)
+        fastest = float(anything.latency[0]) / anything.original
+        share = 1.0 if budget is None else budget.resolve(anything.original) / anything.original
+        asked = KEEP_SHARES if budget is None else (share, BELOW * share)
+        shares = [s for s in asked if fastest <= s <= 1] or [fastest]
+        # A fit from few pixels may be worse than the identity that it could be, so drops are not bounded by it.
+        drops = [c for c in spans if c.realization == "drop"]
+        found = score_on_demand(
+            graph, estimator, table, shares, width=WIDTH, first=drops, progress=self.progress, **options
+        )
+        return found.table
+
+
+def _loss_free(
+    graph: fx.GraphModule,
+    spans: SpanSet,
+    profiled: Callable[[SpanSet], LatencyTable],
+    source: Backend | LatencyTable,
+    budget: Budget,
+    example_input: Any,
+) -> Found | Predicted | None:
+    """The fastest plan that loses nothing, if it is within the budget: nothing has to be scored for it."""
+    if not any(c.exact for c in spans):
+        return None
+    free = replace(spans, candidates=tuple(c for c in spans if c.exact or c.realization == "keep"))
+    frontier = stages.solve(graph, profiled(free), ImportanceTable({}, {}), spans=free)
+    if isinstance(source, LatencyTable):
+        return predict_loss_free(frontier, budget)
+    return find_loss_free(graph, frontier, budget, source, example_input)
+
+
+def _that_keeps(
+    judged: Judged, frontier: Frontier, share: float, source: Backend | LatencyTable, example_input: Any
+) -> Found | Predicted:
+    """The fastest plan that keeps a share, with its latency: measured, or predicted where nothing is measured."""
+    kept = fastest_that_keeps(judged, frontier, share)
+    predicted = frontier.line(kept.proposal.sum)
+    plan = replace(kept.proposal.plan, latency=predicted)
+    if isinstance(source, LatencyTable):
+        return Predicted(len(frontier) - 1, plan, frontier, predicted, frontier.original)
+    original = median(time_wholes(source, [bare(judged.analysis.graph, example_arguments(example_input))])[0])
+    ratio = measure_plan(judged.analysis, plan, source, example_input, original)
+    if ratio >= 1:  # what is not faster is not worth what it loses
+        plan, ratio, predicted = MergePlan((), plan.fingerprint), 1.0, original
+    return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
+
+
+def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
+    """What a network keeps of the original, on images that nothing else saw."""
+    roles = images.roles()
+    return Judge(graph, roles.judge, held_out=not roles.seen)(net)
+
+
+def _nothing_to_merge(
+    name: str, spans: SpanSet, source: Backend | LatencyTable, example_input: Any
+) -> InfeasibleBudget:
+    if isinstance(source, LatencyTable):
+        reached = source.total() if source.calibration is None else source.predict()
+    else:
+        network = bare(spans.network.gm, example_arguments(example_input))
+        reached = median(time_wholes(source, [network])[0])
+    reasons = "; ".join(str(r) for r in spans.refusals[:3])
+    return InfeasibleBudget(
+        f"nothing in {name} can be merged, so it stays at {reached:.4g} ms (100.0%): {reasons}. "
+        "See lmfx.spans(graph).refusals",
+        reached,
+        reached,
+    )
+
+
+def _finish(
+    graph: fx.GraphModule,
+    net: fx.GraphModule,
+    spans: SpanSet,
+    budget: Budget | None,
+    source: Backend | LatencyTable,
+    merged: bool,
+    found: Found | Predicted | None,
+    images: Calibration,
+    keep: float | None = None,
+) -> fx.GraphModule:
+    """Attach the result, and drop what only the compiler needed."""
+    made = made_of(net)
+    assert made is not None
+    plan = made.plan
+    changed = {name for c in plan.candidates for name in c.all_convs}
+    network = spans.network
+    every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
+    convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
+    result = Result(
+        plan=plan,
+        budget=budget,
+        merged=merged,
+        backend=runtime_of(source) if isinstance(source, LatencyTable) else dict(source.identity()),
+        names=tuple(span_names(graph, plan)),
+        refusals=spans.refusals,
+        kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
+        candidates=len(spans),
+        images=len(images),
+        predicted=found.predicted if found else None,
+        measured=found.measured if found else None,
+        original=found.original if found else None,
+        ratio=found.ratio if found else None,
+        line=found.frontier.line if found else None,
+        inputs=noted(graph).inputs,
+        frontier=found.frontier if found else None,
+        quality=_quality(graph, net.train(False), images),
+        keep=keep,
+    )
+    note(net, noted(graph).of_result())
+    set_made_of(net, replace(made, result=result))
+    return net
