@@ -2,8 +2,8 @@
 
     first rate, then a third of it;  if that is better: on downwards, else upwards from the first, until it gets worse
 
-A rate that is right for one network ruins another: 3e-4 of Adam is slow for a small residual network, and turned a narrowed
-ImageNet classifier from 62 % agreement to 43 %. Short trials tell, since both are seen after a few steps.
+A rate that is right for one network ruins another: 3e-4 of Adam is slow for a small residual network, and turned a
+narrowed ImageNet classifier from 62 % agreement to 43 %. Short trials tell, since both are seen after a few steps.
 """
 
 from __future__ import annotations
