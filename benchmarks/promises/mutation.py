@@ -32,6 +32,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -231,13 +232,15 @@ def judge(copy: Path, mutant: Mutant, text: str, tests: list[str], limit: float)
     if os.WEXITSTATUS(status) == 0:
         return "survived", ""
     lines = log.read_text(errors="replace").splitlines()
+    if os.WEXITSTATUS(status) not in (1, 2):  # a failing test, or a file that cannot be imported
+        raise SystemExit("\n".join(["pytest did not run:", *lines[-20:]]))
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return "killed", (failed or lines or [""])[-1][:200]
 
 
 def _run(copy: Path, log: Path, tests: list[str], limit: float) -> None:
     """The child: runs the tests in the copy, and ends."""
-    code = 1
+    code = 3
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
@@ -251,8 +254,11 @@ def _run(copy: Path, log: Path, tests: list[str], limit: float) -> None:
         os.environ["PYTHONPATH"] = str(copy)
         flags = ["-x", "-q", "-p", "no:cacheprovider", "-o", "timeout=0", "--tb=line"]
         code = int(importlib.import_module("pytest").main([*flags, *tests]))
-        sys.stdout.flush()
+    except BaseException:  # the child must end here, whatever happens
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 
@@ -273,7 +279,7 @@ def main() -> None:
         make_map(args.map.absolute(), args.paths)
         return
     os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    for name in ("torch", "numpy", "pytest", "hypothesis", "safetensors.torch"):
+    for name in ("torch", "numpy", "pytest", "safetensors.torch"):
         importlib.import_module(name)
     known = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
     done = {k["key"]: k for k in known}
