@@ -31,6 +31,15 @@ from .same_layers import shared_calls
 __all__ = ["Network"]
 
 
+def _factor(module: nn.Module) -> Tensor | None:
+    """What a norm or scale multiplies each channel by, without its sign; None for any other module."""
+    if ops.plain_in(module, ops.BATCH_NORMS) and getattr(module, "running_var", None) is not None:
+        norm: Any = module
+        factor: Tensor = (norm.running_var.detach() + norm.eps).rsqrt()
+        return factor if norm.weight is None else factor * norm.weight.detach().abs()
+    return module.scale.detach().abs() if isinstance(module, ops.ChannelAffine) else None
+
+
 class Network:
     """A canonical graph, its regions, and constant-time access to nodes, modules, series and configurations."""
 
@@ -107,11 +116,32 @@ class Network:
         pairs = [(self.shape(entry), self.shape(exit))]
         return pairs + [(seen[entry], seen[exit]) for seen in self.elsewhere if entry in seen and exit in seen]
 
+    @cached_property
+    def _layer_of(self) -> dict[str, Layer]:
+        return {lay.conv: lay for s in self.series.values() for lay in s.layers if lay.conv is not None}
+
     def l1(self, name: str) -> float:
-        """The L1 norm of a conv node's weight."""
+        """The L1 norm of a conv node's weight, with the norms and scales of its layer folded into it.
+
+        Batch statistics undo whatever scale a weight has, so the weight alone would say nothing.
+        """
         if name not in self._norms:
-            weight: Any = self.module(name).weight
-            self._norms[name] = float(weight.detach().abs().sum())
+            conv: Any = self.module(name)
+            weight = conv.weight.detach().abs()
+            layer = self._layer_of.get(name)
+            at = layer.nodes.index(name) if layer is not None else 0
+            for other in self.affine_nodes(layer) if layer is not None and ops.plain_in(conv, ops.CONVS) else ():
+                factor = _factor(self.module(other)) if self.nodes[other].op == "call_module" else None
+                if factor is None or factor.numel() not in (1, weight.shape[0], conv.groups * weight.shape[1]):
+                    continue
+                if layer is not None and layer.nodes.index(other) > at:
+                    weight = weight * factor.view(-1, *(1,) * (weight.dim() - 1))
+                elif factor.numel() == 1:
+                    weight = weight * factor
+                else:  # one row of input channels a group, the same for all outputs of the group
+                    rows = factor.view(conv.groups, -1).repeat_interleave(weight.shape[0] // conv.groups, 0)
+                    weight = weight * rows.view(*rows.shape, *(1,) * (weight.dim() - 2))
+            self._norms[name] = float(weight.sum())
         return self._norms[name]
 
     def affine_nodes(self, layer: Layer) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 A `State` is a configuration and the convs that are kept for it. A conv layer offers itself or, if its conv is
 reducible, the identity; a parallel element offers the joins of its branches' states; states are carried from cut to
-cut. Of the states that share a configuration the one with the largest sum of L1 norms survives, so one pass over a
-series gives, for each merged kernel size and group structure, the best kept set that holds every irreducible conv.
+cut. Of the states that share a configuration the one with the largest sum of L1 norms (weights with their norms folded
+in) survives, so one pass over a series gives, for each merged kernel size and group structure, the best kept set that
+holds every irreducible conv.
 
 A branch of a sum whose convs are all pruned is the identity; where another branch is the identity already (a skip) it
 is dropped, so that a residual block becomes its skip and not `2x`.

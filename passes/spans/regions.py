@@ -33,7 +33,7 @@ def find_regions(gm: fx.GraphModule, fine: bool = False) -> tuple[Region, ...]:
     With `fine` every op is a layer of its own: a norm may then be folded where a pool beside it stays.
     """
     found = [e for e in Reduction(gm).edges if any(carries_conv(gm, item) for item in e.items)]
-    edges = Edges() if fine else call_edges(gm, lambda node: node_kind(gm, node) == "affine")
+    edges = Edges() if fine else call_edges(gm, lambda node: node_kind(gm, node))
     return tuple(Region(_series(gm, str(i), e.source, e.items, fine, edges)) for i, e in enumerate(found))
 
 

@@ -4,8 +4,8 @@
     b ─ pool ─ conv ─ bn ─ relu     ->    b ─ pool ─ | conv ─ bn ─ relu       calls of the conv had other layers
 
 Layers are grouped greedily: a pool, a pad or a norm before a conv is a part of the conv's layer. Where the ops before
-the calls of one conv differ, a layer must begin at the first that does not; where a pool or a pad comes after some
-calls only, it must end before that. A norm or scale after a conv stays with it: every runtime folds it.
+the calls of one conv differ, a layer must begin at the first that does not; where a pool, a pad or an activation comes
+after some calls only, it must end before that. A norm or scale after a conv stays with it: every runtime folds it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ def shared_calls(gm: fx.GraphModule) -> dict[str, tuple[str, ...]]:
     return {name: tuple(names) for names in users.values() if len(names) > 1 for name in names}
 
 
-def call_edges(gm: fx.GraphModule, is_affine: Callable[[fx.Node], bool]) -> Edges:
-    """Where layers must begin and end, so that the calls of one conv can have the same layers."""
+def call_edges(gm: fx.GraphModule, kind: Callable[[fx.Node], str]) -> Edges:
+    """Where layers must begin and end, so that the calls of one conv can have the same layers. `kind` is that of an op
+    of one map (`regions`)."""
+
+    def is_affine(node: fx.Node) -> bool:
+        return kind(node) == "affine"
+
     nodes = {n.name: n for n in gm.graph.nodes}
     begin: set[fx.Node] = set()
     end: set[fx.Node] = set()
@@ -52,7 +57,7 @@ def call_edges(gm: fx.GraphModule, is_affine: Callable[[fx.Node], bool]) -> Edge
         if not convs or not _same(gm, calls):
             continue
         begin.update(_first(gm, calls, is_affine))
-        end.update(_last(gm, calls, is_affine))
+        end.update(_last(gm, calls, kind))
     return Edges(frozenset(begin), frozenset(end))
 
 
@@ -73,15 +78,19 @@ def _first(gm: fx.GraphModule, calls: list[fx.Node], is_affine: Callable[[fx.Nod
         return [] if len(cores) == len(at) else at
 
 
-def _last(gm: fx.GraphModule, calls: list[fx.Node], is_affine: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """The last nodes after the calls that are the same, if what follows some of them is no norm."""
+def _last(gm: fx.GraphModule, calls: list[fx.Node], kind: Callable[[fx.Node], str]) -> list[fx.Node]:
+    """The last nodes after the calls that are the same, if what follows some of them is no norm, or if they have other
+    activations: those stay at the end of a span anyway."""
     at = calls
     while True:
         after = [next(iter(n.users)) for n in at if len(n.users) == 1]
-        steps = [n for n in after if n.op == "call_module" and is_affine(n)]
+        steps = [n for n in after if n.op == "call_module" and kind(n) == "affine"]
         if len(steps) == len(at) and _same(gm, steps):
             at = steps
             continue
+        bent = [n for n in after if n.op == "call_module" and kind(n) == "activation"]
+        if bent and not steps and (len(bent) < len(at) or not _same(gm, bent)):
+            return at
         windows = [n for n in steps if not ops.plain_in(gm.get_submodule(str(n.target)), _FOLDED)]
         return at if windows else []
 

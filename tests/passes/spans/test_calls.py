@@ -443,12 +443,7 @@ def test_calls_that_agree_are_merged() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "calls"),
-    [
-        ("other activation", 2),
-        ("other statistics", 2),
-        ("another call", 3),
-        ("other options", 2),
-    ],
+    [("other statistics", 2), ("other options", 2)],
 )
 def test_calls_that_do_not_agree_are_refused_and_all_named(kind: str, calls: int) -> None:
     spans = spans_of(kind)
@@ -456,6 +451,14 @@ def test_calls_that_do_not_agree_are_refused_and_all_named(kind: str, calls: int
     refused = [r for r in spans.refusals if "shared with another call that has other layers" in r.reason]
     assert refused
     assert max(len(r.nodes) for r in refused) == calls
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("other activation", 2), ("another call", 3)])
+def test_a_conv_that_agrees_alone_is_replaced_for_all_calls_and_never_with_its_neighbour(kind: str, calls: int) -> None:
+    spans = spans_of(kind)
+    assert not any(c.realization == "compose" and len(c.convs) > 1 for c in spans)
+    assert {len(c.calls) + 1 for c in spans if c.convs == ("two",) and c.realization != "keep"} == {calls}
+    assert any("called elsewhere as well" in r.reason for r in spans.refusals)
 
 
 @pytest.mark.parametrize("kind", ["pool before one call", "pad before one call", "pool after one call"])
@@ -546,3 +549,37 @@ def test_calls_on_other_batches_are_no_run() -> None:
             return self.enc(x), self.enc(torch.cat([x, x.flip(3)])).reshape(2, -1, 4, 7, 7).sum(0)
 
     assert not joint(lmfx.spans(lmfx.trace(Doubled().eval(), torch.randn(2, 3, 9, 9))))
+
+
+class Tails(nn.Module):
+    """One body, called twice, and what comes after each call is another thing."""
+
+    def __init__(self, *tails: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.tails = nn.ModuleList(tails)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = torch.relu(self.stem(x))
+        values = (y, nn.functional.avg_pool2d(y, 2), nn.functional.avg_pool2d(y, 3))
+        return [tail(self.body(v)) for tail, v in zip(self.tails, values, strict=False)]
+
+
+@pytest.mark.parametrize(
+    "tails", [(nn.ReLU(), nn.Identity()), (nn.GELU(), nn.ReLU()), (nn.Identity(), nn.ReLU(), nn.ReLU())]
+)
+def test_calls_that_end_in_other_activations_are_merged_up_to_them(tails: tuple[nn.Module, ...]) -> None:
+    torch.manual_seed(0)
+    model = Tails(*tails).double().eval()
+    x = torch.randn(1, 3, 13, 11, dtype=torch.float64)
+    spans = lmfx.spans(lmfx.trace(model, x))
+    (chosen,) = [c for c in spans if c.convs == ("body.0", "body.2") and c.realization == "compose" and c.kept == c.convs]
+    assert len(chosen.calls) == len(tails) - 1
+    net = lmfx.merge(lmfx.rewrite(spans.network.gm, MergePlan((chosen,), "")))
+    assert len([m for m in net.modules() if isinstance(m, nn.Conv2d)]) == 2
+    linear = Tails(*tails).double().eval()
+    linear.load_state_dict(model.state_dict())
+    linear.body[1] = nn.Identity()
+    for found, wanted in zip(net(x), linear(x), strict=True):  # away from the borders
+        torch.testing.assert_close(found[..., 2:-2, 2:-2], wanted[..., 2:-2, 2:-2])
