@@ -6,6 +6,9 @@ Within a call it is as in a fresh process, and afterwards, also after an excepti
     the process      random numbers (torch on CPU and GPUs, numpy, Python), threads, cuDNN and determinism, precision of
                      matmul, warnings' filters
 
+torch's own threads do not survive a fork: an op of several threads in a forked process waits for them for ever. There
+all runs in one thread, and who asks for more is refused (`check_threads`).
+
 The default dtype stays the caller's, because the caller's forward may ask for it. What belongs to the process is kept
 when the first thread comes in and put back when the last one leaves; a thread that is alone puts back its own.
 
@@ -35,10 +38,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmfx.passes.errors import LmfxError, ModelError
+from lmfx.passes.errors import DeviceError, LmfxError, ModelError
 from lmfx.passes.model.autocast import no_autocast
 
-__all__ = ["entry", "is_entry", "neutral", "one_line", "ordinary"]
+__all__ = ["check_threads", "entry", "is_entry", "neutral", "one_line", "ordinary"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,10 +77,21 @@ def neutral(given: tuple[Any, ...] = ()) -> Iterator[None]:
     """A neutral state within. `given` are the call's arguments; the first module among them says the device."""
     before = _GUARD.enter()
     try:
+        if _GUARD.forked and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
         with torch.inference_mode(False), torch.enable_grad(), no_autocast(), _default_device(given):
             yield
     finally:
         _GUARD.leave(before)
+
+
+def check_threads(threads: int, what: str) -> None:
+    """Raises `DeviceError` if `what` asks for several threads of torch in a forked process, where they are gone."""
+    if _GUARD.forked and threads > 1:
+        raise DeviceError(
+            f"{what} asks for {threads} threads of torch in a forked process, where they would wait for ever; start "
+            "processes with multiprocessing's 'spawn' or 'forkserver', or ask for one thread"
+        )
 
 
 @contextlib.contextmanager
@@ -151,8 +165,15 @@ def _cudnn() -> tuple[Any, ...]:
 class _Guard:
     """Counts the threads that are inside a call, and keeps the process's state of before the first one."""
 
+    forked = False
+
     def __init__(self) -> None:
         self.begin()
+
+    def after_fork(self) -> None:
+        """In a child: nobody is inside, and torch's threads are gone."""
+        self.begin()
+        self.forked = True
 
     def begin(self) -> None:
         self.lock = threading.Lock()
@@ -184,7 +205,7 @@ class _Guard:
 
 _GUARD = _Guard()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_GUARD.begin)
+    os.register_at_fork(after_in_child=_GUARD.after_fork)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

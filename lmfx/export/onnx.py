@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from lmfx.environment.caller_state import entry, one_line
 from lmfx.export.builder import PROTO_LIMIT, require_onnx
+from lmfx.export.op_place import place_of
 from lmfx.export.specs import eval_mode
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.graph.tensor_inputs import bare
@@ -122,14 +123,15 @@ def quiet_export(
                 dynamic_shapes=dynamic,
             )
     except Exception as error:  # torch.onnx raises many kinds, all of them about this model
-        raise ExportError(_export_failure(type(net).__name__, error)) from error
+        raise ExportError(_export_failure(net, args, kwargs or {}, error)) from error
     if program is None:
         raise ExportError(f"torch.onnx.export gave nothing for {type(net).__name__}: please report this")
     return program
 
 
-def _export_failure(name: str, error: Exception) -> str:
+def _export_failure(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
     """What torch.onnx.export stopped at; it names the op at the end of a long text, or in the error's cause."""
+    name = type(net).__name__
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
@@ -140,8 +142,10 @@ def _export_failure(name: str, error: Exception) -> str:
             "newer torch, another opset, or a runtime that needs no ONNX (latency='torch')"
         )
     op = found[1] or found[2]
+    place = place_of(net, args, kwargs, op)
+    where = f", which {place} computes" if place else ""
     return (
-        f"torch.onnx.export could not export {name}: ONNX has no {op} ({one_line(chain[-1])}). Compress it with "
+        f"torch.onnx.export could not export {name}: ONNX has no {op}{where} ({one_line(chain[-1])}). Compress it with "
         f"latency='torch', which needs no ONNX, or take what computes {op} out of the model"
     )
 

@@ -27,6 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lmfx.environment.caller_state import check_threads
 from lmfx.importance.memory import memory_kept
 from lmfx.passes.errors import InputError
 
@@ -154,6 +155,7 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
 
     Whoever needs the same waits: there is one generator a process, and another thread would draw from it.
     """
+    check_threads(threads, "this job")
     with _ONE_AT_A_TIME, torch.random.fork_rng():
         python, array, before = random.getstate(), np.random.get_state(), torch.get_num_threads()
         random.seed(seed)

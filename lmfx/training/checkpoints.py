@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,21 @@ from lmfx.environment.bounded_reading import parse_json
 from lmfx.passes.errors import StoreError
 from lmfx.training.run_identity import is_close
 
-__all__ = ["CHECKPOINT", "load_training", "save_training"]
+__all__ = ["CHECKPOINT", "load_training", "make_folder", "save_training"]
 
 CHECKPOINT = "training.safetensors"
 VERSION = 2
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder of a training before anything is trained. Raises `StoreError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = "it is a file" if folder.is_file() else str(error)
+        raise StoreError(f"cannot write checkpoints to {folder}: {what}; give another folder") from error
 
 
 def save_training(
@@ -64,7 +76,6 @@ def save_training(
         "groups": state["param_groups"],
         "extra": extra,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{CHECKPOINT}.{os.getpid()}.partial"
     # Copies, because tied weights share memory, which the format does not have.
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}

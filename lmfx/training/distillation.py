@@ -31,7 +31,7 @@ from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.trace_facts import noted
-from lmfx.training.checkpoints import load_training, save_training
+from lmfx.training.checkpoints import load_training, make_folder, save_training
 from lmfx.training.losses import Distance, StudentLoss, recorded, shared_layers
 from lmfx.training.moving_average import moving_average
 from lmfx.training.option_checks import (
@@ -140,6 +140,7 @@ def distill(
     if checkpoint is not None:
         run |= described_run(student, teacher if distillation else None, data, loss, made, lr)
         run |= {"processes": 1 if runner is None else runner.num_processes}
+        make_folder(Path(checkpoint))
         start = sizes_at_start(student, Path(checkpoint))
 
     with teaching(teacher if distillation else None, runner) as original, own_random_numbers():

@@ -52,7 +52,7 @@ _KINDS = (
 _NORMS = (*ops.BATCH_NORMS, *ops.INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 _POOLS = (*ops.AVG_POOLS, *ops.MAX_POOLS)
 _SILENT = frozenset({"inplace", "momentum", "training", "track_running_stats", "name"})
-_OURS = (__package__ or "passes") + "."
+_OURS = (__package__ or "passes.identity").rpartition(".")[0] + "."  # of whatever folder of passes/
 # What every nn.Module has; hooks and tensors are described by themselves.
 _MACHINERY = frozenset(vars(nn.Module())) | {"_version", "_backward_hooks", "_load_state_dict_post_hooks"}
 

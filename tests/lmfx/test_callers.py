@@ -79,7 +79,14 @@ def test_every_public_function_is_an_entry() -> None:
 
 # Accessors that compute with Python's numbers alone and are called thousands of times, and what an entry calls.
 PLAIN = {"Budget.parse", "Budget.resolve", "Candidate.each", "LatencyTable.ms", "LatencyTable.kept"}
-PLAIN |= {"Finetune.no_change", "Finetune.measure", "Finetune.jobs", "Reconstruction.resolved"}
+PLAIN |= {
+    "Finetune.no_change",
+    "Finetune.measure",
+    "Finetune.jobs",
+    "Reconstruction.resolved",
+    "Reconstruction.session",
+    "Quality.loss",
+}
 
 
 def test_every_method_of_a_public_class_that_does_work_is_an_entry() -> None:
@@ -291,18 +298,28 @@ def test_what_the_callers_own_code_raises_is_passed_on() -> None:
         lmfx.trace(convs())  # type: ignore[call-arg]
 
 
-def test_an_op_that_onnx_does_not_have_is_named() -> None:
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.svdvals(x.flatten(2))
+
+
+def test_an_op_that_onnx_does_not_have_is_named_with_its_module(tmp_path: Any) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = convs()[:3]
+            self.head = nn.ModuleDict({"spectrum": Spectrum()})
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.linalg.svdvals(self.body(x).flatten(2))
+            return self.head["spectrum"](self.body(x))
 
-    with pytest.raises(lmfx.ExportError, match=r"_linalg_svd.*latency='torch'") as seen:
+    place = r"_linalg_svd.*, which head.spectrum\b.* computes .*latency='torch'"
+    with pytest.raises(lmfx.ExportError, match=place) as seen:
         lmfx.compress(Net().eval(), X, 0.8, importance="magnitude", progress=False)
     assert "\x1b" not in str(seen.value)
+    with pytest.raises(lmfx.ExportError, match=place):
+        lmfx.export_onnx(Net().eval(), X, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

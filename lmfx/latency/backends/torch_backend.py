@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lmfx.environment.caller_state import check_threads
 from lmfx.environment.host import cpu_name, host_facts
 from lmfx.export.precision import check_precision
 from lmfx.export.specs import off_meta
@@ -175,6 +176,7 @@ class TorchBackend(TimedBackend):
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
+        check_threads(self.threads, "latency='torch'")
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

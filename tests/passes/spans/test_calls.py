@@ -574,7 +574,9 @@ def test_calls_that_end_in_other_activations_are_merged_up_to_them(tails: tuple[
     model = Tails(*tails).double().eval()
     x = torch.randn(1, 3, 13, 11, dtype=torch.float64)
     spans = lmfx.spans(lmfx.trace(model, x))
-    (chosen,) = [c for c in spans if c.convs == ("body.0", "body.2") and c.realization == "compose" and c.kept == c.convs]
+    (chosen,) = [
+        c for c in spans if c.convs == ("body.0", "body.2") and c.realization == "compose" and c.kept == c.convs
+    ]
     assert len(chosen.calls) == len(tails) - 1
     net = lmfx.merge(lmfx.rewrite(spans.network.gm, MergePlan((chosen,), "")))
     assert len([m for m in net.modules() if isinstance(m, nn.Conv2d)]) == 2
