@@ -232,7 +232,7 @@ def judge(copy: Path, mutant: Mutant, text: str, tests: list[str], limit: float)
     if os.WEXITSTATUS(status) == 0:
         return "survived", ""
     lines = log.read_text(errors="replace").splitlines()
-    if os.WEXITSTATUS(status) not in (1, 2):  # a failing test, or a file that cannot be imported
+    if os.WEXITSTATUS(status) not in (1, 2, 4):  # a failing test, or a test file that cannot be imported
         raise SystemExit("\n".join(["pytest did not run:", *lines[-20:]]))
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return "killed", (failed or lines or [""])[-1][:200]

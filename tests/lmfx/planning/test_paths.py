@@ -1,5 +1,5 @@
-"""A path that cannot be read or written is an error of lmfx that names it: a file where a folder is wanted, the other way
-round, no parent, no permission. Nothing is left over, and nothing that was there is changed."""
+"""A path that cannot be read or written is an error of lmfx that names it: a file where a folder is wanted, the other
+way round, no parent, no permission. Nothing is left over, and nothing that was there is changed."""
 
 from __future__ import annotations
 
