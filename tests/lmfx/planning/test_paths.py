@@ -59,7 +59,7 @@ def refused(act: Action, path: Path, *words: str) -> None:
 def test_a_file_where_a_folder_is_wanted(name: str, actions: dict[str, Action], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
-    refused(actions[name], file, "it is a file", "Not a directory", "a file")
+    refused(actions[name], file, "it is a file", "Not a directory", "File exists", "a file")
     assert file.read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
 
