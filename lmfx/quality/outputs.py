@@ -7,7 +7,7 @@
 A softmax says that its output is scores, and then the outputs beside it are not, unless they are softmaxes as well.
 Else the last layer that computes decides: a Linear or a convolution, perhaps pooled, gives scores where it has two
 columns or more; a sigmoid, a tanh or a division by the norm does not. Rows whose arg-max is always the same say no
-class: such an output counts as values.
+class, unless they are a softmax: such an output counts as values.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
         if dim is not None:
             shape = [n for i, n in enumerate(value.shape) if i != dim]
             scored = source.softmax if softmax else source.layer
-            if len(shape) in (1, 2) and shape[-1] >= 2 and scored and _differs(value.movedim(dim, 0)):
+            differs = source.softmax or _differs(value.movedim(dim, 0))
+            if len(shape) in (1, 2) and shape[-1] >= 2 and scored and differs:
                 kind = "scores"
             elif len(shape) >= 2 and max(shape[1:]) > 1:
                 kind = "map"
