@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
 from collections import Counter
 from pathlib import Path
 
@@ -50,10 +49,13 @@ def longest_chain(root: Path) -> list[str]:
     """The longest way along imports, a module at a time."""
     modules = {name_of(path): path for path in sources(root) if path.parts[0] in ("passes", "lmfx")}
     graph = {name: imports(root, path, modules) for name, path in modules.items()}
+    known: dict[str, tuple[str, ...]] = {}
 
-    @functools.cache
     def longest(name: str) -> tuple[str, ...]:
-        return (name, *max((longest(n) for n in graph[name]), key=len, default=()))
+        if name not in known:
+            below: list[tuple[str, ...]] = [(), *(longest(n) for n in graph[name])]
+            known[name] = (name, *max(below, key=len))
+        return known[name]
 
     return list(max((longest(name) for name in graph), key=len))
 
