@@ -54,7 +54,8 @@ def longest_chain(root: Path) -> list[str]:
     def longest(name: str) -> tuple[str, ...]:
         if name not in known:
             below: list[tuple[str, ...]] = [(), *(longest(n) for n in graph[name])]
-            known[name] = (name, *max(below, key=len))
+            best = max(below, key=len)
+            known[name] = (name, *best)
         return known[name]
 
     return list(max((longest(name) for name in graph), key=len))
