@@ -58,7 +58,8 @@ def longest_chain(root: Path) -> list[str]:
             known[name] = (name, *best)
         return known[name]
 
-    return list(max((longest(name) for name in graph), key=len))
+    chains = [longest(name) for name in graph]
+    return list(sorted(chains, key=len)[-1])
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
         assert b"Copyright 2026 the lmfx authors" in archive.read(f"{info}/licenses/LICENSE")
     assert "License-Expression: Apache-2.0" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, re.MULTILINE)
-    assert sorted(required) == ["numpy", "safetensors", "torch", "tqdm"]
+    assert sorted(required) == ["filelock", "numpy", "safetensors", "torch", "tqdm"]
     assert set(re.findall(r"^Provides-Extra: ([\w-]+)$", metadata, re.MULTILINE)) == {
         "onnx",
         "ort",
