@@ -49,7 +49,7 @@ EXTRAS["dev"] = sorted(
 PASSES = ("algebra", "canonical", "fit", "graph", "identity", "model", "rewrite", "solve", "spans", "trace")
 FOLDERS = (
     *("calibration", "cli", "environment", "export", "importance", "latency", "latency.backends"),
-    *("planning", "report", "store", "training"),
+    *("planning", "quality", "report", "store", "training"),
 )
 PACKAGES = ["lmfx", *(f"lmfx.{name}" for name in FOLDERS), "lmfx.passes", *(f"lmfx.passes.{name}" for name in PASSES)]
 
