@@ -174,3 +174,11 @@ def test_what_is_timed_is_the_merged_network(solved: tuple[fx.GraphModule, Front
     removed = {name for c in plan.candidates for name in c.all_convs}
     added = sum(c.conv is not None for c in plan.candidates)
     assert len(convs) == 6 - len(removed) + added
+
+
+def test_a_plan_that_changes_nothing_has_the_latency_that_was_measured(
+    solved: tuple[fx.GraphModule, Frontier],
+) -> None:
+    graph, frontier = solved
+    found = find_plan(graph, frontier, Budget.parse("5s"), Skewed(), [X])
+    assert found.plan.latency == pytest.approx(found.original) and found.plan.importance == 0

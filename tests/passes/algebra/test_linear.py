@@ -378,3 +378,11 @@ def test_ops_that_do_not_fit_together_are_refused_with_what_was_seen(make: objec
     with pytest.raises(OptionError, match=words) as error:
         make()  # type: ignore[operator]
     assert isinstance(error.value, LmfxError) and isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_op_like_a_tensor_is_where_that_is_and_of_its_dtype(dtype: torch.dtype) -> None:
+    op = LinearOp(torch.ones(3, 2, 1), torch.zeros(3), (1,), ((0, 0),), (1,)).like(
+        torch.empty(1, device="meta", dtype=dtype)
+    )
+    assert {(t.device.type, t.dtype) for t in (op.weight, op.bias)} == {("meta", dtype)}

@@ -334,3 +334,59 @@ def _unknown(x: Tensor) -> Tensor:
 
 _unknown.__name__ = "unknown_"
 _unknown_ = _unknown
+
+
+POSITIONAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda a: F.relu(a, True),
+    "silu": lambda a: F.silu(a, True),
+    "elu": lambda a: F.elu(a, 1.5, True),
+    "celu": lambda a: F.celu(a, 1.5, True),
+    "leaky_relu": lambda a: F.leaky_relu(a, 0.2, True),
+    "hardtanh": lambda a: F.hardtanh(a, -0.5, 0.5, True),
+    "threshold": lambda a: F.threshold(a, 0.3, 7.0, True),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_a_flag_by_position_changes_what_others_read_afterwards(name: str) -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        a = m.conv(x)
+        early = a + 1
+        changed = POSITIONAL[name](a)
+        return early, changed, a * x
+
+    model = net(body)
+    check_trace(model, X)
+    early, changed, product = run(model, X)
+    assert not torch.equal(early - 1, changed) and torch.equal(product, changed * X)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "diagonal": lambda a: a.diagonal(0, 2, 3),
+    "unfold": lambda a: a.unfold(2, 2, 1),
+    "transpose": lambda a: a.transpose(2, 3),
+    "select": lambda a: a.select(1, 0),
+    "narrow": lambda a: a.narrow(1, 0, 2),
+    "slice": lambda a: a[:, 1:],
+    "detach": lambda a: a.detach(),
+    "tensor_split": lambda a: a.tensor_split(3, 1)[0],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_that_is_read_after_its_memory_changed_is_refused_or_right(name: str) -> None:
+    def body(m: Any, x: Tensor) -> Any:
+        a = m.conv(x)
+        view = VIEWS[name](a)
+        a.relu_()
+        return view + 1, a
+
+    model = net(body)
+    try:
+        graph = trace(model, X, ("symbolic",))
+    except TraceError as error:
+        assert "a view of it is in use" in str(error)
+    else:
+        torch.testing.assert_close(run(graph, X), run(model, X))
+        other = X.flip(0)
+        torch.testing.assert_close(run(graph, other), run(model, other))

@@ -487,3 +487,20 @@ def test_an_op_is_made_on_the_device_of_its_span() -> None:
     (span,) = (m for m in trainable.modules() if isinstance(m, LinearSpan))
     assert span.linear_op().weight.is_meta and span.linear_op().bias.is_meta
     assert all(p.is_meta for p in span.reparameterize().parameters())
+
+
+@pytest.mark.parametrize("blocks_first", [False, True])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_pixel_shuffle_by_hand_is_one_and_another_order_of_channels_a_selection_before_it(
+    factor: int, blocks_first: bool
+) -> None:
+    x = torch.randn(2, 2 * factor**2, 3, 5, dtype=torch.float64)
+
+    def body(m: Any, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        if blocks_first:
+            return x.view(b, factor, factor, 2, h, w).permute(0, 3, 4, 1, 5, 2).reshape(b, 2, h * factor, w * factor)
+        return x.view(b, 2, factor, factor, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, 2, h * factor, w * factor)
+
+    words = ops_of(check_trace(mapped(body, x), x))
+    assert [w for w in words if w != "Conv2d"] == ["ChannelSelect"] * blocks_first + ["PixelShuffle"]
