@@ -37,6 +37,7 @@ CACHE_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 27
 HOLD_OUT_EVERY = 4  # images
 FLOAT32_ROUNDING = 1e-6  # of a mean square: what sums of products in float32 may be off by
+FLOAT32_NOISE = 16 * FLOAT32_ROUNDING  # of a mean square: what chunks of sums in float32 may be off by, in any order
 Part = Literal["rest", "held", "total"]
 PARTS: dict[Part, bool] = {"rest": False, "held": True}  # whether the images of a part are held out
 
@@ -290,7 +291,7 @@ class Gram:
                 self.depthwise,
                 self._rounding,
                 self.sides,
-                4 * FLOAT32_ROUNDING if self._dtype == torch.float32 else ROUNDING,
+                FLOAT32_NOISE if self._dtype == torch.float32 else ROUNDING,
             )
         self._systems.move_to_end(key)
         while len(self._systems) > 1 and sum(s.bytes() for s in self._systems.values()) > CACHE_BYTES:

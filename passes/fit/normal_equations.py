@@ -13,7 +13,9 @@ A system is factorised in the units U of its parts (powers of two, so exact), in
 
     U^-1 (X'X - n m m' + lambda I) U^-1 = L L'
 
-so that more damping, where rounding has made it singular, always comes to an end. A feature that varies by no more than
+so that more damping, where rounding has made it singular, always comes to an end. What is added is relative to the
+rounding of each part, so that a part that is sound is not damped for one that is not: the rounding of constant pixels,
+in float32 and in another order on each machine, does not hide a vector. A feature that varies by no more than
 the rounding of its sums (`ROUNDING` of its mean square) is constant, and gets no weight.
 """
 
@@ -32,7 +34,7 @@ __all__ = ["Fit", "Sums", "System", "power_of_two", "usual_damping"]
 BLOCK = 1024
 SAFE = 2.0**30  # sums of products of float32 numbers up to this are far from overflow, down to its inverse from 0
 ROUNDING = 1e-12  # of a mean square: what sums in float64 may be off by
-MORE = (0.0, *(10.0**e for e in range(-12, 9, 2)))  # damping on top, until a factorisation is sound
+MORE = (0.0, *(10.0**e for e in range(2, 21, 2)))  # times the rounding on top, until a factorisation is sound
 
 
 def power_of_two(size: Tensor) -> Tensor:
@@ -224,8 +226,9 @@ class System:
     def _factor(self, damping: float) -> tuple[Tensor, Tensor]:
         """The Cholesky factor in the units of the parts, and lambda. InputError where no damping makes it sound."""
         units = self.units
+        rounding = torch.maximum(self.least, ROUNDING * self.scale)
         for more in MORE:
-            lam = torch.maximum((self.damped.clamp_min(damping) + more) * self.scale, self.least)
+            lam = torch.maximum(self.damped.clamp_min(damping) * self.scale + more * rounding, self.least)
             damped = self.matrix / units / units.transpose(1, 2)
             damped.diagonal(dim1=1, dim2=2).add_((lam / units.square())[:, :, 0])
             factor, info = torch.linalg.cholesky_ex(damped)
@@ -235,7 +238,7 @@ class System:
                 return factor, lam
         raise InputError(
             f"the sums over calibration features cannot be factorised with a damping of {damping:g}, nor with "
-            f"{MORE[-1]:g} times their variance on top: look for calibration features that are not finite"
+            f"{MORE[-1]:g} times their rounding on top: look for calibration features that are not finite"
         )
 
     def error(self, name: str, weight: Tensor, bias: Tensor) -> Tensor:

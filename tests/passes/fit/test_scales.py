@@ -75,6 +75,21 @@ def test_constant_images_beside_a_vector_that_varies_are_fitted(
             assert float(found.residual.sum()) < 0.5 * float(y.var((0, 2, 3)).sum())
 
 
+@pytest.mark.parametrize("off", [1e-9, 1e-5, 1e-3])
+@pytest.mark.parametrize("damping", [0.0, 1e-4, "auto"])
+def test_rounding_that_makes_pixels_singular_damps_no_vector(off: float, damping: Any) -> None:
+    """Sums of constant pixels that are off by a share of themselves, as on a machine that adds up in another order."""
+    x, v = randn(1, 4, 1, 1).expand(24, 4, 9, 9), randn(24, 1, seed=1)
+    y = (3.0 + v[:, :, None, None] * randn(1, 4, 1, 1, seed=2)).expand(24, 4, 7, 7)
+    gram = Gram(4, (3, 3), (1, 1), ((0, 0), (0, 0)), {"y": 4}, dtype=torch.float32, sides=1)
+    gram.update(x, {"y": y}, vectors=v)
+    for seed, part in enumerate(gram._sums.values()):
+        part.xx[:, :36, :36] += off * part.n * float(x.square().mean()) * randn(1, 36, 36, seed=seed + 3)
+    found = solve(gram, "y", (3, 3), damping=damping)
+    assert found.side is not None and relative(found.side[:, 0], randn(4, seed=2)) < 0.1
+    assert float(found.residual.sum()) < 0.01 * float(y.var((0, 2, 3)).sum())
+
+
 def test_a_factorisation_that_is_never_sound_is_an_error_after_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     gram = sums(randn(8, 2, 5, 5), randn(8, 2, 5, 5, seed=1))
     calls = []
