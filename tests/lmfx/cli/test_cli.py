@@ -269,6 +269,28 @@ def test_compress_takes_images_and_weights_and_gives_the_trainable_form(
     assert "random" not in out
 
 
+def test_recover_trains_what_compress_saved_and_saves_it_again(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    np.save(folder / "images.npy", np.random.default_rng(0).normal(size=(24, 3, 16, 16)).astype(np.float32))
+    data = ["--calibration", "images.npy"]
+    trainable = ["--budget", "2x", "-o", "student", *data, "--trainable", "--realize", "compose"]
+    assert main(["compress", "toy_models:factory", *ROOFLINE, *trainable]) == 0
+    capsys.readouterr()
+    assert "write lmfx recover student MODEL" in failure(capsys, "recover", "student", *data, "-o", "out")
+    told = failure(capsys, "recover", "student", "toy_models:factory", *data, "-o", "out", "--minutes", "2 weeks")
+    assert "is no time to recover in" in told
+    assert not Path("out").exists()
+    assert main(["recover", "student", "toy_models:factory", *data, "-o", "out", "--minutes", "1s", "-q"]) == 0
+    seen = capsys.readouterr()
+    assert seen.out.startswith("held-out loss ") and "trained and judged on 24 images of images.npy" in seen.out
+    assert seen.err == ""
+    torch.manual_seed(0)
+    net = load("out", load_model("toy_models:factory"))
+    assert lmfx.result_of(net).merged
+    assert net(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
 def test_export_asks_for_the_model_where_the_folder_does_not_name_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "toy_models:factory", *SCORED, "--budget", "1.0", "-o", "out"]) == 0
     document = json.loads(Path("out/plan.json").read_text())
