@@ -3,7 +3,7 @@
     begin    the start is judged; a first step says what a step takes, and how many images it may have
     search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides
     train    in eight parts; after each the student and the average of its last steps are judged
-    setback  where both are worse than the start, or a loss is no number: back to the best, at a third of the rate
+    setback  where both are worse than the start, or the loss runs away: back to the best, at a third of the rate
 
 The best state is kept from the start on, so whatever happens there is one to return.
 """
@@ -25,7 +25,7 @@ from lmfx.training.checkpoints import load_training, save_training
 from lmfx.training.moving_average import moving_average
 from lmfx.training.option_checks import Norms
 from lmfx.training.processes import agreed
-from lmfx.training.rate_search import FACTOR, find_rate
+from lmfx.training.rate_search import FACTOR, Watch, find_rate
 from lmfx.training.recovery_clock import Clock, cosine
 from lmfx.training.recovery_trainer import Trainer
 
@@ -33,7 +33,7 @@ __all__ = ["Choices", "Recovery", "RecoveryRun"]
 
 BATCHES = (64, 32, 16, 8)
 FEWEST_STEPS = 200  # of a training for which a batch is chosen
-FIRST_RATE = 0.02
+FIRST_RATE = 0.02 / FACTOR
 SEARCH, TRIALS = 0.2, 5  # share of the time, and trials that it is divided among
 SHORTEST_TRIAL, LONGEST_TRIAL = 20, 60  # steps: a few steps find every rate too large
 JUDGED, LEAST_JUDGED = 0.015, 16  # share of the time that judging once may take, and images it has at least
@@ -125,16 +125,18 @@ class RecoveryRun:
             self._begin()
             self._search()
         assert self.rate is not None
-        optimizer, average = self.optimizer, self.average
+        optimizer, average, watch = self.optimizer, self.average, Watch()
         while (fraction := self._fraction()) < 1:
             if fraction >= (part + 1) / PARTS:
                 part = int(fraction * PARTS)
                 if not self._judged(average.module):
                     optimizer, average = self._set_back()
+                    watch = Watch()
                 self._save(part, optimizer, average)
             loss = self.trainer.step(self.done, optimizer, self.rate * cosine(fraction))
-            if not math.isfinite(loss):
+            if watch.astray(loss):
                 optimizer, average = self._set_back()
+                watch = Watch()
             average.update_parameters(self.student)
             self.done += 1
             bar.set_postfix(loss=f"{loss:.3g}", held_out=f"{self.best:.3g}", refresh=False)
@@ -176,9 +178,9 @@ class RecoveryRun:
 
         def trial(rate: float) -> float:
             self.student.load_state_dict(self.first)
-            optimizer = trainer.optimizer(rate)
+            optimizer, watch = trainer.optimizer(rate), Watch()
             for step in range(steps):
-                if not math.isfinite(trainer.step(step, optimizer, rate * cosine(step / steps))):
+                if watch.astray(trainer.step(step, optimizer, rate * cosine(step / steps))):
                     return math.inf
             trainer.settle(self.student)
             return self._offered(self.student)

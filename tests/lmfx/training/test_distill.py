@@ -69,8 +69,9 @@ def test_plain_fine_tuning_learns_labels_without_a_teacher() -> None:
 
 @pytest.mark.parametrize("distance", ["outputs", "logits", "features"])
 def test_each_distance_brings_the_student_closer_and_leaves_the_teacher_alone(distance: Any) -> None:
+    torch.manual_seed(0)
     model = toy()
-    student, before = student_of(model, 0.7), state(model)
+    student, before = student_of(model, 0.7, quality=None), state(model)  # not the best plan, which has little to learn
 
     def apart() -> float:
         with torch.no_grad():

@@ -204,7 +204,7 @@ def test_the_search_takes_a_share_of_the_time_and_a_short_one_does_without(
     Ticks(monkeypatch)
     options: dict[str, Any] = {"steps": None, "lr": None}
     told = recover(copy.deepcopy(first), model, minutes="20s", **options).meta["lmfx_recovery"]
-    assert told.rate == recovery_run.FIRST_RATE
+    assert told.rate is not None and told.rate <= recovery_run.FIRST_RATE
     assert told.steps > 12
     told = recover(copy.deepcopy(first), model, minutes="250s", **options).meta["lmfx_recovery"]
     assert told.steps > 0.7 * 250
