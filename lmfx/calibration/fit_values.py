@@ -20,6 +20,7 @@ from torch import Tensor
 from lmfx.calibration.fitting import FitGroup
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import batches_for, record
+from lmfx.passes.fit.normal_equations import power_of_two
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["FitValues", "spread"]
@@ -46,6 +47,7 @@ class FitValues:
         self.quick = quick
         self.held: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.units: dict[str, Tensor] = {}  # of what is held in half precision
 
     def of(self, group: FitGroup) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """What enters the group's span, the values at all its other nodes, and what enters its other calls."""
@@ -59,7 +61,7 @@ class FitValues:
         """The value on the first `count` images; what no image changes as it is."""
         value = self.held[name]
         value = value[:count] if len(value) >= count else value
-        return value.float() if value.dtype == torch.float16 else value
+        return value.float() * self.units[name] if value.dtype == torch.float16 else value
 
     def count(self, group: FitGroup) -> int:
         """The number of images that a group's fits are made from."""
@@ -76,7 +78,7 @@ class FitValues:
                 break
             counts.update(more)
         self.counts = counts
-        self.held = record_some(self.network, self.images, counts, self.quick)
+        self.held, self.units = record_some(self.network, self.images, counts, self.quick)
 
     def bytes(self, counts: Mapping[str, int]) -> int:
         """What the values of nodes on so many images take."""
@@ -85,13 +87,17 @@ class FitValues:
 
 
 @torch.no_grad()
-def record_some(network: Network, images: Calibration, counts: Mapping[str, int], quick: bool) -> dict[str, Tensor]:
+def record_some(
+    network: Network, images: Calibration, counts: Mapping[str, int], quick: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The value of each node on its number of images, the first ones; (images, channels, size...).
 
-    Where `quick`, float32 is kept in half precision if its range allows that: the rounding is far below the damping of
-    quick fits.
+    Where `quick`, float32 is kept in half precision, each channel over a unit of its own (a power of two, of the first
+    batch), which stands beside it: the rounding is far below the damping of quick fits. A node of which a later batch
+    does not fit into the unit is kept as it is.
     """
     parts: dict[str, list[Tensor]] = {n: [] for n in counts}
+    units: dict[str, Tensor] = {}
     done = 0
     for batch in batches_for(network.gm, images, BATCH):
         left = {n: count - done for n, count in counts.items() if count > done}
@@ -102,24 +108,29 @@ def record_some(network: Network, images: Calibration, counts: Mapping[str, int]
         for name, value in values.items():
             if len(value) != rows:  # no image changes it
                 parts[name] = parts[name] or [value]
-            else:
-                kept = value[: left[name]]
-                parts[name].append(_half(kept) if quick else kept.clone() if left[name] < rows else kept)
+                continue
+            kept = value[: left[name]]
+            if quick and kept.dtype == torch.float32 and name not in units and not parts[name]:
+                units[name] = power_of_two(kept.abs().amax([0, *range(2, kept.dim())], keepdim=True)).to(kept.dtype)
+            parts[name].append(_held(kept, units.get(name), len(kept) < rows))
         done += rows
         del values
-    return {name: _joined(parts, name) for name in list(parts)}
+    found = {name: _joined(parts, units, name) for name in list(parts)}
+    return found, {n: u for n, u in units.items() if found[n].dtype == torch.float16}
 
 
-def _half(value: Tensor) -> Tensor:
-    """A copy in half precision, if it is float32 and can be held."""
-    if value.dtype != torch.float32 or not bool(value.abs().amax() < LARGEST_HALF):
-        return value.clone()
-    return value.half()
+def _held(value: Tensor, unit: Tensor | None, part: bool) -> Tensor:
+    """A value over its unit in half precision, if that holds it; a part of a tensor as a copy."""
+    if unit is not None:
+        scaled = value / unit
+        if bool(scaled.abs().amax() < LARGEST_HALF):
+            return scaled.half()
+    return value.clone() if part else value
 
 
-def _joined(parts: dict[str, list[Tensor]], name: str) -> Tensor:
+def _joined(parts: dict[str, list[Tensor]], units: Mapping[str, Tensor], name: str) -> Tensor:
     """All images of one node, which is taken out: one at a time, nothing is held twice."""
     found = parts.pop(name)
     if len({t.dtype for t in found}) > 1:
-        found = [t.float() for t in found]
+        found = [t.float() * units[name] if t.dtype == torch.float16 else t for t in found]
     return torch.cat(found)

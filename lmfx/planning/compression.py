@@ -26,7 +26,7 @@ from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.whole_times import time_wholes
 from lmfx.made_of import made_of, set_made_of
-from lmfx.passes.errors import InfeasibleBudget, OptionError
+from lmfx.passes.errors import InfeasibleBudget, ModelError, OptionError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Surrogate
 from lmfx.passes.model.trace_facts import note, noted
@@ -196,10 +196,14 @@ def _that_keeps(
     return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
 
 
-def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality:
-    """What a network keeps of the original, on images that nothing else saw."""
+def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality | None:
+    """What a network keeps of the original, on images that nothing else saw; None if its output is none by image."""
     roles = images.roles()
-    return Judge(graph, roles.judge, held_out=not roles.seen)(net)
+    try:
+        judge = Judge(graph, roles.judge, held_out=not roles.seen)
+    except ModelError:
+        return None
+    return judge(net)
 
 
 def _nothing_to_merge(

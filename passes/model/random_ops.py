@@ -21,7 +21,7 @@ from .interface import Example
 __all__ = ["random_error"]
 
 
-class _Watch(TorchFunctionMode):
+class _RandomWatch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.path: list[str] = []
@@ -50,7 +50,7 @@ def _states(generator: Any) -> list[Tensor]:
 
 def random_error(model: nn.Module, example: Example) -> ModelError:
     """The error for a model whose two runs on `example` differ. `model` is a copy, which is run once more."""
-    with _Watch() as watch:
+    with _RandomWatch() as watch:
         names = {id(m): name or "its forward" for name, m in model.named_modules()}
         for module in model.modules():
             module.register_forward_pre_hook(lambda m, _: watch.path.append(names.get(id(m), type(m).__name__)))

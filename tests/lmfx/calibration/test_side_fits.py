@@ -34,7 +34,8 @@ def spans_and_data(model: nn.Module, images: int = 48, size: int = 9) -> tuple[S
 
 def pick(spans: SpanSet, convs: tuple[str, ...], size: int, depthwise: bool = False) -> Candidate:
     found = [c for c in spans if c.realization == "fit" and c.convs == convs and c.conv is not None]
-    (one,) = [c for c in found if c.conv and c.conv.kernel_size == (size, size) and (c.conv.groups > 1) == depthwise]
+    alike = [c for c in found if c.conv and c.conv.kernel_size == (size, size) and (c.conv.groups > 1) == depthwise]
+    one = min(alike, key=lambda c: c.span.stop)  # another one takes the activation after it, too
     return one
 
 

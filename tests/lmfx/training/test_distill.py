@@ -32,7 +32,7 @@ LABELS = DATA[:, 0].mean((1, 2)).argsort().argsort() * 5 // 64  # how red an ima
 
 
 def student_of(model: nn.Module, budget: float = 0.5, **options: Any) -> fx.GraphModule:
-    options = {"realize": ("compose",), "surrogate": "identity", **options}
+    options = {"realize": ("compose",), "surrogate": "identity", "refit": False, **options}
     return roofline_compress(model, DATA[:1], budget, calibration=DATA, merge=False, **options)
 
 

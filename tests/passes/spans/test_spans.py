@@ -377,7 +377,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], str]] = {
         {"a": conv(4, 4), "b": conv(4, 1)},
         r"cannot add branches of \[4, 1\] output channels",
     ),
-    "shared conv": (lambda m, x: m.a(F.relu(m.a(x))), {"a": conv()}, "shared with another call"),
+    "shared conv": (lambda m, x: m.a(F.relu(m.a(x))), {"a": conv()}, "is called elsewhere as well"),
     "activation": (lambda m, x: F.tanh(F.relu(m.a(x))), {"a": conv()}, "nothing to merge: only an activation"),
     "read twice": (lambda m, x: (lambda y: (m.b(y), y))(m.a(x)), {"a": conv(), "b": conv()}, "is read by 2 ops"),
 }

@@ -168,7 +168,7 @@ BODIES: dict[Callable[..., Any], list[str] | None] = {
     scripted: ["Conv2d"],
     autocast: ["Conv2d"],
     checkpointed: ["Conv2d", "Conv2d"],
-    tables: ["Conv2d", "SiLU", "Conv2d", "ChannelAffine", "add", "SiLU", "ChannelAffine", "add"],
+    tables: ["Conv2d", "SiLU", "Conv2d", "ChannelAffine", "add", "Pointwise"],
     meshed: ["grid_sample", "Conv2d"],
     masked: ["Conv2d", "masked_fill"],
     windows: None,

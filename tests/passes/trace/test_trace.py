@@ -265,11 +265,12 @@ def test_a_shared_activation_is_edited_by_call_site() -> None:
     )
 
 
-def test_a_conv_that_is_called_twice_is_never_merged() -> None:
+def test_a_conv_that_is_called_twice_is_merged_with_both_calls_or_not_at_all() -> None:
     model = net(lambda m, x: m.c(m.r(m.c(x))), c=conv(), r=nn.ReLU())
     spans = enumerate_spans(Network(check_trace(model, X, ["Conv2d", "ReLU", "Conv2d"])))
-    assert not [c for c in spans if c.realization == "compose"]
-    assert any("shared with another call" in r.reason for r in spans.refusals)
+    assert {c.convs for c in spans if c.realization == "compose"} == {("c", "c")}
+    check_rewrite(model, X, pick(realization="compose", convs=("c", "c"), kernel=(5, 5)), edits=1)
+    assert any("is called elsewhere as well" in r.reason for r in spans.refusals)
 
 
 def test_convs_that_share_a_weight_are_never_merged() -> None:
@@ -285,7 +286,8 @@ def test_a_functional_conv_that_runs_twice_on_one_weight_is_shared() -> None:
         return F.conv2d(F.relu(F.conv2d(x, m.c.weight, padding=1)), m.c.weight, padding=1)
 
     spans = enumerate_spans(Network(check_trace(net(body, c=conv()), X, ["Conv2d", "ReLU", "Conv2d"])))
-    assert any("shared with another call" in r.reason for r in spans.refusals)
+    assert all(len(set(c.convs)) == 1 and len(c.convs) == 2 for c in spans if c.realization == "compose")
+    assert any("is called elsewhere as well" in r.reason for r in spans.refusals)
 
 
 def test_weight_norm_is_evaluated() -> None:
