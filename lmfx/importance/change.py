@@ -246,8 +246,9 @@ class Scorer:
 
     # --- the change of the outputs itself -----------------------------------------------------------------------------
 
-    def made(self, c: Candidate) -> tuple[LinearOp | None, dict[str, nn.Module]]:
-        """The op of a candidate and the convs of its vectors: composed, or fitted on the original's values."""
+    def made(self, c: Candidate, like: Tensor | None = None) -> tuple[LinearOp | None, dict[str, nn.Module]]:
+        """The op of a candidate and the convs of its vectors (in the dtype of `like`): composed, or fitted on the
+        original's values."""
         if c.realization != "fit":
             affine = self.options.surrogate == "affine" and c.realization == "compose"
             if affine and self.surrogates is None:
@@ -257,14 +258,13 @@ class Scorer:
             assert self.values is not None
             (group,) = fit_groups(self.network, [c])
             self.ops.update(_fit_job((group, *self.values.of(group))))
-        op = self.ops[c.key]
-        (group,) = fit_groups(self.network, [c])
-        return op, op.side_convs(group.sides, op.weight)
+        op, (group,) = self.ops[c.key], fit_groups(self.network, [c])
+        return op, op.side_convs(group.sides, self.judged.tensors[0] if like is None else like)
 
     @torch.no_grad()
     def outputs(self, c: Candidate, part: Part) -> Any:
         """The network's output on an exact part when only the candidate is applied."""
-        op, sides = self.made(c)
+        op, sides = self.made(c, part.values[c.span.entry])
         norm, way, nodes = self.norm(c), self.after.way(c), self.network.nodes
         if c.calls:
             known, replaced, acted = self.replaced(c, lambda x: _made(x, c, op, norm), part)

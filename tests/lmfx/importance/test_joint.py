@@ -71,3 +71,23 @@ def test_a_candidate_that_loses_nothing_changes_nothing(joint) -> None:  # type:
     keep = next(c for c in spans if c.realization == "keep")
     assert keep.realization == "keep"
     assert losses.loss([]) == 0
+
+
+def test_the_change_of_a_fit_with_a_vector_from_the_side_is_in_the_networks_dtype() -> None:
+    class Sided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.side = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(5, 4)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.a(x) + self.side(t)[:, :, None, None])
+            return self.head(self.b(y).mean((2, 3)))
+
+    torch.manual_seed(0)
+    data = torch.randn(32, 3, 9, 7), torch.randn(32, 5)
+    example = data[0][:2], data[1][:2]
+    spans = lmfx.spans(lmfx.trace(Sided().eval(), example))
+    sided = [c for c in spans if c.realization == "fit" and {"a", "b"} <= set(c.all_convs)]
+    losses = JointLoss(Scorer(Reconstruction(exact=True), spans, as_calibration(data, example), None, sided), sided)
+    assert sided and all(losses.loss([c]) > 0 for c in sided)
