@@ -8,7 +8,8 @@ longer give those. In the order of the graph, each layer is set anew:
 W0 is its own weight, `place` and `goal` are where student and original are compared (`places`), lambda is found on
 held-out images (`passes.fit.changes`). A fit that is better at its place can still make the network worse, so the
 student as a whole is judged on images that no fit saw, and a layer stays as it was where its loss would rise. At the
-end the layers are set together (`joint_fit`): as many of the last ones as `MOST_WORK` allows, in a small network all.
+end the layers are set together (`joint_fit`): as many of the last ones as `MOST_WORK` allows, in a small network all,
+in a large one none.
 """
 
 from __future__ import annotations
@@ -103,13 +104,15 @@ class _Refit:
         self.differs = False  # whether any place has not what the original has there
 
     def first_joint(self) -> int:
-        """The first node after which little enough is computed that joint steps can be made."""
+        """The first node after which little enough is computed that joint steps can be made; none of them where fewer
+        than half of the layers come after it: that gains little, and has to run both networks once more."""
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.student.parameters())
         left = 0.0 if half else MOST_WORK / (LEAST_STEPS * PASSES * max(sum(self.ours.images), 1))
         for i, node in reversed(list(enumerate(self.ours.nodes))):
             left -= _work(self.student, node)
             if left < 0:
-                return i + 1
+                within = sum(self.ours.index[s.node] > i for s in self.sites)
+                return i + 1 if 2 * within >= len(self.sites) else len(self.ours.nodes)
         return 0
 
     def run(self, progress: bool) -> None:

@@ -317,7 +317,7 @@ def test_setting_layers_together_gives_back_what_it_borrowed() -> None:
     assert all(p.grad is None for p in found.parameters())
 
 
-def test_only_the_last_layers_of_a_large_network_are_set_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_network_that_is_too_large_are_not_set_together(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, x = traced(Block, 3, 8, 8)
     seen: list[list[str]] = []
     monkeypatch.setattr(
@@ -328,7 +328,7 @@ def test_only_the_last_layers_of_a_large_network_are_set_together(monkeypatch: p
     student.head.bias.data += torch.tensor([3.0, 0, 0, 0, 0], dtype=torch.float64)
     monkeypatch.setattr("lmfx.calibration.refitting.MOST_WORK", 50 * 36 * 1000.0)
     refit(student, graph, calibrated(x))
-    assert seen in ([], [["head"]])
+    assert seen == []
     monkeypatch.setattr("lmfx.calibration.refitting.MOST_WORK", 1e12)
     refit(student, graph, calibrated(x))
     assert "stem" in seen[-1]
