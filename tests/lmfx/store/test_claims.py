@@ -284,7 +284,7 @@ def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(t
     errors = [process.communicate(timeout=250)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     first, second = (LatencyTable.load(tmp_path / f"{n}.json") for n in range(2))
-    assert first == second and len(first) > 20
+    assert (first.rows, first.identity) == (second.rows, second.identity) and len(first) > 20
     with Store.open(tmp_path) as store:
         assert set(store.times_put("latency").values()) == {1}
         assert store.times_put("sentinel") == {"reference": 1}
