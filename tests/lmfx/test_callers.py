@@ -168,6 +168,35 @@ def settings() -> tuple[Any, ...]:
     )
 
 
+CHANGES: dict[str, Callable[[], Any]] = {
+    "torch's random numbers": lambda: torch.rand(3),
+    "numpy's random numbers": lambda: np.random.rand(3),
+    "Python's random numbers": random.random,
+    "a seed": lambda: (torch.manual_seed(5), np.random.seed(5), random.seed(5)),
+    "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+    "matmul": lambda: torch.set_float32_matmul_precision("medium"),
+    "filters of warnings": lambda: warnings.simplefilter("ignore"),
+}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_public_function_changes_is_put_back(change: str, fails: bool) -> None:
+    @entry
+    def stage() -> None:
+        CHANGES[change]()
+        if fails:
+            raise lmfx.OptionError("no")
+
+    def state() -> tuple[Any, ...]:
+        return (*settings(), np.random.get_state()[1].tolist())
+
+    before = state()
+    with contextlib.suppress(lmfx.OptionError):
+        stage()
+    assert state() == before
+
+
 def test_random_numbers_and_settings_are_as_they_were(tmp_path: Any) -> None:
     before = settings()
     compressed(convs_kept := convs_of(before), X, calibration=IMAGES, cache_dir=tmp_path)
