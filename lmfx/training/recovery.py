@@ -128,6 +128,7 @@ def recover(
         except KeyboardInterrupt:
             if checkpoint is not None or (runner is not None and runner.num_processes > 1):
                 raise
+            run.stop()
             stopped = f"recover was stopped after {run.done} steps, and returns the best network so far"
             warnings.warn(stopped, stacklevel=3)
         finally:

@@ -34,6 +34,7 @@ __all__ = ["Choices", "Recovery", "RecoveryRun"]
 BATCHES = (64, 32, 16, 8)
 FEWEST_STEPS = 200  # of a training for which a batch is chosen
 FIRST_RATE = 0.02 / FACTOR
+LOWEST_RATE = 1e-7  # by which a training is given up
 SEARCH, TRIALS = 0.2, 5  # share of the time, and trials that it is divided among
 SHORTEST_TRIAL, LONGEST_TRIAL = 20, 60  # steps: a few steps find every rate too large
 JUDGED, LEAST_JUDGED = 0.015, 16  # share of the time that judging once may take, and images it has at least
@@ -125,23 +126,31 @@ class RecoveryRun:
             self._begin()
             self._search()
         assert self.rate is not None
-        optimizer, average, watch = self.optimizer, self.average, Watch()
-        while (fraction := self._fraction()) < 1:
+        watch, since, numbers = Watch(), self.done, False
+        while (fraction := self._fraction()) < 1 and self.rate > LOWEST_RATE:
             if fraction >= (part + 1) / PARTS:
                 part = int(fraction * PARTS)
-                if not self._judged(average.module):
-                    optimizer, average = self._set_back()
-                    watch = Watch()
-                self._save(part, optimizer, average)
-            loss = self.trainer.step(self.done, optimizer, self.rate * cosine(fraction))
-            if watch.astray(loss):
-                optimizer, average = self._set_back()
-                watch = Watch()
-            average.update_parameters(self.student)
+                if not self._judged() and self.done - since >= SHORTEST_TRIAL:
+                    self._set_back()
+                    watch, since = Watch(), self.done
+                self._save(part)
+            loss = self.trainer.step(self.done, self.optimizer, self.rate * cosine(fraction))
             self.done += 1
+            numbers |= math.isfinite(loss)
+            if watch.astray(loss):
+                self._set_back()
+                watch, since = Watch(), self.done
+            self.average.update_parameters(self.student)
             bar.set_postfix(loss=f"{loss:.3g}", held_out=f"{self.best:.3g}", refresh=False)
             bar.update(1 if self.clock.steps is not None else max(round(self.clock.elapsed()) - bar.n, 0))
-        self._judged(average.module)
+        if self.done and not numbers and self.rate <= LOWEST_RATE:
+            raise InputError("the loss is no number at any rate: check the weights of the student, and the images")
+        self._judged()
+
+    def stop(self) -> None:
+        """Ends the training early: what was reached since the last judging counts."""
+        if self.done:
+            self._judged()
 
     def _fraction(self) -> float:
         return agreed(self.clock.fraction(self.done), self.runner)
@@ -195,7 +204,7 @@ class RecoveryRun:
             trainer.trained = True
             trainer.trained = trial(self.rate) < reached
         self.student.load_state_dict(self.first)
-        self.optimizer, self.average = self._anew(self.rate)
+        self._anew(self.rate)
 
     def _trials(self) -> tuple[int, int]:
         """(steps of a trial, trials that there is time for)."""
@@ -205,8 +214,10 @@ class RecoveryRun:
         steps = min(max(int((time / TRIALS - self.judging) / each), SHORTEST_TRIAL), LONGEST_TRIAL)
         return steps, min(int(time / (steps * each + self.judging)), TRIALS)
 
-    def _anew(self, rate: float) -> tuple[Any, Any]:
-        return self.trainer.optimizer(rate), moving_average(self.student, DECAY)
+    def _anew(self, rate: float) -> None:
+        """An optimizer and an average that begin with the student as it is."""
+        self.optimizer: Any = self.trainer.optimizer(rate)
+        self.average: Any = moving_average(self.student, DECAY)
 
     # --- judging ------------------------------------------------------------------------------------------------------
 
@@ -218,31 +229,27 @@ class RecoveryRun:
             self.best_net.load_state_dict(net.state_dict())
         return found
 
-    def _judged(self, average: Any) -> bool:
+    def _judged(self) -> bool:
         """Whether the student or its average is better than the start. Both stay as they are."""
         now = self.trainer.weights()
         found = math.inf
-        for state in (now, average.state_dict()):
+        for state in (now, self.average.module.state_dict()):
             self.student.load_state_dict(state)
             self.trainer.settle(self.student)
             found = min(found, self._offered(self.student))
         self.student.load_state_dict(now)
         return found <= self.start
 
-    def _set_back(self) -> tuple[Any, Any]:
+    def _set_back(self) -> None:
         """Back to the best state, at a lower rate."""
         assert self.rate is not None
         self.rate /= FACTOR
-        if self.rate < FIRST_RATE * 1e-6:
-            raise InputError(
-                "the loss of the student is no number, whatever the rate: check its weights and the images"
-            )
         self.student.load_state_dict(self.best_net.state_dict())
-        return self._anew(self.rate)
+        self._anew(self.rate)
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _save(self, part: int, optimizer: Any, average: Any) -> None:
+    def _save(self, part: int) -> None:
         runner = self.runner
         if self.folder is not None and (runner is None or runner.is_main_process):
             scaler = getattr(runner, "scaler", None)
@@ -253,14 +260,14 @@ class RecoveryRun:
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             told: dict[str, Any] = {"run": self.run, "start": self.sizes, "extra": extra}
-            told |= {"average": average, "best": self.best_net}
-            save_training(self.folder, self.student, optimizer, epoch=part, **told)
+            told |= {"average": self.average, "best": self.best_net}
+            save_training(self.folder, self.student, self.optimizer, epoch=part, **told)
         if runner is not None:
             runner.wait_for_everyone()
 
     def _found_again(self) -> int:
         """The part that a checkpoint was left after, with the state of then; 0 without one."""
-        self.optimizer, self.average = self._anew(FIRST_RATE)
+        self._anew(FIRST_RATE)
         if self.folder is None:
             return 0
         told: dict[str, Any] = {"run": self.run, "start": self.sizes, "average": self.average, "best": self.best_net}

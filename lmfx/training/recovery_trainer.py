@@ -89,7 +89,7 @@ class Trainer:
         value = self.module(given, wanted)
         found = float(value.detach())
         if runner is not None and runner.num_processes > 1:
-            found = float(runner.reduce(value.detach(), "mean"))
+            found = float(runner.reduce(value.detach().clone(), "mean"))
         if not math.isfinite(found):
             return found
         for group in optimizer.param_groups:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,24 @@ from tests.helpers import one_thread as one_thread
 from tests.toys import TwoInputs, compress, images, toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DATA = images(64)
+DATA = images(128)
 OTHERS = images(48, seed=8)
 QUICK: dict[str, Any] = {"steps": 24, "lr": 0.01, "batch": 16, "norms": "frozen", "progress": False}
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
+    """With scores as far apart as those of a trained network."""
     torch.manual_seed(3)
-    return toy()
+    made = toy()
+    made.head.weight.data.mul_(20)
+    return made
 
 
 @pytest.fixture(scope="module")
 def first(model: nn.Module) -> fx.GraphModule:
-    options = {"realize": ("compose",), "surrogate": "identity", "refit": False}  # there is something to recover
+    """Neither refitted nor the best plan: there is something to recover."""
+    options: dict[str, Any] = {"realize": ("compose",), "surrogate": "identity", "quality": None, "refit": False}
     return compress(model, DATA[:1], 0.5, calibration=DATA, merge=False, **options)
 
 
@@ -67,7 +74,7 @@ def test_the_student_comes_closer_on_images_that_it_never_saw(student: fx.GraphM
     returned = recover(student, model, steps=60)
     assert returned is student and not student.training
     assert_unchanged(kept, model)
-    assert loss_of(student, model) < 0.7 * before
+    assert loss_of(student, model) < 0.5 * before
     told = student.meta["lmfx_recovery"]
     assert told.after < told.before and told.steps == 60 and told.batch == 16
     assert loss_of(lmfx.merge(student), model) == pytest.approx(loss_of(student, model), rel=1e-3)
@@ -128,7 +135,7 @@ def test_the_rate_and_the_norms_are_found_on_images_that_no_step_saw(
     monkeypatch.setattr(recovery_trainer.Trainer, "images", watched)
     recover(student, model, lr=None, norms=None, steps=8)
     fit = {t.numpy().tobytes() for t in Calibration((DATA,)).roles().fit.tensors[0]}
-    assert len(fit) == 48
+    assert len(fit) == 96
     assert {t.numpy().tobytes() for t in shown} == fit
     assert 1e-5 < student.meta["lmfx_recovery"].rate < 1
 
@@ -162,7 +169,7 @@ def test_the_same_steps_give_the_same_weights_and_the_callers_numbers_go_on(
 
 def test_the_model_may_be_its_traced_graph_and_images_a_loader(first: fx.GraphModule, model: nn.Module) -> None:
     one = recover(copy.deepcopy(first), model)
-    labels = torch.zeros(64)
+    labels = torch.zeros(128)
     loader = list(zip(DATA.split(16), labels.split(16), strict=True))
     other = recover(copy.deepcopy(first), lmfx.trace(model, DATA[:1]), loader)
     assert same(state(one), state(other))
@@ -224,7 +231,7 @@ def test_a_batch_leaves_time_for_some_hundred_steps(
     ]
     assert batches == [8, 16, 32]
     monkeypatch.undo()
-    assert recover(copy.deepcopy(first), model, batch=None, steps=2).meta["lmfx_recovery"].batch == 48
+    assert recover(copy.deepcopy(first), model, batch=None, steps=2).meta["lmfx_recovery"].batch == 64
 
 
 @pytest.mark.parametrize(
@@ -296,6 +303,52 @@ def test_a_stopped_run_with_a_checkpoint_goes_on_and_ends_at_the_same_bits(
         recover(copy.deepcopy(first), model, lr=None, steps=32, checkpoint=tmp_path, seed=1)
 
 
+TWO = """
+import os, sys
+sys.path.insert(0, ".")
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from tests.lmfx.training.test_recovery import DATA, QUICK
+from tests.toys import compress, toy
+import lmfx
+torch.manual_seed(3)
+model = toy()
+model.head.weight.data.mul_(20)
+options = {"realize": ("compose",), "surrogate": "identity", "quality": None, "refit": False}
+student = compress(model, DATA[:1], 0.5, calibration=DATA, merge=False, **options)
+options = {**QUICK, "steps": 60, "batch": 8, "lr": None, "norms": None}
+lmfx.recover(student, model, DATA, **options)
+told = student.meta["lmfx_recovery"]
+assert told.after < told.before, told
+assert told.steps == 60
+save_file({k: v.clone() for k, v in student.state_dict().items()}, f"{sys.argv[1]}/{os.environ['RANK']}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_and_end_with_the_same_weights(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "two.py").write_text(TWO)
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "two.py"), str(tmp_path)],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert same(one, other)
+
+
 # --- other inputs and outputs -----------------------------------------------------------------------------------------
 
 
@@ -313,8 +366,8 @@ def test_two_inputs_and_two_outputs() -> None:
         surrogate="identity",
         refit=False,
     )
-    told = recover(student, model, pair, steps=40).meta["lmfx_recovery"]
-    assert told.after < 0.9 * told.before
+    told = recover(student, model, pair, steps=60, lr=0.003).meta["lmfx_recovery"]
+    assert told.after < told.before
 
 
 def test_inputs_by_name() -> None:
@@ -330,7 +383,7 @@ def test_inputs_by_name() -> None:
         realize=("compose",),
         refit=False,
     )
-    told = recover(student, model, pair, steps=40).meta["lmfx_recovery"]
+    told = recover(student, model, pair, steps=40, lr=0.003).meta["lmfx_recovery"]
     assert told.after < told.before
 
 
@@ -381,4 +434,8 @@ def test_networks_and_images_that_can_not_be(student: fx.GraphModule, model: nn.
     with pytest.raises(lmfx.InputError, match="has the shape .* where the original's has"):
         recover(student, other)
     with pytest.raises(lmfx.InputError, match="requires a gradient"):
-        recover(student.requires_grad_(False), model)
+        recover(copy.deepcopy(student).requires_grad_(False), model)
+    with torch.no_grad():
+        next(student.parameters()).fill_(math.nan)
+    with pytest.raises(lmfx.InputError, match="no number at any rate: check the weights"):
+        recover(student, model)
