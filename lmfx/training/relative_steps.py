@@ -6,7 +6,8 @@
 |W| is the root mean square of the tensor as it came in, so one rate fits all layers, and a step of lr moves each tensor
 by that share of itself: a trust region around what closed-form fits gave. Orthogonal steps for matrices are Muon's
 (Jordan et al. 2024, quintic Newton-Schulz iteration): what few directions of large gradient would use up goes to all
-directions. On the networks of `docs/recovery.md` they are worth more than ten times as many steps of Adam.
+directions. On one small residual network 80 of them did better than 200 steps of AdamW; on a lean ImageNet classifier
+they did harm where AdamW helped (`docs/recovery.md`).
 """
 
 from __future__ import annotations
