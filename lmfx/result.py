@@ -52,7 +52,7 @@ class Result:
     inputs: dict[str, Any] = field(default_factory=dict)  # positional and keyword specs of the example
     # How a network from `simplify` was compared with its model.
     checked: str = field(default="", metadata={"optional": True})
-    # What the network keeps of the original, on images that neither a fit nor the choice of the plan saw.
+    # What the network keeps of the original, on calibration images that were held out.
     quality: Quality | None = field(default=None, metadata={"optional": True})
     keep: float | None = field(default=None, metadata={"optional": True})  # the share that had to be kept
     # With input_sizes=: (height, width) that this network is for, and what else was made and judged.

@@ -12,12 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.lockstep import CHUNK, Lockstep
-from lmfx.calibration.recording import flat_output, output_rows
-from lmfx.passes.model.interface import plain_output
+from lmfx.calibration.recording import flat_output, floating_outputs, mean_square_distance, output_rows
 
 __all__ = ["Divergence", "Judging"]
 
@@ -42,14 +40,12 @@ class Divergence:
         given, self.sizes = run.outputs(), run.images
         columns = [torch.cat(c).double() for c in zip(*map(self._leaves, given, self.sizes), strict=True)]
         for whole in columns:
-            variance = float((whole - whole.mean(0)).square().sum())
-            self._units.append((variance or float(whole.square().sum()) or 1.0) ** 0.5 * len(columns) ** 0.5)
+            self._units.append((mean_square_distance(whole) * len(whole) * len(columns)) ** 0.5)
         self.wanted = [self.flat(o, n) for o, n in zip(given, self.sizes, strict=True)]
 
     def _leaves(self, output: Any, images: int) -> list[Tensor]:
         """The floating tensors that have rows, each as (images, values)."""
-        found = [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
-        pairs = zip(found, self._rows, strict=True)
+        pairs = zip(floating_outputs(output), self._rows, strict=True)
         return [flat_output([v], images, (dim,)) for v, dim in pairs if dim is not None]
 
     def flat(self, output: Any, images: int) -> Tensor:

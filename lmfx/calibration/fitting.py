@@ -48,6 +48,11 @@ class FittedOp(LinearOp):
 
     sides: tuple[Tensor, ...] = ()
 
+    @property
+    def bytes(self) -> int:
+        """The bytes of its weights."""
+        return sum(t.numel() * t.element_size() for t in (self.weight, *self.sides))
+
     def side_convs(self, names: Sequence[str], like: Tensor) -> dict[str, nn.Module]:
         """The 1 x 1 convolution of each vector, by the name of its node, in the dtype and on the device of `like`."""
         return {name: side_conv(v, self.ndim, like) for name, v in zip(names, self.sides, strict=True)}

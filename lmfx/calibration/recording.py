@@ -21,6 +21,8 @@ __all__ = [
     "Rows",
     "batches_for",
     "flat_output",
+    "floating_outputs",
+    "mean_square_distance",
     "output_rows",
     "placeholder_values",
     "record",
@@ -164,15 +166,27 @@ def resume(
 
 def flat_output(output: Any, images: int | None = None, rows: Rows = ()) -> Tensor:
     """All floating tensors of an output as one row; with `images` as (images, features), of those that have `rows`."""
-    leaves = _floating(output)
+    leaves = floating_outputs(output)
     if images is None:
         return torch.cat([v.reshape(1, -1) for v in leaves], 1)
     kept = [(v, dim) for v, dim in zip(leaves, rows, strict=True) if dim is not None]
     return torch.cat([v.movedim(dim, 0).reshape(images, -1) for v, dim in kept], 1)
 
 
-def _floating(output: Any) -> list[Tensor]:
+def floating_outputs(output: Any) -> list[Tensor]:
+    """The floating tensors of an output, in order."""
     return [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def mean_square_distance(z: Tensor) -> float:
+    """The mean over the images of the squared distance of their values (images, ...) from their mean.
+
+    Of a single image, and of images that are all alike, the mean square; 1 where that is 0, too.
+    """
+    z = z.flatten(1).double()
+    square = float(z.square().sum(1).mean())
+    distance = float((z - z.mean(0)).square().sum(1).mean()) if len(z) > 1 else square
+    return (distance if distance > 1e-12 * square else square) or 1.0
 
 
 @torch.no_grad()
@@ -189,14 +203,14 @@ def output_rows(gm: fx.GraphModule, calibration: Calibration) -> Rows:
     for size in (2, 3) if noted(gm).tracer == "symbolic" else ():
         with contextlib.suppress(Exception):  # a batch size that is written in the graph
             batch = next(calibration.whole_batches(size).batches(size))
-            shapes[size] = [tuple(v.shape) for v in _floating(record(gm, batch, (), calibration.names)[1])]
+            shapes[size] = [tuple(v.shape) for v in floating_outputs(record(gm, batch, (), calibration.names)[1])]
     if len(shapes) == 2 and [len(s) for s in shapes[2]] == [len(s) for s in shapes[3]]:
         pairs = zip(shapes[2], shapes[3], strict=True)
         rows = [next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a * 3 == b * 2 > 0), None) for p in pairs]
         seen = shapes[3]
     else:
         batch = next(batches_for(gm, calibration, 1))
-        seen = [tuple(v.shape) for v in _floating(record(gm, batch, (), calibration.names)[1])]
+        seen = [tuple(v.shape) for v in floating_outputs(record(gm, batch, (), calibration.names)[1])]
         rows = [next((i for i, n in enumerate(s) if n == len(batch[0])), None) for s in seen]
     if all(dim is None for dim in rows):
         raise ModelError(

@@ -12,13 +12,12 @@ used goes first, and is made again when it is needed.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
-from typing import Generic, TypeVar
 
 from torch import Tensor, fx
 
+from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.fit_values import spread
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
@@ -36,7 +35,6 @@ from lmfx.passes.spans.layers import Network
 __all__ = ["Students"]
 
 HELD_BYTES = 2**30  # of recorded values, and of fitted ops
-V = TypeVar("V")
 
 
 class Students:
@@ -45,8 +43,8 @@ class Students:
     def __init__(self, analysis: Analysis, calibration: Calibration) -> None:
         self.analysis, self.calibration = analysis, spread(calibration)  # so that a beginning of it stands for all
         self._surrogates: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by the network's id, which analysis holds
-        self._values: _Kept[Tensor] = _Kept(lambda v: v.numel() * v.element_size())
-        self._ops: _Kept[FittedOp] = _Kept(lambda op: 8 * (op.weight.numel() + sum(m.numel() for m in op.sides)))
+        self._values: Bounded[Tensor] = Bounded(lambda v: v.numel() * v.element_size(), HELD_BYTES)
+        self._ops: Bounded[FittedOp] = Bounded(lambda op: op.bytes, HELD_BYTES)
 
     def student(self, plan: MergePlan, *, share_tensors: bool = True, progress: bool = False) -> fx.GraphModule:
         """The trainable form under `plan`, its surrogates and fitted convs set.
@@ -128,24 +126,3 @@ def _causes(network: Network, candidate: Candidate, plan: MergePlan) -> Hashable
             queue += node.all_input_nodes
     changed = tuple(c for c in plan.candidates if any(s.output in before for s in c.spans))
     return candidate, changed, plan.sums, plan.fine, plan.surrogate, plan.activation_after
-
-
-class _Kept(Generic[V]):
-    """Values by key; beyond `HELD_BYTES` the least recently used are dropped."""
-
-    def __init__(self, size: Callable[[V], int]) -> None:
-        self.size, self.held = size, 0
-        self.values: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable) -> V | None:
-        if key in self.values:
-            self.values.move_to_end(key)
-        return self.values.get(key)
-
-    def put(self, key: Hashable, value: V) -> None:
-        if key in self.values:
-            return
-        self.values[key] = value
-        self.held += self.size(value)
-        while self.held > HELD_BYTES:
-            self.held -= self.size(self.values.popitem(last=False)[1])

@@ -56,7 +56,10 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. `argv` is without the program's name, `sys.argv[1:]` by default."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "compress" and args.budget is None and args.keep is None:
+        parser.error("compress needs --budget, how fast, or --keep, how much must be left")
     try:
         _run(args)
         sys.stdout.flush()

@@ -10,19 +10,28 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import Replaced, batches_for, flat_output, output_rows, record, resume
+from lmfx.calibration.recording import (
+    Replaced,
+    batches_for,
+    flat_output,
+    mean_square_distance,
+    output_rows,
+    record,
+    resume,
+)
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance.added_activations import After
+from lmfx.importance.parts import Part, batch_statistics, changed_by
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.errors import InputError, ModelError
@@ -34,6 +43,7 @@ from lmfx.passes.spans.moved_norms import moved_norm
 __all__ = ["Scorer", "ScorerOptions"]
 
 MOST_CHOOSING = 64  # images that whole plans are judged by
+OPS_BYTES = 1 << 28  # of fitted ops that are kept
 AT_ONCE = 8  # candidates that are not fitted, of which one process claims some at a time
 
 
@@ -50,17 +60,6 @@ class ScorerOptions(Protocol):
     def surrogate(self) -> str: ...
     @property
     def norms(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """One batch of the scoring images: values and gradients (one a probe) of nodes, and the output, (images, ...);
-    `renewed` are outputs with the batch's statistics after a node."""
-
-    values: dict[str, Tensor]
-    gradients: dict[str, list[Tensor]]
-    output: Tensor
-    renewed: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Scorer:
@@ -86,7 +85,7 @@ class Scorer:
         self.rows = output_rows(self.gm, self.judged)
         self.names: set[str] = set()
         self._crossings: dict[frozenset[fx.Node], set[str]] = {}
-        self.ops: dict[str, FittedOp] = {}  # of the candidates that were fitted
+        self.ops: Bounded[FittedOp] = Bounded(lambda op: op.bytes, OPS_BYTES)  # of the candidates that were fitted
         self.values: FitValues | None = None
         self.judged_parts: tuple[list[Part], float] = ([], 1.0)
         self.surrogates: dict[str, tuple[Tensor, Tensor]] | None = None
@@ -116,7 +115,7 @@ class Scorer:
         """The nodes whose values are read after a candidate's span, and are not changed by it."""
         outputs = frozenset(self.network.nodes[s.output] for s in c.spans)
         if outputs not in self._crossings:
-            after = outputs | _after_any(set(outputs))
+            after = changed_by(outputs)
             reads = {i for n in after for i in n.all_input_nodes}
             self._crossings[outputs] = {i.name for i in reads - after if i.op != "get_attr"}
         return self._crossings[outputs]
@@ -144,8 +143,8 @@ class Scorer:
             listed = list(jobs)
             results = zip((job[0] for job in listed), self.executor.map(_fit_job, listed), strict=True)
         for group, ops in results:
-            self.ops.update(ops)
             for c in group.candidates:
+                self.ops.put(c.key, ops[c.key])
                 sides = ops[c.key].side_convs(group.sides, parts[0].output)
                 yield c.key, self.value(c, ops[c.key], sides, parts, scale)
 
@@ -182,7 +181,7 @@ class Scorer:
                 raise InputError("norms='batch' needs statistics of two images and more: pass more calibration images")
             found.append(part)
             outputs.append(part.output)
-        return found, _scale(torch.cat(outputs))
+        return found, mean_square_distance(torch.cat(outputs))
 
     def exact_part(self, batch: tuple[Tensor, ...], names: set[str]) -> Part:
         """A part without gradients, with the values `names`: what the candidates read, and what crosses their spans."""
@@ -254,28 +253,32 @@ class Scorer:
             if affine and self.surrogates is None:
                 self.surrogates = affine_surrogates(self.network, self.calibration)
             return self.composed(c, self.surrogates if affine else None)
-        if c.key not in self.ops:
+        (group,) = fit_groups(self.network, [c])
+        op = self.ops.get(c.key)
+        if op is None:
             assert self.values is not None
-            (group,) = fit_groups(self.network, [c])
-            self.ops.update(_fit_job((group, *self.values.of(group))))
-        op, (group,) = self.ops[c.key], fit_groups(self.network, [c])
+            op = _fit_job((group, *self.values.of(group)))[c.key]
+            self.ops.put(c.key, op)
         return op, op.side_convs(group.sides, self.judged.tensors[0] if like is None else like)
 
     @torch.no_grad()
     def outputs(self, c: Candidate, part: Part) -> Any:
         """The network's output on an exact part when only the candidate is applied."""
         op, sides = self.made(c, part.values[c.span.entry])
-        norm, way, nodes = self.norm(c), self.after.way(c), self.network.nodes
+        norm = self.norm(c)
         if c.calls:
             known, replaced, acted = self.replaced(c, lambda x: _made(x, c, op, norm), part)
             return resume(self.gm, known, replaced, acted)
-        new = self.new(c, op, sides, norm, part)
-        after = _descendants(nodes[c.span.output])
-        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in after and nodes[n].op != "output"}
-        known[nodes[c.span.output]] = new
+        return resume(self.gm, self.given(c, self.new(c, op, sides, norm, part), part))
+
+    def given(self, c: Candidate, new: Tensor, part: Part) -> dict[fx.Node, Any]:
+        """What `resume` takes for a candidate with one call, whose span's output is `new`."""
+        nodes, way = self.network.nodes, self.after.way(c)
+        output = nodes[c.span.output]
+        known = part.beside(nodes, [output]) | {output: new}
         if way is not None:
             known[nodes[way.place]] = self.after.value(way, c.span.output, new, part.values)
-        return resume(self.gm, known)
+        return known
 
     def moved(self, c: Candidate, made: Callable[[Tensor], Tensor], part: Part) -> float:
         """The squared change of the output, over all images, when `made` gives the span's output at all of its calls.
@@ -301,7 +304,9 @@ class Scorer:
             if self.options.norms == "batch":
                 key = " ".join(span.output for span, _ in calls)
                 if key not in part.renewed:
-                    same = known | {out: part.values[out.name] for out in outputs if out not in _after_any(outputs)}
+                    # A call that depends on another one has its value anew, too.
+                    later = changed_by(user for out in outputs for user in out.users)
+                    same = known | {out: part.values[out.name] for out in outputs - later}
                     part.renewed[key] = flat_output(resume(self.gm, same), images, self.rows)
                 wanted = part.renewed[key]
         return float((output.double() - wanted).square().sum())
@@ -311,30 +316,20 @@ class Scorer:
     ) -> tuple[dict[fx.Node, Any], Replaced, dict[fx.Node, nn.Module]]:
         """What `resume` takes for a candidate with several calls: what is known, what they make, what acts on it."""
         nodes, calls = self.network.nodes, [(one.span, self.after.way(one)) for one in c.each()]
-        outputs = {nodes[span.output] for span, _ in calls}
-        after = outputs | _after_any(outputs)
-        known = {nodes[n]: v for n, v in part.values.items() if nodes[n] not in after and nodes[n].op != "output"}
+        known = part.beside(nodes, {nodes[span.output] for span, _ in calls})
         replaced: Replaced = {nodes[span.output]: (nodes[span.entry], made) for span, _ in calls}
         acted = {nodes[way.place]: self.after.activation() for _, way in calls if way is not None}
         return known, replaced, acted
 
     def squared_change(self, c: Candidate, new: Tensor, part: Part) -> float:
         """The squared change of the output, over all images, when the span's output is `new`."""
-        nodes = self.network.nodes
-        behind = _descendants(nodes[c.span.output])
-        known: dict[fx.Node, Any] = {
-            nodes[n]: v for n, v in part.values.items() if nodes[n] not in behind and nodes[n].op != "output"
-        }
-        known[nodes[c.span.output]] = new
-        wanted, way = part.output, self.after.way(c)
+        wanted = part.output
         with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
-            begun = dict(known)
-            if way is not None:
-                known[nodes[way.place]] = self.after.value(way, c.span.output, new, part.values)
-            output = flat_output(resume(self.gm, known), len(new), self.rows)
+            output = flat_output(resume(self.gm, self.given(c, new, part)), len(new), self.rows)
             if self.options.norms == "batch":  # the original from here on, with its new statistics
                 if c.span.output not in part.renewed:
-                    same = begun | {nodes[c.span.output]: part.values[c.span.output]}
+                    place = self.network.nodes[c.span.output]
+                    same = part.beside(self.network.nodes, [place]) | {place: part.values[c.span.output]}
                     part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new), self.rows)
                 wanted = part.renewed[c.span.output]
         if output.shape != wanted.shape:  # the batches that were tried happened to fill as many rows an image
@@ -344,19 +339,6 @@ class Scorer:
                 "image, or use importance='magnitude'"
             )
         return float((output.double() - wanted).square().sum())
-
-
-@contextlib.contextmanager
-def batch_statistics(gm: nn.Module) -> Iterator[None]:
-    """Batch norms in eval mode use the statistics of their batch within, and have their own again afterwards."""
-    held = [(m, m.running_mean, m.running_var) for m in gm.modules() if isinstance(m, _BatchNorm)]
-    try:
-        for module, _, _ in held:
-            module.running_mean = module.running_var = None
-        yield
-    finally:
-        for module, mean, variance in held:
-            module.running_mean, module.running_var = mean, variance
 
 
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]) -> dict[str, FittedOp]:
@@ -381,27 +363,3 @@ def _products(error: Tensor, gradient: Tensor) -> Tensor:
     if error.dtype in (torch.float16, torch.bfloat16):
         error = error.float()
     return (error * gradient).flatten(1).sum(1, dtype=torch.float64)
-
-
-def _scale(z: Tensor) -> float:
-    """The mean squared distance of the outputs from their mean; of a single image, its mean square."""
-    z = z.double()
-    centred = z - z.mean(0, keepdim=True) if len(z) > 1 else z
-    value = float(centred.square().sum(1).mean())
-    if value <= 1e-12 * float(z.square().sum(1).mean()):
-        value = float(z.square().sum(1).mean())
-    return value or 1.0
-
-
-def _after_any(nodes: set[fx.Node]) -> set[fx.Node]:
-    return set().union(*map(_descendants, nodes))
-
-
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    found, queue = set(), [node]
-    while queue:
-        for user in queue.pop().users:
-            if user not in found:
-                found.add(user)
-                queue.append(user)
-    return found

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for
-from lmfx.importance.change import Part, Scorer
+from lmfx.calibration.recording import batches_for, floating_outputs
+from lmfx.importance.change import Scorer
 from lmfx.importance.dominance import places
 from lmfx.importance.macs import multiply_accumulates
+from lmfx.importance.parts import Part
 from lmfx.passes.ir import Candidate
-from lmfx.quality.judge import Judge, floating
+from lmfx.quality.judge import Judge
 from lmfx.quality.loss_space import LossSpace
 
 __all__ = ["JointLoss"]
@@ -60,7 +61,7 @@ class JointLoss:
             if c.exact:
                 self.changes[c.key] = torch.zeros_like(self.space.reference)
             else:
-                outputs = [floating(self.scorer.outputs(c, part)) for part in self.parts]
+                outputs = [floating_outputs(self.scorer.outputs(c, part)) for part in self.parts]
                 joined = self.judge.joined(outputs)
                 self.changes[c.key] = self.space.flat(joined) - self.space.reference
             self.vectors[c.key] = self.space.vectors(self.changes[c.key])

@@ -93,9 +93,8 @@ class Compression:
         found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
         same = MergePlan((), fingerprint(graph))
         if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
-            return _finish(
-                graph, stages.rewrite(graph, same, spans=spans), spans, wanted, source, self.merge, None, images
-            )
+            unchanged = stages.rewrite(graph, same, spans=spans)
+            return _finish(graph, unchanged, spans, wanted, source, self.merge, None, images, share)
         if not any(c.realization != "keep" for c in spans):
             raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
         if found is None:

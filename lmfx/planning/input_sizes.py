@@ -29,7 +29,7 @@ from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.compression import Compression
 from lmfx.quality import Judge, QualityName
-from lmfx.result import Alternative
+from lmfx.result import Alternative, result_of
 from lmfx.stages import default_backend, trace
 
 __all__ = ["at_best_size", "parse_sizes"]
@@ -41,11 +41,10 @@ def parse_sizes(sizes: Sequence[int | Sequence[int]]) -> tuple[Size, ...]:
     """(height, width) of each size, of a number both. Raises `OptionError` for anything else."""
     found = []
     for size in sizes:
-        pair = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
-        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)
-        if not whole:
+        pair = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (tuple, list)) else []
+        if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
             raise OptionError(f"input_sizes={sizes!r}: write heights, or pairs of height and width, like (224, 192)")
-        found.append((int(pair[0]), int(pair[1])))  # type: ignore[index]
+        found.append((pair[0], pair[1]))
     return tuple(dict.fromkeys(found))
 
 
@@ -100,8 +99,8 @@ def at_best_size(
         except InfeasibleBudget as error:
             refused = error
             continue
-        result = made_of(net).result  # type: ignore[union-attr]
-        ratio = part * (result.ratio if result is not None and result.ratio is not None else 1.0)
+        inner = result_of(net).ratio
+        ratio = part * (1.0 if inner is None else inner)
         loss = choose.of(_outputs(net, choose, size)).loss(name)
         quality = judge.of(_outputs(net, judge, size))
         alternatives.append(Alternative(f"compressed for {size[0]} x {size[1]}", ratio, quality))
@@ -111,9 +110,9 @@ def at_best_size(
         raise refused
     best = min(made, key=lambda m: (m.loss, m.ratio))
     told = made_of(best.net)
-    assert told is not None and told.result is not None
+    assert told is not None
     result = replace(
-        told.result,
+        result_of(best.net),
         budget=budget,
         ratio=best.ratio,
         original=originals[own],

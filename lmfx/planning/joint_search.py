@@ -12,20 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from lmfx.importance import ImportanceTable
 from lmfx.importance.joint import JointLoss
 from lmfx.latency import LatencyTable
-from lmfx.passes.ir import MergePlan
+from lmfx.passes.ir import MergePlan, Surrogate
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import solve_spans
 
-__all__ = ["Proposal", "Surrogate", "propose"]
-
-Surrogate = Literal["identity", "affine"]
+__all__ = ["Proposal", "propose"]
 
 DRAWS, SPREAD = 12, 0.6  # random factors are exp(SPREAD * normal)
 TRUTH, DESCENT = 10, 8  # rounds at most

@@ -26,10 +26,10 @@ from lmfx.importance.joint import JointLoss
 from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Backend, LatencyTable
 from lmfx.latency.carried_table import Predicted
-from lmfx.passes.ir import MergePlan
+from lmfx.passes.ir import MergePlan, Surrogate
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
-from lmfx.planning.joint_search import Proposal, Surrogate, propose
+from lmfx.planning.joint_search import Proposal, propose
 from lmfx.planning.search import ACCEPT, Found, measure_plan
 from lmfx.quality import Judge, QualityName
 

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lmfx.calibration.images import Calibration, as_calibration
-from lmfx.calibration.recording import batches_for, output_rows, record
+from lmfx.calibration.recording import batches_for, floating_outputs, output_rows, record
 from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import InputError
-from lmfx.passes.model.interface import plain_output
 from lmfx.passes.model.trace_facts import noted
 from lmfx.quality.measures import OutputQuality, Quality, QualityName, measure_output
 from lmfx.quality.outputs import outputs_of
@@ -50,12 +48,12 @@ class Judge:
     @torch.no_grad()
     def outputs(self, net: nn.Module) -> list[Tensor]:
         """Every floating tensor of the output, of all images; one without an image dimension, of the first batch."""
-        return self.joined([floating(self.run(net, batch)) for batch in self.batches])
+        return self.joined([floating_outputs(self.run(net, batch)) for batch in self.batches])
 
     @torch.no_grad()
     def outputs_of(self, net: nn.Module, images: Calibration) -> list[Tensor]:
         """The same on other images of the same number, such as the judge's own at another size."""
-        return self.joined([floating(self.run(net, batch)) for batch in batches_for(net, images)])  # type: ignore[arg-type]
+        return self.joined([floating_outputs(self.run(net, batch)) for batch in batches_for(net, images)])  # type: ignore[arg-type]
 
     def joined(self, parts: list[list[Tensor]]) -> list[Tensor]:
         """The tensors of all batches from those of each."""
@@ -77,12 +75,7 @@ class Choosing:
 
     def loss(self, outputs: list[Any]) -> float:
         """The loss of the outputs of all images, in batches of any size; lower is better."""
-        return self.judge.of(self.judge.joined([floating(o) for o in outputs])).loss(self.name)
-
-
-def floating(output: Any) -> list[Tensor]:
-    """The floating tensors of an output, in order."""
-    return [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
+        return self.judge.of(self.judge.joined([floating_outputs(o) for o in outputs])).loss(self.name)
 
 
 @entry

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lmfx.calibration.recording import mean_square_distance
 from lmfx.quality.judge import Judge
 from lmfx.quality.measures import LEAST_PROBABILITY, scaled_kl
 from lmfx.quality.outputs import Output
@@ -57,10 +58,8 @@ class LossSpace:
             count = max(math.prod(moved.shape[1:]) // max(classes, 1), 1)
             most = max(FEATURES // max(classes, 1), 1)
             kept = torch.arange(count) if count <= most else torch.randperm(count, generator=generator)[:most].sort()[0]
-            flat = moved.flatten(1).double()
-            centred = flat - flat.mean(0) if len(flat) > 1 else flat
-            variance = float(centred.square().sum(1).mean()) or float(flat.square().sum(1).mean())
-            self.parts.append(_Part(kind, i, kept, classes, (variance or 1.0) * len(kept) / count))
+            variance = mean_square_distance(moved) * len(kept) / count
+            self.parts.append(_Part(kind, i, kept, classes, variance))
         self.reference = self.flat(judge.reference)
 
     def flat(self, outputs: list[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lmfx.calibration.recording import mean_square_distance
 from lmfx.quality.outputs import Output
 
 __all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "QualityWarning", "measure_output", "scaled_kl"]
@@ -59,7 +60,11 @@ class OutputQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a network kept of the original, on `images` images; `held_out` if neither fits nor the choice saw them."""
+    """What a network kept of the original, on `images` images; `held_out` if no fit saw them.
+
+    From 16 calibration images on the choice of the plan did not see them either, but with `keep=` in place of a budget,
+    which is measured on all that are held out.
+    """
 
     outputs: tuple[OutputQuality, ...]
     images: int
@@ -139,14 +144,10 @@ def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQu
 
 def _divergence(y: Tensor, z: Tensor) -> float:
     """See the module's text. Of one image, or images that are all alike, it is relative to the mean square."""
-    y, z = y.flatten(1), z.flatten(1)
     error = float((z - y).square().sum())
-    whole = float(y.square().sum())
-    variance = float((y - y.mean(0)).square().sum()) if len(y) > 1 else whole
-    scale = variance if variance > 1e-12 * whole else whole
-    if not math.isfinite(error):
-        return math.inf
-    return error / scale if scale > 0 else (0.0 if error == 0 else math.inf)
+    if error == 0:
+        return 0.0
+    return error / (len(y) * mean_square_distance(y)) if math.isfinite(error) else math.inf
 
 
 def _agreement(y: Tensor, z: Tensor) -> float:

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.calibration.recording import Rows
+from lmfx.passes.graph.ops import function_name
 
 __all__ = ["Kind", "Output", "outputs_of"]
 
@@ -51,7 +52,7 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
     output = next(n for n in gm.graph.nodes if n.op == "output")
     leaves, _ = pytree.tree_flatten_with_path(output.args[0])
     nodes = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, fx.Node)]
-    floating: list[tuple[str, fx.Node | None]] = [(name, n) for name, n in nodes if _is_floating(n)]
+    floating: list[tuple[str, fx.Node | None]] = [(name, n) for name, n in nodes if n.meta.get("floating", True)]
     if len(floating) != len(values):  # an output whose tensors the graph does not name one by one
         floating = [(str(i), None) for i in range(len(values))]
     sources = [(_Source(None, False) if node is None else _source(gm, node)) for _, node in floating]
@@ -83,7 +84,7 @@ class _Source:
 def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
     while True:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        name = _operation(node, module)
+        name = function_name(node).lower().removesuffix("_") if module is None else type(module).__name__.lower()
         if name in SOFTMAX:
             return _Source(True, True, name == "log_softmax")
         if isinstance(module, LAYERS) or name in LAYER_OPS:
@@ -98,18 +99,6 @@ def _differs(rows: torch.Tensor) -> bool:
     """Whether rows have different arg-max; of a single row it cannot be told."""
     found = rows.argmax(-1).flatten()
     return len(found) < 2 or bool((found != found[0]).any())
-
-
-def _operation(node: fx.Node, module: nn.Module | None) -> str:
-    """The name of what a node does in lower case: softmax, linear, relu, ..."""
-    if module is not None:
-        return type(module).__name__.lower()
-    return str(getattr(node.target, "__name__", node.target)).lower().removesuffix("_")
-
-
-def _is_floating(node: fx.Node) -> bool:
-    dtype: Any = node.meta.get("dtype")
-    return not isinstance(dtype, torch.dtype) or dtype.is_floating_point
 
 
 def _name(path: Any) -> str:

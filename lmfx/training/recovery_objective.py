@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lmfx.calibration.images import Frame
+from lmfx.calibration.recording import floating_outputs
 from lmfx.passes.errors import InputError
-from lmfx.passes.model.interface import plain_output
 from lmfx.quality.outputs import Output
 from lmfx.training.losses import normalised_error
 from lmfx.training.shared_values import Tapped, shared_values
@@ -77,11 +76,6 @@ class RecoveryObjective(nn.Module):
             errors = [normalised_error(got, theirs) for got, theirs in zip(values, wanted[1], strict=True)]
             total = total + self.weight * torch.stack(errors).mean()
         return total
-
-
-def floating_outputs(output: Any) -> list[Tensor]:
-    """The floating tensors of an output, in order."""
-    return [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def distance(kind: Output, got: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:

@@ -500,6 +500,7 @@ def test_an_output_that_is_a_file_is_said_before_anything_is_done(capsys: pytest
         ["spans"],
         ["spans", "toy_models:factory", "--shape", "large"],
         ["spans", "toy_models:factory", "--max-kernel-size", "five"],
+        ["compress", "toy_models:factory", "-o", "out"],
         ["profile", "toy_models:factory", "--backend", "abacus"],
         ["spans", "toy_models:factory", "--shape", "1,3,8,8", "--example", "x.npy"],
     ],
