@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.real import exported, mosaics, packages, pruned, real, real_report, text_lines, variants
+from benchmarks.real import estimates, exported, mosaics, packages, pruned, real, real_report, text_lines, variants
 from benchmarks.real.rows import Key, Rows
 from benchmarks.real.subjects import Outputs, Subject, agreement, divergence
 from tests.helpers import one_thread as one_thread
@@ -191,3 +192,11 @@ def test_a_module_is_loaded_without_what_its_package_imports(tmp_path: Path, mon
     assert not {"gone", "outer_package", "outer_package.inner"} & set(sys.modules)
     with pytest.raises(packages.Absent, match="not_there"):
         packages.load_module("not_there.net")
+
+
+def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
+    found = estimates.compare(replace(stand_in(), calibration=24), plans=4, seed=0)
+    low, high = found["truth"]
+    assert found["plans"] >= 2 and 0 < low < high
+    assert all(-1 <= found[name]["tau"] <= 1 for name in ("second order", "alone", "joint"))
+    assert found["joint"]["ratio"] > 0 and found["alone"]["ratio"] > 0
