@@ -20,6 +20,7 @@ from lmfx.calibration.model_checks import span_options
 from lmfx.environment.caller_state import entry
 from lmfx.made_of import MadeOf, set_made_of
 from lmfx.passes.errors import OptionError
+from lmfx.passes.graph.node_facts import note_like
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
 from lmfx.passes.model.trace_facts import note, noted
@@ -172,7 +173,7 @@ def _named_anew(gm: fx.GraphModule) -> fx.GraphModule:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: new[n])
         kind, name = node.type, node.name if node.op in ("placeholder", "output") else None
         new[node] = graph.create_node(node.op, node.target, args, kwargs, name, kind)
-        new[node].meta = dict(node.meta)
+        note_like(new[node], node)
     gm.graph = graph
     gm.recompile()
     return gm

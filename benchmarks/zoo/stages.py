@@ -38,6 +38,7 @@ import lmfx
 from benchmarks.shared.random_plans import random_plan
 from benchmarks.zoo.models import SIZES, build, examples
 from lmfx.passes.graph import ops
+from lmfx.passes.graph.node_facts import shape_of
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
@@ -261,7 +262,7 @@ def _conv_on_map(name: str, network: Network, model: nn.Module) -> bool:
         linear = isinstance(model.get_submodule(str(node.target)), nn.Linear)
     except AttributeError:
         linear = False
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     return not linear and shape is not None and max(shape[2:], default=0) > 1
 
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lmfx.passes.errors import DeviceError, InputError, ModelError, OptionError
 from lmfx.passes.graph import ops
+from lmfx.passes.graph.node_facts import shape_of
 from lmfx.passes.model.interface import plain_output
 from lmfx.passes.model.model_copy import eval_copy
 from lmfx.passes.model.trace_facts import noted
@@ -66,7 +67,7 @@ def check_batched(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
         module: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         source = node.args[0] if node.args else None
-        shape = source.meta.get("shape") if isinstance(source, fx.Node) else None
+        shape = shape_of(source)
         kinds: tuple[type[nn.Module], ...] = (*ops.CONVS, *ops.TRANSPOSED)
         weight: Any = module.weight if isinstance(module, kinds) else None
         if weight is not None and shape is not None and len(shape) < weight.dim():

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.graph import ops
+from lmfx.passes.graph.node_facts import call_of, shape_of
 from lmfx.passes.graph.reduction import join_of, operands_of
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.rewrite.trainable import span_names
@@ -82,7 +83,7 @@ class Names:
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The original's node, None if it has none."""
-        key = str(node.target), int(node.meta.get("call", 0))
+        key = str(node.target), call_of(node)
         if node.op == "call_module" and key in self.merged:
             return self.original.get(self.merged[key])
         found = self.original.get(node.name)
@@ -152,7 +153,7 @@ def _site(
         if i == 0 and isinstance(module, ops.BATCH_NORMS):
             norm = module
         scale = scale * own
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     channel = len(shape) - 1 if linear and shape else 1
     place, goal = node, names.of(node)
     best = None if goal is None else (place, goal, scale)
@@ -186,7 +187,7 @@ def _target(gm: fx.GraphModule, names: Names, place: fx.Node, goal: fx.Node) -> 
         if seen is not None and type(activation) in ops.IDEMPOTENT and list(seen.all_input_nodes) == [goal]:
             found = _aim(names, seen, after)
             found = goal if found is seen else found
-    return found if found.meta.get("shape") == goal.meta.get("shape") else goal
+    return found if shape_of(found) == shape_of(goal) else goal
 
 
 def _aim(names: Names, goal: fx.Node, place: fx.Node) -> fx.Node:
@@ -218,6 +219,6 @@ def _factor(gm: fx.GraphModule, node: fx.Node, after: fx.Node, channels: int, ch
     join, operands = join_of(after), operands_of(after)
     if join not in ("add", "sub") or len(operands) != 2 or operands.count(node) != 1:
         return None
-    if node.meta.get("shape") is None or after.meta.get("shape") != node.meta["shape"]:
+    if shape_of(node) is None or shape_of(after) != shape_of(node):
         return None
     return -1.0 if join == "sub" and operands[1] is node else 1.0

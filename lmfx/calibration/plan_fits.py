@@ -20,6 +20,7 @@ from lmfx.calibration.recording import batches_for, placeholder_values, record_b
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan
+from lmfx.passes.graph.node_facts import call_of
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.layers import Network
@@ -106,7 +107,7 @@ def _inputs(
         known = [n for n in calls[name] if all(value in runs[0].env for value in n.all_input_nodes)]
         sources = {n: [v for v in n.args if isinstance(v, fx.Node)] for n in known}
         values = {n: [_first(runs, v, targets[name]) for v in found] for n, found in sources.items()}
-        yield name, {int(n.meta.get("call", 0)): found for n, found in values.items()}
+        yield name, {call_of(n): found for n, found in values.items()}
 
 
 def _first(runs: Sequence[fx.Interpreter], node: fx.Node, count: int) -> Tensor:

@@ -31,6 +31,7 @@ from lmfx.made_of import made_of
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import Rows, fit_rows
 from lmfx.passes.graph import ops
+from lmfx.passes.graph.node_facts import shape_of
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.model_copy import deep_copy
 from lmfx.passes.rewrite.regrouped_sums import regrouped
@@ -213,9 +214,9 @@ class _Refit:
 
 def _work(gm: fx.GraphModule, node: fx.Node) -> float:
     """Multiply-adds of a node, an image."""
-    if node.op != "call_module" or node.meta.get("shape") is None:
+    shape = shape_of(node)
+    if node.op != "call_module" or shape is None:
         return 0.0
-    shape = node.meta["shape"]
     kinds = (*ops.CONVS, *ops.TRANSPOSED, nn.Linear)
     layers: list[Any] = [m for m in gm.get_submodule(str(node.target)).modules() if isinstance(m, kinds)]
     return float(sum(prod(shape[1:]) * feature_rows.unknowns_of(m) for m in layers))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import batches_for, record
+from lmfx.passes.graph.node_facts import tensor_dtype
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["affine_surrogates"]
@@ -48,7 +49,7 @@ def affine_surrogates(network: Network, calibration: Calibration) -> dict[str, t
             sums[name] = sums[name] + moments if name in sums else moments
             counts[name] = counts.get(name, 0) + x.numel() // x.shape[1]
     lines = {
-        name: _line(sums[name] / counts[name], *middle[name], precise[name], network.nodes[name].meta["dtype"])
+        name: _line(sums[name] / counts[name], *middle[name], precise[name], tensor_dtype(network.nodes[name]))
         for name in sums
     }
     return {name: lines[first.get(name, name)] for name in acts}

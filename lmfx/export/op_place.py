@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lmfx.passes.graph.node_facts import path_of
 from lmfx.passes.model.quiet import quiet
 
 __all__ = ["place_of"]
@@ -66,6 +67,6 @@ class _Noting(fx.Interpreter):
         self.watch = watch
 
     def run_node(self, n: fx.Node) -> Any:
-        path = str(n.target) if n.op == "call_module" else str(n.meta.get("path", ""))
+        path = str(n.target) if n.op == "call_module" else path_of(n)
         self.watch.node = f"{path} ({n.name})" if path and path != n.name else n.name
         return super().run_node(n)

@@ -27,6 +27,7 @@ from lmfx.passes.algebra.enlarged import blank
 from lmfx.passes.algebra.linear_span import pad_module
 from lmfx.passes.algebra.side_vectors import side_conv
 from lmfx.passes.graph import ops
+from lmfx.passes.graph.node_facts import tensor_dtype
 from lmfx.passes.identity.content import Describer, is_foreign
 from lmfx.passes.identity.fingerprint import node_text
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
@@ -150,7 +151,7 @@ class Workloads:
         originals: dict[str, Original] = {}
 
         def outside(name: str) -> fx.Node:
-            specs.append((net.shape(name), net.nodes[name].meta["dtype"]))
+            specs.append((net.shape(name), tensor_dtype(net.nodes[name])))
             return graph.placeholder(f"x{len(specs)}")
 
         def read(node: fx.Node) -> fx.Node:
@@ -165,7 +166,7 @@ class Workloads:
             for name in body:
                 last = values[name] = self._copy(graph, root, originals, net.nodes[name], read)
         else:
-            last, dtype = outside(span.entry), net.nodes[span.entry].meta["dtype"]
+            last, dtype = outside(span.entry), tensor_dtype(net.nodes[span.entry])
             if conv is not None:
                 for i, module in enumerate(_meta_conv(conv, dtype)):
                     root.add_module(f"conv{i}", module)

@@ -17,6 +17,7 @@ from torch import fx
 from lmfx.latency import LatencyTable, Measurement, Store, Workload
 from lmfx.latency.backend import Backend
 from lmfx.latency.candidate_workloads import Workloads
+from lmfx.passes.graph.node_facts import dtype_of, shape_of, tensor_shape
 from lmfx.passes.identity.fingerprint import identify
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
@@ -91,9 +92,9 @@ def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:
 def network_facts(spans: SpanSet) -> dict[str, Any]:
     """What a table holds for besides the backend: dtype, batch, the graph's digest, and the activation that a plan
     adds after merged convs, which their rows have."""
-    entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and n.meta.get("shape")), None)
-    shape = entry.meta["shape"] if entry is not None else ()
-    dtype = str(entry.meta["dtype"]).removeprefix("torch.") if entry is not None else ""
+    entry = next((n for n in spans.network.nodes.values() if n.op == "placeholder" and shape_of(n)), None)
+    shape = tensor_shape(entry) if entry is not None else ()
+    dtype = str(dtype_of(entry)).removeprefix("torch.") if entry is not None else ""
     facts = {"dtype": dtype, "batch": shape[0] if shape else 0, "graph": digest(spans.network.gm)}
     return {**facts, "activation_after": spans.options.activation_after}
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.passes.errors import LmfxError, VerifyError
+from lmfx.passes.graph.node_facts import note_like
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.interface import plain_output
 from lmfx.passes.model.model_copy import deep_copy, eval_copy
@@ -37,7 +38,7 @@ def in_double(graph: fx.GraphModule) -> fx.GraphModule:
     """A float64 copy of a traced graph, whose nodes keep what the trace noted."""
     made: fx.GraphModule = deep_copy(graph).double()
     for old, new in zip(graph.graph.nodes, made.graph.nodes, strict=True):
-        new.meta = dict(old.meta)
+        note_like(new, old)
     made.meta = {**graph.meta}
     return made
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from lmfx.calibration.recording import Rows
+from lmfx.passes.graph.node_facts import is_floating
 from lmfx.passes.graph.ops import function_name
 
 __all__ = ["Kind", "Output", "outputs_of"]
@@ -52,7 +53,7 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
     output = next(n for n in gm.graph.nodes if n.op == "output")
     leaves, _ = pytree.tree_flatten_with_path(output.args[0])
     nodes = [(_name(path), leaf) for path, leaf in leaves if isinstance(leaf, fx.Node)]
-    floating: list[tuple[str, fx.Node | None]] = [(name, n) for name, n in nodes if n.meta.get("floating", True)]
+    floating: list[tuple[str, fx.Node | None]] = [(name, n) for name, n in nodes if is_floating(n, unknown=True)]
     if len(floating) != len(values):  # an output whose tensors the graph does not name one by one
         floating = [(str(i), None) for i in range(len(values))]
     sources = [(_Source(None, False) if node is None else _source(gm, node)) for _, node in floating]

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lmfx.made_of import made_of
+from lmfx.passes.graph.node_facts import is_floating, shape_of
 
 __all__ = ["Tap", "Tapped", "shared_values"]
 
@@ -110,6 +111,6 @@ def _alike(node: fx.Node, other: fx.Node, merged: bool) -> bool:
     """Whether two nodes may give the same map: of one kind, and floating, with more than (images, features)."""
     if not merged and (node.op, str(node.target)) != (other.op, str(other.target)):
         return False
-    shape, theirs = node.meta.get("shape"), other.meta.get("shape")
+    shape, theirs = shape_of(node), shape_of(other)
     maps = shape is not None and theirs is not None and len(shape) > 2 and tuple(shape[1:]) == tuple(theirs[1:])
-    return bool(maps and node.meta.get("floating", True) and other.meta.get("floating", True))
+    return bool(maps and is_floating(node, unknown=True) and is_floating(other, unknown=True))

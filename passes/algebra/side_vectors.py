@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..graph import ops
+from ..graph.node_facts import shape_of, tensor_shape
 from ..graph.reduction import join_of, operands_of
 from . import linear
 
@@ -75,12 +76,12 @@ def side_vector(node: fx.Node) -> tuple[fx.Node, float] | None:
     operands = operands_of(node)
     if join not in ("add", "sub") or len(operands) != 2:
         return None
-    shape = node.meta["shape"]
-    whole = [v for v in operands if v.meta["shape"] == shape]
+    shape = tensor_shape(node)
+    whole = [v for v in operands if shape_of(v) == shape]
     if len(whole) != 1 or (join == "sub" and whole[0] is not operands[0]):
         return None
     vector = operands[1] if whole[0] is operands[0] else operands[0]
-    seen = vector.meta["shape"]
+    seen = tensor_shape(vector)
     fits = len(seen) == len(shape) > 2 and seen[1] == shape[1] and all(n == 1 for n in seen[2:])
     return (vector, -1.0 if join == "sub" else 1.0) if fits and seen[0] in (1, shape[0]) else None
 

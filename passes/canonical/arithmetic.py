@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ..graph import ops
 from ..graph.graph_edit import bypass, place
+from ..graph.node_facts import is_floating, shape_of, tensor_dtype, tensor_shape
 from ..graph.raw_nodes import tensor_of
 
 __all__ = ["SCALAR", "arithmetic", "concatenation", "scale_and_bias"]
@@ -32,7 +33,7 @@ def concatenation(node: fx.Node) -> bool:
     """Make a concatenation `torch.cat([...], dim)`, with its dimension counted from the front."""
     tensors = node.args[0] if node.args else node.kwargs.get("tensors")
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", node.kwargs.get("axis", 0))
-    shape = node.meta["shape"]
+    shape = tensor_shape(node)
     if not isinstance(tensors, (list, tuple)) or not isinstance(dim, int):
         return False
     if len(tensors) == 1 and isinstance(tensors[0], fx.Node):
@@ -69,18 +70,18 @@ def scale_and_bias(gm: fx.GraphModule, node: fx.Node, name: str, dim: int) -> tu
 
     Both have one number a channel or one for all; the channels are dimension `dim`.
     """
-    shape = node.meta["shape"]
+    shape = tensor_shape(node)
     if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1 or set(node.kwargs) - {"alpha"}:
         return None
     left, right = node.args
     constants = [_constant(gm, v) for v in (left, right)]
-    if not node.meta["floating"] or len(shape) < 2 or all(n.op == "get_attr" for n in node.all_input_nodes):
+    if not is_floating(node) or len(shape) < 2 or all(n.op == "get_attr" for n in node.all_input_nodes):
         return None
-    if constants[1] is not None and isinstance(left, fx.Node) and left.meta.get("shape") == shape:
+    if constants[1] is not None and isinstance(left, fx.Node) and shape_of(left) == shape:
         operand = left
         value = _per_channel(constants[1], shape, dim)
         pair = None if value is None else SCALAR[name](value)
-    elif constants[0] is not None and isinstance(right, fx.Node) and right.meta.get("shape") == shape:
+    elif constants[0] is not None and isinstance(right, fx.Node) and shape_of(right) == shape:
         operand = right
         value = _per_channel(constants[0], shape, dim)
         pair = {"add": (1.0, value), "mul": (value, 0.0), "sub": (-1.0, value)}.get(name)
@@ -89,7 +90,7 @@ def scale_and_bias(gm: fx.GraphModule, node: fx.Node, name: str, dim: int) -> tu
     if pair is None or value is None:
         return None
     like = next(c for c in reversed(constants) if c is not None)
-    dtype = node.meta["dtype"]
+    dtype = tensor_dtype(node)
     scale, bias = (torch.as_tensor(v, dtype=dtype, device=like.device).reshape(-1) for v in pair)
     size = max(scale.numel(), bias.numel())
     return operand, scale.expand(size), bias.expand(size)

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from ..graph import ops
 from ..graph.graph_edit import bypass, drop_dead, place, set_submodule
+from ..graph.node_facts import gives_its_operand, is_floating, note_like, same_kind, shape_of, tensor_shape
 from ..graph.raw_nodes import op_name, tensor_of
 from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
@@ -39,8 +40,8 @@ _EXPORTED_NORM = "_native_batch_norm_legit_no_training"
 def canonicalize(gm: fx.GraphModule) -> int:
     """Rewrite the graph of `gm` (the caller's own copy) in place; returns the number of nodes changed.
 
-    Every node must carry `meta["shape"]` (a tuple, or None where the value is no tensor), and `meta["same"]` if its
-    value is its first operand itself.
+    Of every node it must be noted (`node_facts`) which shape its value has, if it is a tensor, and whether it is the
+    first operand itself.
     """
     drop_dead(gm)
     changed = 0
@@ -69,7 +70,7 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
         if ops.has_hooks(module) or len(node.all_input_nodes) != 1:
             return False
         return bypass(node)
-    plain = as_conv(module) or _local_norm(module, node.meta.get("shape"))
+    plain = as_conv(module) or _local_norm(module, shape_of(node))
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target] if plain else []
     if plain is not None and all(len(n.args) == 1 and not n.kwargs and _rank(n) == _rank(node) for n in calls):
         set_submodule(gm, str(node.target), plain.train(False))
@@ -81,7 +82,7 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _rank(node: fx.Node) -> int | None:
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     return None if shape is None else len(shape)
 
 
@@ -105,9 +106,9 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return _exported_norm(gm, node)
     if _is_copy(gm, node, name):
         return bypass(node)
-    if name in ops.CASTS and node.meta.get("same"):
+    if name in ops.CASTS and gives_its_operand(node):
         return bypass(node)
-    if node.meta.get("shape") is None:
+    if shape_of(node) is None:
         return False
     if name in ("view", "_unsafe_view"):
         return _reshape(node)
@@ -117,7 +118,7 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         node.replace_all_uses_with(value)
         node.graph.erase_node(node)
         return True
-    if name == "neg" and node.meta["floating"] and len(node.args) == 1 and not node.kwargs:
+    if name == "neg" and is_floating(node) and len(node.args) == 1 and not node.kwargs:
         node.op, node.target, node.args, name = "call_function", torch.mul, (node.args[0], -1.0), "mul"
     if name in SCALAR:
         return arithmetic(gm, node, name)
@@ -139,10 +140,10 @@ def _times_ones(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     for value, other in (node.args, node.args[::-1]):
         if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or other.op != "get_attr":
             continue
-        if any(value.meta.get(key) != node.meta.get(key) for key in ("shape", "dtype")):
+        if not same_kind(value, node):
             continue
         ones = tensor_of(gm, other)
-        if ones is None or isinstance(ones, nn.Parameter) or ones.shape != node.meta["shape"]:
+        if ones is None or isinstance(ones, nn.Parameter) or ones.shape != shape_of(node):
             continue
         if bool((ones == 1).all()):
             return value
@@ -178,13 +179,13 @@ def _mean(gm: fx.GraphModule, node: fx.Node) -> bool:
     pool = global_pool(node)
     if pool is None:
         return False
-    source, shape = node.all_input_nodes[0], node.meta["shape"]
+    source, shape = node.all_input_nodes[0], tensor_shape(node)
     if len(shape) > 2:
         place(gm, node, pool, "mean")
         return True
     with gm.graph.inserting_before(node):
         pooled = gm.graph.call_function(torch.mean, (source,))
-    pooled.meta = {**node.meta, "shape": (*shape, *(1,) * (len(source.meta["shape"]) - 2))}
+    note_like(pooled, node, shape=(*shape, *(1,) * (len(tensor_shape(source)) - 2)))
     node.args, node.kwargs = (pooled,), {}
     place(gm, pooled, pool, "mean")
     place(gm, node, nn.Flatten(), "flatten")

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ..graph.node_facts import dtype_of, shape_of
+
 __all__ = ["share_prefixes"]
 
 
@@ -49,5 +51,5 @@ def _operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
     operands = node.args[0]
     if not isinstance(operands, (list, tuple)) or not all(isinstance(o, fx.Node) for o in operands):
         return None
-    kinds = {(o.meta.get("dtype"), len(o.meta.get("shape") or ())) for o in operands if isinstance(o, fx.Node)}
+    kinds = {(dtype_of(o), len(shape_of(o) or ())) for o in operands if isinstance(o, fx.Node)}
     return tuple(o for o in operands if isinstance(o, fx.Node)) if len(kinds) == 1 else None

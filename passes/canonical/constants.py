@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from ..graph import ops
 from ..graph.graph_edit import drop_dead
+from ..graph.node_facts import attribute_of, note_like, path_of
 from ..graph.raw_nodes import op_name, tensor_of
 
 __all__ = ["fold_constants"]
@@ -36,7 +37,7 @@ _UNKNOWN = object()
 def fold_constants(gm: fx.GraphModule) -> int:
     """Fold in the graph of `gm` (the caller's own copy); returns the number of tensors that were placed.
 
-    Every node must carry `meta["path"]`, and tensors `meta["dtype"]` and `meta["device"]`.
+    Of every node its path must be noted (`node_facts`), and of tensors dtype and device.
     """
     values = _constants(gm)
     trainable = _trainable(values)
@@ -56,7 +57,7 @@ def fold_constants(gm: fx.GraphModule) -> int:
     drop_dead(gm)
     known: dict[tuple[str, torch.Size, torch.dtype, str], list[tuple[Tensor, str]]] = {}
     for (node, value), hole in zip(fresh, holes, strict=True):
-        path, slot = str(node.meta.get("path", "")), _slot(hole)
+        path, slot = path_of(node), _slot(hole)
         equal = known.setdefault((path, value.shape, value.dtype, slot), [])
         name = next((n for t, n in equal if torch.equal(t, value)), None)
         if name is None:
@@ -81,8 +82,8 @@ def _constants(gm: fx.GraphModule) -> dict[fx.Node, Any]:
         elif node.target is getattr and node.args[1] in ("dtype", "device"):
             # Of a value, known from the example: a table is made in the network's own type, and moves with it.
             source: Any = node.args[0]
-            if source.meta.get(node.args[1]) is not None:
-                values[node] = source.meta[node.args[1]]
+            if (known := attribute_of(source, str(node.args[1]))) is not None:
+                values[node] = known
         elif node.op.startswith("call_") and all(n in values for n in node.all_input_nodes):
             value = _evaluate(gm, node, values)
             if value is not _UNKNOWN:
@@ -157,7 +158,7 @@ def _hole(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> fx.Node:
     gm.register_buffer(name, value)
     with gm.graph.inserting_before(node):
         hole = gm.graph.get_attr(name)
-    hole.meta = dict(node.meta)
+    note_like(hole, node)
     node.replace_all_uses_with(hole)
     return hole
 

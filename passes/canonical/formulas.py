@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from ..graph import ops
 from ..graph.graph_edit import place
+from ..graph.node_facts import is_floating, same_kind, shape_of
 from ..graph.pointwise import FUNCTIONS, NONLINEAR, PART, TAKES_KEYWORDS, Pointwise, Step, is_operand
 from ..graph.raw_nodes import op_name
 
@@ -62,8 +63,8 @@ def _name(gm: fx.GraphModule, node: fx.Node) -> str:
 
 def _formula(gm: fx.GraphModule, node: fx.Node, order: dict[fx.Node, int]) -> tuple[fx.Node, set[fx.Node]] | None:
     """The value that `node` is a formula of, and the nodes of the formula; None if it is none."""
-    shape = node.meta.get("shape")
-    if shape is None or len(shape) < 2 or not node.meta.get("floating") or not _is_number_by_number(gm, node, shape):
+    shape = shape_of(node)
+    if shape is None or len(shape) < 2 or not is_floating(node) or not _is_number_by_number(gm, node, shape):
         return None
     if node.op == "call_module" and not _follows_formula(gm, node):
         return None
@@ -75,7 +76,7 @@ def _formula(gm: fx.GraphModule, node: fx.Node, order: dict[fx.Node, int]) -> tu
         open_ = (open_ - {latest}) | set(latest.all_input_nodes)
         members.add(latest)
     (value,) = open_
-    if any(value.meta.get(key) != node.meta.get(key) for key in ("shape", "dtype")):
+    if not same_kind(value, node):
         return None
     if not any(_bends(gm, member) for member in members):
         return None
@@ -86,11 +87,7 @@ def _formula(gm: fx.GraphModule, node: fx.Node, order: dict[fx.Node, int]) -> tu
 def _is_number_by_number(gm: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> bool:
     """Whether an op gives each number of its result from the numbers at the same place of values of this shape."""
     values = node.all_input_nodes
-    if (
-        not values
-        or any(v.meta.get("shape") != shape for v in (node, *values))
-        or any(v.op == "get_attr" for v in values)
-    ):
+    if not values or any(shape_of(v) != shape for v in (node, *values)) or any(v.op == "get_attr" for v in values):
         return False
     if node.op == "call_module":
         return _is_activation(gm, node) or _is_affine(gm, node)

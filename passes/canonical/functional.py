@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..graph import ops
+from ..graph.node_facts import is_floating, shape_of, tensor_shape
 from ..graph.raw_nodes import bind, tensor_of
 
 __all__ = ["global_pool", "module_of"]
@@ -168,7 +169,7 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     kind = "aten" if isinstance(node.target, torch._ops.OpOverload) or node.target is torch.batch_norm else "function"
     names = _BN_ARGS[kind] + (("cudnn_enabled",) if kind == "aten" else ())
     bound = bind(node, names)
-    shape = node.meta["shape"]
+    shape = tensor_shape(node)
     if bound is None or bound.get("training") not in (False, None) or not 2 <= len(shape) <= 5:
         return None
     tensors = {k: tensor_of(gm, bound.get(k)) for k in ("running_mean", "running_var", "weight", "bias")}
@@ -203,7 +204,7 @@ def _norm(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
     if name == "group_norm":
         if affine and bias is None:
             return None
-        norm = nn.GroupNorm(bound[first], node.meta["shape"][1], eps=eps, affine=affine)
+        norm = nn.GroupNorm(bound[first], tensor_shape(node)[1], eps=eps, affine=affine)
     else:
         norm = nn.LayerNorm(tuple(bound[first]), eps=eps, elementwise_affine=affine, bias=bias is not None)
     if weight is not None:
@@ -245,14 +246,14 @@ def _simple(node: fx.Node, name: str) -> nn.Module | None:
     bound.pop("return_indices", None)
     if name in ("pad", "constant_pad_nd") and isinstance(bound.get("pad"), (list, tuple)):
         # F.pad(x, (1, 1)) pads the last dimension of a map only: the others get zeros.
-        rank = len(node.meta["shape"])
+        rank = len(tensor_shape(node))
         bound["pad"] = (*bound["pad"], *(0,) * (2 * (rank - 2) - len(bound["pad"])))
         if bound.get("mode", "constant") != "constant" and len(bound["pad"]) != 2 * (rank - 2):
             return None  # an unbatched map
     if any(isinstance(v, fx.Node) for v in bound.values()):
         return None
     bound = {k: tuple(v) if isinstance(v, list) else v for k, v in bound.items()}  # aten's sizes are lists
-    if name == "flatten" and (node.meta["shape"] is None or bound.get("start_dim", 0) != 1):
+    if name == "flatten" and (shape_of(node) is None or bound.get("start_dim", 0) != 1):
         return None  # nn.Flatten is the canonical form of flatten(x, 1) only
     try:
         return make(**bound)
@@ -263,7 +264,7 @@ def _simple(node: fx.Node, name: str) -> nn.Module | None:
 def global_pool(node: fx.Node) -> nn.Module | None:
     """The pool to one pixel that a mean over all of a map's dimensions but the first two is, or None."""
     source = node.args[0] if node.args else None
-    before = source.meta.get("shape") if isinstance(source, fx.Node) and source.meta.get("floating") else None
+    before = shape_of(source) if isinstance(source, fx.Node) and is_floating(source) else None
     bound = bind(node, ("dim", "keepdim", "dtype"))
     if bound is None or bound.get("dtype") is not None or before is None or not 3 <= len(before) <= 5:
         return None

@@ -31,6 +31,7 @@ from torch import fx, nn
 from ..graph import ops
 from ..graph.graph_edit import bypass, place, set_submodule
 from ..graph.map_shapes import spatial_maps
+from ..graph.node_facts import is_floating, note_shape, shape_of, tensor_shape
 from ..graph.raw_nodes import NotConstant, constant, op_name
 from ..graph.union_find import UnionFind
 from .arithmetic import SCALAR, scale_and_bias
@@ -83,8 +84,8 @@ def _rewrite(gm: fx.GraphModule, island: list[fx.Node]) -> bool:
         return False
     kinds = [_kind(gm, node, island) for node in island]
     for node, kind in zip(island, kinds, strict=True):
-        shape = node.meta["shape"]
-        node.meta["shape"] = (shape[0], shape[-1], *shape[1:-1])
+        shape = tensor_shape(node)
+        note_shape(node, (shape[0], shape[-1], *shape[1:-1]))
         value = next(a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node) and a.op != "get_attr")
         if kind is None:
             bypass(node)  # it enters
@@ -99,7 +100,7 @@ def _rewrite(gm: fx.GraphModule, island: list[fx.Node]) -> bool:
 
 def _permutation(gm: fx.GraphModule, node: fx.Node) -> tuple[int, ...] | None:
     """Which dimension of its operand each dimension of a permute is."""
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     if op_name(node) not in _PERMUTES or shape is None or len(node.all_input_nodes) != 1 or not node.args:
         return None
     probe: Any = torch.empty(tuple(range(1, len(shape) + 1)))  # sizes that name the dimensions
@@ -125,13 +126,13 @@ def _leaves(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _kind(gm: fx.GraphModule, node: fx.Node, inside: Container[fx.Node]) -> _Becomes | None:
     """What a node of an island becomes, or None if it is not understood."""
-    shape = node.meta.get("shape")
-    if shape is None or not 3 <= len(shape) <= 5 or not node.meta.get("floating"):
+    shape = shape_of(node)
+    if shape is None or not 3 <= len(shape) <= 5 or not is_floating(node):
         return None
     values = [n for n in node.all_input_nodes if n.op != "get_attr"]
     if node.op == "call_module":
         return _module(gm, node, shape) if list(node.args) == values and len(values) == 1 else None
-    alike = (isinstance(a, fx.Node) and a in inside and a.meta["shape"] == shape for a in node.args)
+    alike = (isinstance(a, fx.Node) and a in inside and shape_of(a) == shape for a in node.args)
     if node.target in _JOINS and len(node.args) == 2 and not node.kwargs and all(alike):
         return _Becomes()
     name = op_name(node)

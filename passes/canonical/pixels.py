@@ -19,6 +19,7 @@ from torch import fx
 from ..graph import ops
 from ..graph.graph_edit import place
 from ..graph.map_shapes import spatial_maps
+from ..graph.node_facts import note_like, note_shape, shape_of, tensor_shape
 from ..graph.raw_nodes import NotConstant, argument, constant, op_name
 
 __all__ = ["slice_pixels"]
@@ -31,7 +32,7 @@ class _Stays(Exception):
 
 
 def slice_pixels(gm: fx.GraphModule) -> int:
-    """Rewrite in place of `gm` (the caller's own copy), whose nodes carry `meta["shape"]`; returns how many it made."""
+    """Rewrite in place of `gm` (the caller's own copy) with the shapes of its nodes; returns how many it made."""
     found = 0
     while made := _slices(gm, spatial_maps(gm)):  # what reads a slice may be known as a map only now
         found += made
@@ -64,12 +65,12 @@ def _slices(gm: fx.GraphModule, maps: frozenset[str]) -> int:
 
 
 def _same_rank(source: fx.Node, node: fx.Node) -> bool:
-    before, after = source.meta.get("shape"), node.meta.get("shape")
+    before, after = shape_of(source), shape_of(node)
     return before is not None and after is not None and len(before) == len(after) and 3 <= len(before) <= 5
 
 
 def _agrees(module: ops.PixelSlice, source: fx.Node, node: fx.Node, channels: bool) -> bool:
-    before, after = source.meta["shape"], node.meta["shape"]
+    before, after = tensor_shape(source), tensor_shape(node)
     size = [
         len(range(lo, n - hi, step)) for n, (lo, hi), step in zip(before[2:], module.amounts, module.steps, strict=True)
     ]
@@ -81,13 +82,13 @@ def _take(gm: fx.GraphModule, placed: fx.Node, source: fx.Node, channels: Any) -
     with gm.graph.inserting_after(placed):
         part = gm.graph.call_function(operator.getitem, (placed, (slice(None), channels)))
     placed.replace_all_uses_with(part, delete_user_cb=lambda user: user is not part)
-    part.meta = dict(placed.meta)
-    placed.meta["shape"] = (*source.meta["shape"][:2], *placed.meta["shape"][2:])
+    note_like(part, placed)
+    note_shape(placed, (*tensor_shape(source)[:2], *tensor_shape(placed)[2:]))
 
 
 def _parts(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> tuple[list[tuple[int, int, int]], Any]:
     """(before, after, step) for each spatial dimension, and the subscript of the channels or None."""
-    rank, name = len(source.meta["shape"]), op_name(node)
+    rank, name = len(tensor_shape(source)), op_name(node)
     if name == "getitem":
         items = _subscript(node.args[1], rank)
         channels = None if _everything(items[1]) else constant(gm, items[1])
@@ -173,5 +174,5 @@ def _from_the_end(value: Any, source: fx.Node, dim: int) -> int | None:
         owner = shape.args[0] if is_shape else None
     else:
         return None
-    same = owner is source and isinstance(at, int) and at % len(source.meta["shape"]) == dim
+    same = owner is source and isinstance(at, int) and at % len(tensor_shape(source)) == dim
     return 0 if same else None

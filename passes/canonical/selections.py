@@ -39,6 +39,7 @@ from torch import Tensor, fx, nn
 from ..graph import ops
 from ..graph.graph_edit import bypass, place
 from ..graph.map_shapes import spatial_maps
+from ..graph.node_facts import dtype_of, is_floating, note_like, shape_of, tensor_shape
 from ..graph.raw_nodes import NotConstant, argument, constant, op_name
 from .arithmetic import concatenation
 
@@ -76,7 +77,7 @@ class _NotMoved(Exception):
 
 
 def select_channels(gm: fx.GraphModule) -> int:
-    """Rewrite in place of `gm` (the caller's own copy), whose nodes carry `meta["shape"]`; returns how many it made."""
+    """Rewrite in place of `gm` (the caller's own copy) with the shapes of its nodes; returns how many it made."""
     _unpack(gm)
     found = 0
     while made := _select(gm, set(spatial_maps(gm))):  # what reads a selection may be known as a map only now
@@ -94,7 +95,7 @@ def _select(gm: fx.GraphModule, maps: set[str]) -> int:
         index = None if step is None else step.channels(node)
         blocks = None if step is None or index is not None else step.blocks(node)
         if step is not None and index is not None and not {step.source.name, node.name}.isdisjoint(maps):
-            if index != tuple(range(step.source.meta["shape"][1])):
+            if index != tuple(range(tensor_shape(step.source)[1])):
                 maps.add(_place(gm, node, step.source, index))
                 found += 1
             elif step.parts_only:  # all channels in their order, whatever the size
@@ -121,10 +122,10 @@ class _Moved:
 
     def channels(self, node: fx.Node) -> tuple[int, ...] | None:
         """The channels of the source that the value consists of, or None if it is no map of whole channels."""
-        batch, channels, *size = self.source.meta["shape"]
+        batch, channels, *size = tensor_shape(self.source)
         if not isinstance(self.value, Tensor) or self.value.dim() != len(size) + 2 or not self.value.numel():
             return None
-        if [self.value.shape[0], *self.value.shape[2:]] != [batch, *size] or self.value.shape != node.meta["shape"]:
+        if [self.value.shape[0], *self.value.shape[2:]] != [batch, *size] or self.value.shape != shape_of(node):
             return None
         positions = self.value.reshape(batch, -1, prod(size))
         index = positions[0, :, 0] // prod(size)
@@ -138,10 +139,10 @@ class _Moved:
 
         For `nn.PixelShuffle` it is the order before it. None where the value is neither.
         """
-        batch, channels, *size = self.source.meta["shape"]
+        batch, channels, *size = tensor_shape(self.source)
         if not isinstance(self.value, Tensor) or self.value.dim() != len(size) + 2 or self.parts_only:
             return None
-        if self.value.numel() != batch * channels * prod(size) or self.value.shape != node.meta["shape"]:
+        if self.value.numel() != batch * channels * prod(size) or self.value.shape != shape_of(node):
             return None
         small = list(self.value.shape[2:])
         if small == size or self.value.shape[0] != batch:
@@ -183,11 +184,7 @@ def _place_blocks(gm: fx.GraphModule, node: fx.Node, source: fx.Node, module: nn
     first, second = (select, module) if isinstance(module, nn.PixelShuffle) else (module, select)
     with gm.graph.inserting_before(node):
         between = gm.graph.call_function(torch.clone, (source,))
-    if first is select:
-        shape = source.meta["shape"]
-    else:
-        shape = node.meta["shape"]
-    between.meta = {**node.meta, "shape": shape}
+    note_like(between, node, shape=shape_of(source if first is select else node))
     between = place(gm, between, first, "select" if first is select else "blocks", source)
     return place(gm, node, second, "blocks" if first is select else "select", between).name
 
@@ -216,7 +213,7 @@ def _unpack(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(node):
             for i, positions in enumerate(step.value):
                 part = gm.graph.call_function(operator.getitem, (whole, i))
-                part.meta = {**node.meta, "shape": tuple(positions.shape)}
+                note_like(part, node, shape=tuple(positions.shape))
                 parts.append(part)
         node.args = (parts, *node.args[1:])
         concatenation(node)
@@ -243,7 +240,7 @@ def _step(gm: fx.GraphModule, node: fx.Node, moved: dict[fx.Node, _Moved]) -> _M
     if isinstance(first, fx.Node) and first in moved:
         before = moved[first]
     elif isinstance(first, fx.Node) and _is_map(first):
-        before = _Moved(first, _positions(first.meta["shape"]), True)
+        before = _Moved(first, _positions(tensor_shape(first)), True)
     else:
         raise _NotMoved
     at, source = before.value, before.source
@@ -270,13 +267,13 @@ def _positions(shape: tuple[int, ...]) -> Tensor:
 
 
 def _is_map(value: Any) -> bool:
-    shape = value.meta.get("shape") if isinstance(value, fx.Node) and value.op != "get_attr" else None
-    return shape is not None and len(shape) >= 3 and bool(value.meta.get("floating")) and prod(shape) > 0
+    shape = shape_of(value) if isinstance(value, fx.Node) and value.op != "get_attr" else None
+    return shape is not None and len(shape) >= 3 and is_floating(value) and prod(shape) > 0
 
 
 def _reshape(node: fx.Node, at: Tensor, source: fx.Node) -> Tensor:
-    shape, whole = node.meta.get("shape"), source.meta["shape"]
-    if shape is None or not shape or shape[0] != whole[0] or node.meta.get("dtype") != source.meta["dtype"]:
+    shape, whole = shape_of(node), tensor_shape(source)
+    if shape is None or not shape or shape[0] != whole[0] or dtype_of(node) != dtype_of(source):
         raise _NotMoved
     if 1 in whole[2:] and tuple(shape[2 - len(whole) :]) != tuple(whole[2:]):
         raise _NotMoved

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ..algebra.linear_op import from_batch_norm
 from ..graph import ops
+from ..graph.node_facts import note_like, note_shape, shape_of, tensor_shape
 from ..graph.raw_nodes import op_name, tensor_of
 
 __all__ = ["pads_before"]
@@ -54,7 +55,7 @@ def _border(gm: fx.GraphModule, last: fx.Node) -> _WrittenBorder | None:
     border, node = _WrittenBorder(last), last
     while op_name(node) == "slice_scatter":
         base, value, dim, start, end, step = _arguments(node)
-        shape = node.meta.get("shape")
+        shape = shape_of(node)
         if not isinstance(base, fx.Node) or shape is None or not isinstance(dim, int) or step != 1:
             return None
         content = _channels(gm, value, len(shape), shape[1])
@@ -116,9 +117,9 @@ def _move(gm: fx.GraphModule, last: fx.Node, border: _WrittenBorder) -> bool:
     module.value = 0.0  # type: ignore[assignment]
     with gm.graph.inserting_before(source):
         moved = gm.graph.create_node("call_module", str(pad.target), (entry,), {}, name=f"{pad.name}_before")
-    moved.meta = {**pad.meta, "shape": (*entry.meta["shape"][:2], *pad.meta["shape"][2:])}
+    note_like(moved, pad, shape=(*tensor_shape(entry)[:2], *tensor_shape(pad)[2:]))
     source.args = (moved,)
-    source.meta = {**source.meta, "shape": pad.meta["shape"]}
+    note_shape(source, shape_of(pad))
     last.replace_all_uses_with(source)
     return True
 
@@ -146,7 +147,7 @@ def _only_copied(part: fx.Node, border: _WrittenBorder) -> bool:
 
 def _makes_of_zeros(module: Any, border: _WrittenBorder, node: fx.Node) -> bool:
     """Whether a pixelwise affine op makes of zeros what was written, to the rounding of its numbers."""
-    channels, ndim = node.meta["shape"][1], len(node.meta["shape"]) - 2
+    channels, ndim = tensor_shape(node)[1], len(tensor_shape(node)) - 2
     with torch.no_grad():
         if ops.plain_in(module, ops.BATCH_NORMS) and ops.affine_refusal(module) is None:
             made = from_batch_norm(module, ndim).bias

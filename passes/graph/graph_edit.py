@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .node_facts import comes_from_leaf, note_like, path_of
+
 __all__ = ["bypass", "drop_dead", "is_attribute", "place", "set_submodule"]
 
 _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
@@ -33,7 +35,7 @@ def place(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str, value
     set_submodule(gm, target, module.train(False))
     with gm.graph.inserting_before(node):
         new = gm.graph.create_node("call_module", target, (value,), {}, name=target.replace(".", "_"))
-    new.meta = dict(node.meta)
+    note_like(new, node)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return new
@@ -50,8 +52,8 @@ def _free_name(gm: fx.GraphModule, node: fx.Node, module: nn.Module, name: str) 
                     return owner  # the second call of one module
                 if not uses and all(isinstance(getattr(module, a, None), Tensor) for a in _attributes_read(gm, owner)):
                     return owner
-    path = node.meta.get("path", "")
-    if node.meta.get("leaf") and _may_stand_at(gm, path, module):
+    path = path_of(node)
+    if comes_from_leaf(node) and _may_stand_at(gm, path, module):
         return path  # what torch.export saw of a module without parameters
     # Beside a module that owns tensors, not inside: the op that they belong to takes its path.
     separator = "_" if _owns_tensors(gm, path) else "."

@@ -23,6 +23,7 @@ from ..model.quiet import quiet
 from ..model.trace_facts import noted
 from . import ops
 from .conv_configs import module_config
+from .node_facts import dtype_of, shape_of, tensor_shape
 from .reduction import is_map, join_of, operands_of
 from .union_find import UnionFind
 
@@ -46,19 +47,19 @@ def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
     alike = UnionFind()  # values of one layout
     seeds: list[fx.Node] = []
     for node in gm.graph.nodes:
-        if not is_map(node) or len(node.meta["shape"]) < 3:
+        if not is_map(node) or len(tensor_shape(node)) < 3:
             continue
         if _only_on_maps(gm, node):
             seeds += [node, *(v for v in operands_of(node) if is_map(v))]
         elif _keeps_layout(gm, node):
             for value in operands_of(node):
-                if value.meta.get("shape") == node.meta["shape"] or join_of(node) == "cat" or _is_selection(gm, node):
+                if shape_of(value) == shape_of(node) or join_of(node) == "cat" or _is_selection(gm, node):
                     alike.unite(value, node)
     classes = {alike.root(node) for node in seeds}
     return frozenset(
         n.name
         for n in gm.graph.nodes
-        if n.op != "output" and is_map(n) and len(n.meta["shape"]) > 2 and alike.root(n) in classes
+        if n.op != "output" and is_map(n) and len(tensor_shape(n)) > 2 and alike.root(n) in classes
     )
 
 
@@ -80,7 +81,7 @@ def _only_on_maps(gm: fx.GraphModule, node: fx.Node) -> bool:
 def _keeps_layout(gm: fx.GraphModule, node: fx.Node) -> bool:
     if ops.resizes(node, gm):
         return False
-    same = any(v.meta.get("shape") == node.meta["shape"] for v in operands_of(node))
+    same = any(shape_of(v) == shape_of(node) for v in operands_of(node))
     return same or join_of(node) == "cat" or _is_selection(gm, node)
 
 
@@ -124,11 +125,11 @@ def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
         if node.op != "placeholder":
             continue
         spec = known.get(str(node.target), next(positional, None))
-        shape = node.meta.get("shape")
+        shape = shape_of(node)
         if shape is None:
             given[node] = spec if not isinstance(spec, dict) else node.args[0] if node.args else None
         else:
-            given[node] = shape, node.meta["dtype"]
+            given[node] = shape, dtype_of(node)
     return given
 
 

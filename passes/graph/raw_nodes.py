@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from . import ops
+from .node_facts import shape_of
 
 __all__ = ["NotConstant", "argument", "bind", "constant", "op_name", "tensor_of"]
 
@@ -95,7 +96,7 @@ def _number(value: Any) -> int:
 
 
 def _channels(value: Any, dim: Any) -> int:
-    shape = value.meta.get("shape") if isinstance(value, fx.Node) else None
+    shape = shape_of(value)
     if shape is None or len(shape) < 3 or not isinstance(dim, int) or dim % len(shape) != 1:
         raise NotConstant
     return int(shape[1])

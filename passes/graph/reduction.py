@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from ..ir import Join
 from . import ops
+from .node_facts import is_floating, shape_of, tensor_shape
 from .raw_nodes import op_name
 
 __all__ = ["Branching", "Edge", "Item", "Reduction", "is_map", "join_of", "operands_of"]
@@ -127,7 +128,7 @@ class Reduction:
     def _side(self, node: fx.Node, join: Join) -> None:
         """A join of one map with values that broadcast over it becomes an op of that map."""
         incoming = self.into[node]
-        whole = [e for e, v in zip(incoming, self.operands[node], strict=True) if v.meta["shape"] == node.meta["shape"]]
+        whole = [e for e, v in zip(incoming, self.operands[node], strict=True) if shape_of(v) == shape_of(node)]
         if join == "cat" or len(whole) != 1 or (join == "sub" and whole[0] is not incoming[0]):
             return
         whole[0].items.append(node)
@@ -211,8 +212,8 @@ def operands_of(node: fx.Node) -> list[fx.Node]:
 
 def is_map(node: fx.Node) -> bool:
     """Whether a value is a floating-point tensor with a batch and a channel dimension."""
-    shape = node.meta.get("shape")
-    return shape is not None and len(shape) >= 2 and bool(node.meta.get("floating"))
+    shape = shape_of(node)
+    return shape is not None and len(shape) >= 2 and is_floating(node)
 
 
 def join_of(node: fx.Node) -> Join | None:
@@ -235,5 +236,5 @@ def carries_conv(gm: fx.GraphModule, item: Item) -> bool:
         return False
     module = gm.get_submodule(str(item.target))
     if isinstance(module, nn.Linear):
-        return len(item.meta["shape"]) == 2
+        return len(tensor_shape(item)) == 2
     return any(isinstance(m, (*ops.CONVS, *ops.TRANSPOSED)) for m in module.modules())

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..model.interface import Example, value_output
+from .node_facts import note_like
 
 __all__ = ["bare"]
 
@@ -55,7 +56,7 @@ def _unpack(graph: fx.Graph, place: fx.Node, holder: fx.Node, value: Any, tensor
     if isinstance(value, Tensor):
         with graph.inserting_before(place):
             held = graph.placeholder(f"{holder.name}_")
-        held.meta = dict(holder.meta)
+        note_like(held, holder)
         holder.replace_all_uses_with(held)
         tensors.append(value)
         return

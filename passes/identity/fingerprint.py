@@ -25,6 +25,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ..graph.node_facts import dtype_of, known_value, shape_of
 from ..graph.raw_nodes import op_name
 from ..model.trace_facts import noted
 from .code_text import library_name
@@ -234,9 +235,7 @@ def _inputs(gm: fx.GraphModule, describer: Describer, shapes: bool) -> list[str]
     inputs = noted(gm).inputs
     lines = [f"example {text(inputs[name])}" for name in ("positional", "keyword") if inputs[name]]
     if shapes:
-        lines += [
-            f"{n.meta.get('shape')} {n.meta.get('dtype')}" for n in gm.graph.nodes if n.op == "placeholder" and n.meta
-        ]
+        lines += [f"{shape_of(n)} {dtype_of(n)}" for n in gm.graph.nodes if n.op == "placeholder" and known_value(n)]
     return lines
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from ..graph.map_shapes import fake_shapes, placeholder_values
+from ..graph.node_facts import shape_of, tensor_shape
 from ..model.size_limits import Limit
 
 __all__ = ["vector_limits"]
@@ -27,7 +28,7 @@ def vector_limits(gm: fx.GraphModule, vectors: Iterable[str]) -> list[Limit]:
     if not names:
         return []
     given = placeholder_values(gm)
-    maps = [n for n in gm.graph.nodes if n.op == "placeholder" and len(n.meta.get("shape") or ()) > 2]
+    maps = [n for n in gm.graph.nodes if n.op == "placeholder" and len(shape_of(n) or ()) > 2]
     found: dict[fx.Node, None] = {}
     for grown in [*([n] for n in maps), *([maps] if len(maps) > 1 else [])]:
         if len(grown) > 1 and found:
@@ -40,5 +41,5 @@ def vector_limits(gm: fx.GraphModule, vectors: Iterable[str]) -> list[Limit]:
             seen = fake_shapes(gm, inputs, partial=True)
             if any(n.name in names and any(s != 1 for s in seen.get(n, ())[2:]) for n in seen):
                 found |= dict.fromkeys(grown)
-    limits = ((n, tuple(n.meta["shape"])) for n in found)
+    limits = ((n, tensor_shape(n)) for n in found)
     return [Limit(str(n.target), shape, tuple(range(2, len(shape))), "size") for n, shape in limits]

@@ -20,6 +20,7 @@ from torch import fx
 
 from ..errors import PlanError
 from ..graph.graph_edit import drop_dead
+from ..graph.node_facts import note_like, shape_of
 from ..graph.reduction import join_of
 from ..ir import Refusal, Series
 from ..model.model_copy import deep_copy
@@ -59,7 +60,7 @@ def regrouped(gm: fx.GraphModule, sums: Sums) -> fx.GraphModule:
         return gm
     made: fx.GraphModule = deep_copy(gm, {id(t): t for t in (*gm.parameters(), *gm.buffers())})
     for old, new in zip(gm.graph.nodes, made.graph.nodes, strict=True):
-        new.meta = dict(old.meta)
+        note_like(new, old)
     nodes = {node.name: node for node in made.graph.nodes}
     for name in dict.fromkeys(group[0] for group in sums if group):
         own = [group[1:] for group in sums if group[0] == name]
@@ -90,7 +91,7 @@ def _rebuild(root: fx.Node, leaves: list[fx.Node], own: list[tuple[str, ...]]) -
         nonlocal count
         with root.graph.inserting_before(root):
             node = root.graph.create_node("call_function", torch.add, (first, second), {}, name=f"{root.name}_{count}g")
-        node.meta = dict(root.meta)
+        note_like(node, root)
         count += 1
         return node
 
@@ -111,7 +112,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _alike(value: fx.Node, node: fx.Node) -> bool:
-    return value.meta.get("shape") == node.meta.get("shape")
+    return shape_of(value) == shape_of(node)
 
 
 def _is_root(node: fx.Node) -> bool:

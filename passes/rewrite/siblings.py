@@ -20,6 +20,7 @@ from ..algebra import linear
 from ..graph import ops
 from ..graph.graph_edit import drop_dead, set_submodule
 from ..graph.modules import ChannelSelect
+from ..graph.node_facts import note_like
 from ..graph.verify import check_graph, drop_unread
 
 __all__ = ["merge_siblings"]
@@ -132,7 +133,7 @@ def _call(
     set_submodule(gm, name, module)
     with gm.graph.inserting_after(after):
         node = gm.graph.create_node("call_module", name, args, {}, name=name.replace(".", "_"))
-    node.meta = {**like.meta, "path": name}
+    note_like(node, like, path=name)
     return node
 
 

@@ -19,6 +19,7 @@ from ..algebra.linear_span import LinearSpan
 from ..errors import PlanError
 from ..graph import ops
 from ..graph.graph_edit import drop_dead, is_attribute, set_submodule
+from ..graph.node_facts import note_like, note_shape
 from ..graph.verify import check_graph, drop_unread
 from ..ir import Candidate, ConvConfig, MergePlan, Span
 from ..model.model_copy import deep_copy
@@ -79,7 +80,7 @@ def rewrite(
                 continue
             with gm.graph.inserting_after(output):
                 new = gm.graph.create_node("call_module", name, (entry, *sides), {}, name=name.replace(".", "_"))
-            new.meta = {**output.meta, "path": name, "call": number}
+            note_like(new, output, path=name, call=number)
             output.replace_all_uses_with(new)
             if candidate.post_norm is not None and norm is None:
                 new = _append(gm, new, f"{name}_norm", _post_norm(network, candidate).train(graph.training))
@@ -125,7 +126,7 @@ def _call_after(gm: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
         new = gm.graph.create_node("call_module", name, (), {}, name=name.replace(".", "_"))
     node.replace_all_uses_with(new)
     new.args = (node,)
-    new.meta = {**node.meta, "path": name}
+    note_like(new, node, path=name)
     return new
 
 
@@ -185,12 +186,12 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
                 set_submodule(gm, own, part.train(module.training))
             for node in nodes:
                 for part in reversed(parts[main + 1 :]):
-                    _call_after(gm, node, names[part]).meta["shape"] = None
+                    note_shape(_call_after(gm, node, names[part]), None)
                 for part in parts[:main]:
                     own = names[part]
                     with gm.graph.inserting_before(node):
                         pad = gm.graph.create_node("call_module", own, node.args, {}, name=own.replace(".", "_"))
-                    pad.meta = {**node.meta, "shape": None, "path": own}
+                    note_like(pad, node, shape=None, path=own)
                     node.args = (pad,)
             conv = parts[main]
         set_submodule(gm, name, conv)
@@ -216,8 +217,8 @@ def _merge_sides(gm: fx.GraphModule, nodes: list[fx.Node], span: LinearSpan) -> 
                 total = gm.graph.call_function(torch.add, (last, seen))
             for user in [u for u in last.users if u is not total]:
                 user.replace_input_with(last, total)
-            seen.meta = {**node.meta, "shape": None, "path": name}
-            total.meta = dict(node.meta)
+            note_like(seen, node, shape=None, path=name)
+            note_like(total, node)
             last = total
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import fx
 
 from ..graph import ops
+from ..graph.node_facts import dtype_of, shape_of
 from ..ir import Layer, Series
 from .same_layers import module_text
 
@@ -226,7 +227,7 @@ class Calls:
         what: Hashable = node.target if node.op == "call_function" else str(node.target)
         if node.op == "call_module":
             module = self.network.module(node.name)
-            shape = node.meta.get("shape")
+            shape = shape_of(node)
             what = module_text(module), shape is not None and ops.normalizes(module, shape)
         elif node.op == "get_attr":
             what = id(operator.attrgetter(str(node.target))(self.network.gm))
@@ -234,8 +235,8 @@ class Calls:
 
     def _value(self, node: fx.Node) -> Hashable:
         """What of a value is the same at every call: batch, channels, rank and dtype."""
-        shape = node.meta.get("shape")
-        return None if shape is None else (len(shape), *shape[:2]), str(node.meta.get("dtype"))
+        shape = shape_of(node)
+        return None if shape is None else (len(shape), *shape[:2]), str(dtype_of(node))
 
 
 def _branches(layer: Layer) -> tuple[Series, ...]:

@@ -21,6 +21,7 @@ from functools import cached_property
 from torch import fx
 
 from ..errors import OptionError
+from ..graph.node_facts import path_of
 
 __all__ = ["Globs", "covers"]
 
@@ -70,7 +71,7 @@ class Globs:
                 inside = self.gm.get_submodule(str(found.target)).named_modules(prefix=str(found.target))
                 self._paths[node] = tuple(name for name, _ in inside)
             else:
-                self._paths[node] = (str(found.meta.get("path", "")) or found.name,)
+                self._paths[node] = (path_of(found) or found.name,)
         return self._paths[node]
 
     def weighted(self, node: str) -> bool:

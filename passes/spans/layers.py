@@ -21,6 +21,7 @@ from ..errors import OptionError
 from ..graph import ops
 from ..graph.conv_configs import follows_rule, identity_config, module_config, pool_config, same_size
 from ..graph.map_shapes import GROWTH, follows, holds_tensors, observed_geometry, spatial_maps, values_at
+from ..graph.node_facts import path_of, tensor_shape
 from ..graph.raw_nodes import op_name
 from ..graph.shapes import check_crops
 from ..ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
@@ -58,8 +59,7 @@ class Network:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's value, as the example gave it."""
-        shape: tuple[int, ...] = self.nodes[name].meta["shape"]
-        return shape
+        return tensor_shape(self.nodes[name])
 
     def module(self, name: str) -> nn.Module:
         """The module that a node calls."""
@@ -70,7 +70,7 @@ class Network:
     def path(self, name: str) -> str:
         """The qualified name of the module that a node came from."""
         node = self.nodes[name]
-        return str(node.target) if node.op == "call_module" else str(node.meta.get("path", "")) or node.name
+        return str(node.target) if node.op == "call_module" else path_of(node) or node.name
 
     @cached_property
     def vectors(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..algebra.side_vectors import side_vector
 from ..graph import ops
+from ..graph.node_facts import is_floating, shape_of, tensor_shape
 from ..graph.raw_nodes import op_name
 from ..graph.reduction import Branching, Item, Reduction, carries_conv, join_of, operands_of
 from ..ir import Layer, Parallel, Refusal, Region, Series
@@ -44,7 +45,7 @@ def node_kind(gm: fx.GraphModule, node: fx.Node) -> Kind:
     if refusal_of(gm, node) is not None:
         return "opaque"
     module = gm.get_submodule(str(node.target))
-    if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, node.meta["shape"]):
+    if ops.plain_in(module, ops.ACTIVATIONS) or ops.normalizes(module, tensor_shape(node)):
         return "activation"
     return "conv" if ops.plain_in(module, (*ops.CONVS, *ops.TRANSPOSED, nn.Linear)) else "affine"
 
@@ -62,7 +63,7 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
     if str(node.target) in reasons:
         return Refusal(reasons[str(node.target)], (node.name,))
     module = gm.get_submodule(str(node.target))
-    shape = node.meta.get("shape")
+    shape = shape_of(node)
     if shape is not None and len(shape) == 2 and (ops.is_plain(module, nn.Linear) or ops.plain_in(module, _ON_VECTORS)):
         return None
     if shape is None or len(shape) < 3:
@@ -82,15 +83,15 @@ def refusal_of(gm: fx.GraphModule, node: fx.Node) -> Refusal | None:
 
 def _side_reason(node: fx.Node) -> str:
     """A join that is an op of one map: what its other operands are."""
-    whole = next(v for v in operands_of(node) if v.meta["shape"] == node.meta["shape"])
-    shapes = ", ".join(str(v.meta["shape"]) for v in operands_of(node) if v is not whole)
+    whole = next(v for v in operands_of(node) if shape_of(v) == shape_of(node))
+    shapes = ", ".join(str(shape_of(v)) for v in operands_of(node) if v is not whole)
     verb, tail = {"add": ("adds", "to"), "sub": ("subtracts", "at"), "mul": ("multiplies by", "at")}[str(join_of(node))]
     return f"{op_name(node)} {verb} a side input of shape {shapes} {tail} the map of {whole.name}"
 
 
 def _mesh_refusal(item: Branching) -> Refusal:
     """Why a mesh is no series of layers: what in it takes several values."""
-    mixing = [n for n in item.nodes if len({v for v in operands_of(n) if v.meta.get("floating")}) > 1] or [item.node]
+    mixing = [n for n in item.nodes if len({v for v in operands_of(n) if is_floating(v)}) > 1] or [item.node]
     names = ", ".join(dict.fromkeys(op_name(n) or n.name for n in mixing))
     return Refusal(f"values meet in {names} in a way that is no series of layers", tuple(n.name for n in mixing))
 

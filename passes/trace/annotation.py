@@ -1,8 +1,8 @@
 """Runs the example through a graph and notes what every node gives; describes the example's arguments.
 
-What is noted (`node.meta`): `shape` (a tuple, None of what is no tensor), `dtype`, `device`, `floating`, `same` (the
-value is the node's first operand itself) and `path`, the module that it came from. An op that still writes into a value
-which is read again afterwards is refused, because a graph of fx does not know of it.
+What is noted (`node_facts`): shape, dtype and device of a tensor, whether the value is the node's first operand itself,
+and the path of the module that it came from. An op that still writes into a value which is read again afterwards is
+refused, because a graph of fx does not know of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
+from ..graph.node_facts import note_value
 from ..model.interface import Example
 from .hidden import HiddenOps
 
@@ -58,16 +59,8 @@ class Annotator(fx.Interpreter):
             value = super().run_node(n)
         for source, version in versions.items():
             self._check_mutation(n, source, version)
-        tensor = value if isinstance(value, Tensor) else None
-        n.meta["shape"] = tuple(tensor.shape) if tensor is not None else None
-        n.meta["dtype"] = tensor.dtype if tensor is not None else None
-        n.meta["device"] = tensor.device if tensor is not None else None
         first = n.args[0] if n.args else None
-        n.meta["same"] = tensor is not None and isinstance(first, fx.Node) and self.env.get(first) is tensor
-        n.meta["floating"] = tensor is not None and tensor.is_floating_point()
-        if "path" not in n.meta:
-            stack = n.meta.get("nn_module_stack")
-            n.meta["path"] = (list(stack.values())[-1][0] if stack else "") or ""
+        note_value(n, value, same=isinstance(first, fx.Node) and self.env.get(first) is value)
         return value
 
     def _check_mutation(self, n: fx.Node, source: fx.Node, version: int) -> None:

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
+from ..graph.node_facts import note_leaf
 from ..model.interface import Example, ModelCodeGen, Structure, bind, strip
 from ..model.model_copy import eval_copy
 from ..model.other_sizes import MANY
@@ -231,7 +232,7 @@ def _name_paths(graph: fx.Graph, names: dict[str, str]) -> None:
             entries = {k: (names.get(path, path), kind) for k, (path, kind) in paths.items() if path}
             node.meta["nn_module_stack"] = entries
             kinds = [str(kind) for _, kind in entries.values()]
-            node.meta["leaf"] = bool(kinds) and "torch.nn." in kinds[-1]
+            note_leaf(node, bool(kinds) and "torch.nn." in kinds[-1])
 
 
 def _free_view(node: Any) -> None:

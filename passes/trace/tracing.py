@@ -7,9 +7,9 @@
         y += x                                     %add   call_function torch.add
         return y                                   output
 
-The input is never changed: tracing works on a copy in eval mode, a fresh one for each tracer. Every node carries
-`meta["shape"]` (tuple or None), `meta["dtype"]`, `meta["floating"]` and `meta["path"]` (the module it came from), and
-the graph is compared with the model on the example before it is returned.
+The input is never changed: tracing works on a copy in eval mode, a fresh one for each tracer. Of every
+node its shape, dtype and path are noted (`node_facts`), and the graph is compared with the model on the example before
+it is returned.
 
 The first tracer whose graph hides nothing in opaque submodules and is right at every size is taken. Where there is
 none, the best one: fewest convolutions hidden, then fewest sizes fixed, then fewest other understood ops hidden.
@@ -32,6 +32,7 @@ from ..canonical.constants import fold_constants
 from ..canonical.inplace import make_pure
 from ..errors import ModelError, TraceError
 from ..graph import ops
+from ..graph.node_facts import shape_of
 from ..identity.fingerprint import changes_while_it_runs, fingerprint, states_of
 from ..model.autocast import FullPrecision
 from ..model.interface import Example, bind, plain_output
@@ -300,7 +301,7 @@ def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tu
 def _unknown_norms(gm: fx.GraphModule, traced: Traced) -> frozenset[str]:
     """The norms that could not be traced, without those that are known as one op by what they are."""
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target in traced.norms]
-    shapes = [(str(n.target), n.meta.get("shape") or ()) for n in calls]
+    shapes = [(str(n.target), shape_of(n) or ()) for n in calls]
     return frozenset(name for name, shape in shapes if not ops.normalizes(gm.get_submodule(name), shape))
 
 

@@ -85,6 +85,35 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.level, alias.name) for alias in node.names)
 
 
+# What `note_value` and its like write into `node.meta`: read and written through `passes/graph/node_facts.py` alone.
+NODE_FACTS = {"shape", "dtype", "device", "floating", "same", "path", "leaf", "call"}
+
+
+def node_facts_touched(source: str) -> list[int]:
+    """The lines that read or write a node fact by its key, or by a key that is not plain to see."""
+
+    def is_meta(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr == "meta"
+
+    def is_fact(key: ast.AST | None) -> bool:
+        if isinstance(key, ast.Constant):
+            return key.value in NODE_FACTS
+        return not (isinstance(key, ast.Name) and key.id.isupper())  # a constant of the file: the key of a graph
+
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Subscript) and is_meta(node.value):
+            keys: list[ast.AST | None] = [node.slice]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and is_meta(node.func.value):
+            keys = list(node.args[:1])
+        elif isinstance(node, ast.Assign) and any(is_meta(t) for t in node.targets):
+            keys = [k for d in ast.walk(node.value) if isinstance(d, ast.Dict) for k in d.keys if k is not None]
+        else:
+            continue
+        lines += [node.lineno for key in keys if is_fact(key)]  # type: ignore[attr-defined]
+    return sorted(lines)
+
+
 def closure(path: Path, seen: set[Path]) -> set[Path]:
     """The file and every file of passes/ that it imports, directly or not."""
     if path not in seen and path.exists():
@@ -126,6 +155,29 @@ def test_a_stage_imports_only_stages_before_it(folder: str) -> None:
 def test_every_stage_is_a_folder_and_every_folder_a_stage() -> None:
     assert sorted(STAGES) == sorted(p.name for p in (ROOT / "passes").iterdir() if (p / "__init__.py").exists())
     assert {p.name for p in (ROOT / "passes").glob("*.py")} == {"__init__.py", "errors.py", "ir.py"}
+
+
+@pytest.mark.parametrize(
+    "line", ['n.meta["shape"]', 'n.meta.get("path", "")', "n.meta.get(key)", 'n.meta = {**o.meta, "call": 1}']
+)
+def test_a_node_fact_that_is_read_or_written_by_its_key_is_seen(line: str) -> None:
+    assert node_facts_touched(f"x = 1\n{line}\n") == [2]
+
+
+@pytest.mark.parametrize(
+    "line", ['gm.meta.get("lmfx_spans")', "gm.meta[_KEY]", "made.meta = {**gm.meta}", 'n.meta["val"]']
+)
+def test_what_is_known_of_a_graph_is_no_node_fact(line: str) -> None:
+    assert node_facts_touched(line) == []
+
+
+def test_only_one_file_knows_the_keys_of_node_facts() -> None:
+    files = [*PASSES, *(p for p in (ROOT / "lmfx").rglob("*.py") if "passes" not in p.relative_to(ROOT / "lmfx").parts)]
+    files += sorted((ROOT / "benchmarks").rglob("*.py"))
+    touched = {str(p.relative_to(ROOT)): node_facts_touched(p.read_text(encoding="utf-8")) for p in files}
+    assert touched.pop("passes/graph/node_facts.py")
+    assert len(touched) > 250
+    assert {path: lines for path, lines in touched.items() if lines} == {}
 
 
 def test_the_solver_and_all_that_it_imports_know_no_torch() -> None:
