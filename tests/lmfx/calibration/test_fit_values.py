@@ -80,8 +80,9 @@ def test_each_beginning_of_the_order_is_spread_over_all_images() -> None:
     order = spread(Calibration((torch.arange(100.0)[:, None],))).tensors[0].flatten()
     assert sorted(order.tolist()) == list(range(100))
     for count in (5, 10, 25):
-        gaps = order[:count].sort().values.diff()
-        assert float(gaps.max()) < 3.5 * 100 / count
+        first = order[:count].sort().values
+        assert float(first.diff().max()) < 2 * 100 / count
+        assert float(first[0]) < 100 / count and float(first[-1]) > 100 - 1.5 * 100 / count
 
 
 def test_the_least_recently_used_goes_first() -> None:

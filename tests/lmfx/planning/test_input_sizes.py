@@ -1,0 +1,95 @@
+"""A smaller input is a way to be faster too: what it keeps is measured, and the best size is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmfx
+from tests.lmfx.test_quality_of_results import IMAGES, MODEL, compress
+from tests.toys import images
+
+
+def scaled(x: Tensor, *size: int) -> Tensor:
+    return nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True)
+
+
+def pointwise() -> nn.Module:
+    """A network that hardly sees the size of smooth images, and of which no layer can go."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for width in (3, 16, 16):
+        conv = nn.Conv2d(width, 16, 1)
+        conv.weight.data *= 4
+        layers += [conv, nn.Tanh()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+
+
+def test_a_smaller_input_is_a_candidate(tmp_path: Path) -> None:
+    net = compress(0.5, input_sizes=((8, 8), 10), cache_dir=tmp_path)
+    result = lmfx.result_of(net)
+    assert result.input_size in ((12, 10), (8, 8), (10, 10))
+    assert result.ratio is not None and result.ratio <= 0.5
+    assert len(result.alternatives) >= 3
+    graph = lmfx.trace(MODEL, IMAGES[:1])
+    assert result.quality is not None and result.quality.images == 8
+    with torch.no_grad():
+        same = float(
+            (net(scaled(IMAGES[7::8], *result.input_size)).argmax(1) == graph(IMAGES[7::8]).argmax(1)).double().mean()
+        )
+    assert result.quality.agreement == pytest.approx(same)
+    assert "input      images of" in lmfx.report(net)
+    lmfx.save(net, tmp_path / "net")
+
+
+def test_an_input_that_is_small_enough_needs_no_plan(tmp_path: Path) -> None:
+    result = lmfx.result_of(compress(0.9, input_sizes=((8, 8),), cache_dir=tmp_path))
+    (alone,) = [a for a in result.alternatives if a.what == "input 8 x 8 alone"]
+    assert alone.ratio < 0.9
+    with torch.no_grad():  # of the original on images of that size, against itself at its own
+        wanted, seen = MODEL(IMAGES[7::8]).double(), MODEL(scaled(IMAGES[7::8], 8, 8)).double()
+    divergence = float((seen - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    assert divergence > 0.01 and alone.quality.divergence == pytest.approx(divergence, rel=1e-3)
+
+
+def loss(net: Any, graph: Any, choosing: Tensor) -> float:
+    """The divergence of a result from the original, on images at the size that the result takes."""
+    size = lmfx.result_of(net).input_size or choosing.shape[2:]
+    with torch.no_grad():
+        wanted, seen = graph(choosing).double(), net(scaled(choosing, *size)).double()
+    return float((seen - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+
+def test_the_own_size_is_taken_where_a_smaller_one_loses_more(tmp_path: Path) -> None:
+    result = lmfx.result_of(compress(0.5, input_sizes=((3, 3),), cache_dir=tmp_path))
+    assert result.input_size == (12, 10)
+    losses = {a.what: a.quality.loss() for a in result.alternatives}
+    assert losses["compressed for 12 x 10"] < 0.5 * losses["compressed for 3 x 3"]
+    assert result.quality is not None and result.quality.loss() == losses["compressed for 12 x 10"]
+
+
+def test_a_smaller_size_is_taken_where_it_loses_less_than_a_plan(tmp_path: Path) -> None:
+    model, data = pointwise(), images(64, 24)
+    options: dict[str, Any] = {"calibration": data, "latency": "roofline", "progress": False, "cache_dir": tmp_path}
+    nets = [
+        lmfx.compress(model, data[:1], 0.7, quality="divergence", input_sizes=sizes, **options) for sizes in ((), (12,))
+    ]
+    assert lmfx.result_of(nets[1]).input_size == (12, 12)
+    own, best = (loss(net, model, data[3::8]) for net in nets)
+    assert best < 0.3 * own
+
+
+def test_sizes_that_the_network_does_not_take_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 120, 5)).eval()
+    with pytest.raises(lmfx.InputError, match="leave that size out"):
+        lmfx.compress(model, IMAGES[:1], 0.8, calibration=IMAGES, latency="roofline", input_sizes=(8,), progress=False)
+
+
+@pytest.mark.parametrize("bad", [(0,), ("8",), ((1, 2, 3),), (True,)])
+def test_what_is_no_size_is_refused(bad: Any) -> None:
+    with pytest.raises(lmfx.OptionError, match="input_sizes"):
+        compress(0.8, input_sizes=bad)

@@ -1,0 +1,88 @@
+"""Plans are chosen by the networks that they give, whatever the importances say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+import lmfx
+from lmfx.budget import Budget
+from lmfx.calibration.images import as_calibration
+from lmfx.importance import ImportanceTable, Reconstruction
+from lmfx.latency.backends.roofline import RooflineBackend
+from lmfx.planning.judged import Judged
+from lmfx.planning.search import Found, find_plan
+from tests.lmfx.test_quality_of_results import IMAGES, MODEL
+
+BUDGET = 0.6
+EXAMPLE = IMAGES[:1]
+FRESH = torch.randn(48, 3, 12, 10, generator=torch.Generator().manual_seed(5))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A graph, what is chosen among, and the plan that misleading importances choose."""
+
+    graph: fx.GraphModule
+    judged: Judged
+    found: Found
+
+    def better(self, backend: Any = None) -> Found:
+        return self.judged.better(self.found, backend or RooflineBackend(), EXAMPLE, BUDGET)
+
+    def truth(self, plan: lmfx.MergePlan) -> float:
+        """The loss of a plan's network, fitted as the chosen one is, on images that nothing saw."""
+        student = lmfx.rewrite(self.graph, plan, calibration=IMAGES, progress=False)
+        return lmfx.compare(student, self.graph, FRESH).loss()
+
+
+@pytest.fixture(scope="module", params=["inverted", "alike"])
+def case(request: pytest.FixtureRequest) -> Case:
+    graph = lmfx.trace(MODEL, EXAMPLE)
+    spans = lmfx.spans(graph)
+    table = lmfx.profile(graph, "roofline", spans=spans, progress=False)
+    data = as_calibration(IMAGES, EXAMPLE)
+    wanted = [c for c in lmfx.stages.worth_scoring(spans, table) if c.realization != "keep"]
+    session = Reconstruction().session(spans, wanted, data)
+    rows = session.score(spans, wanted, data).rows
+    # The more a candidate loses, the better it is said to be; or one is said to be as good as another.
+    misled = {k: -1.0 if request.param == "alike" else -1 / (1e-3 - v) for k, v in rows.items()}
+    scores = ImportanceTable(misled, {})
+    frontier = lmfx.solve(graph, table, scores, spans=spans)
+    found = find_plan(graph, frontier, Budget.parse(BUDGET), RooflineBackend(), EXAMPLE)
+    return Case(graph, Judged(spans, table, scores, session, data, "auto", "affine"), found)
+
+
+def test_misleading_importances_do_not_choose_the_plan(case: Case) -> None:
+    better = case.better()
+    assert better.ratio <= BUDGET
+    assert case.judged.loss(better.plan) < 0.5 * case.judged.loss(case.found.plan)
+    assert case.truth(better.plan) < 0.5 * case.truth(case.found.plan)
+
+
+def test_finalists_come_by_what_their_networks_lose(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    also = case.judged._proposal(case.found)
+    proposed = case.judged.proposals  # in an order that says nothing
+    monkeypatch.setattr(case.judged, "proposals", lambda limit: proposed(limit)[::-1])
+    found = case.judged.finalists(0.7 * case.found.frontier.original_sum, [also])
+    losses = [f.loss for f in found]
+    assert len(found) > 1 and losses == sorted(losses) and losses[0] < 0.5 * losses[-1]
+    assert [case.judged.loss(f.proposal.plan) for f in found] == losses
+    assert also.plan.candidates in [f.proposal.plan.candidates for f in found], "what is there already is judged, too"
+
+
+class Slower(RooflineBackend):
+    """Measures that every network but the original takes more than the budget."""
+
+    def measure_interleaved(self, modules: Sequence[Any], repeats: int = 5) -> list[list[float]]:
+        first, *others = super().measure_interleaved(modules, repeats)
+        return [first, *([1.01 * BUDGET * first[0]] * len(row) for row in others)]
+
+
+def test_a_better_plan_that_measures_over_the_budget_is_not_taken(case: Case) -> None:
+    assert case.better(Slower()).plan == case.found.plan
