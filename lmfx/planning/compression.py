@@ -35,7 +35,7 @@ from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
-from lmfx.planning.keeping import fastest_that_keeps
+from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.quality import Choosing, Judge, Quality, QualityName
 from lmfx.result import Result
@@ -90,6 +90,7 @@ class Compression:
                 f"keep={share:g} is measured, on at least {LEAST_JUDGED} calibration images (there are {len(images)}), "
                 "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
             )
+        keeps: Judge | None = None  # what says how much is kept, where that chose the plan
         found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
         same = MergePlan((), fingerprint(graph))
         if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
@@ -110,6 +111,7 @@ class Compression:
             if wanted is None:
                 assert judged is not None and share is not None
                 found = _that_keeps(judged, frontier, share, source, example_input)
+                keeps = keeping_judge(judged)
             elif isinstance(source, LatencyTable):
                 found = predict_plan(frontier, wanted)
                 if judged is not None:
@@ -123,7 +125,10 @@ class Compression:
         if self.refit and judging is not None and lossy:
             roles = images.roles()
             choosing = Choosing(Judge(graph, roles.choose), judging)
-            student = refit_layers(student, graph, roles.fit, choosing, found.plan, self.progress)
+            mended = refit_layers(student, graph, roles.fit, choosing, found.plan, self.progress)
+            # A lower loss may come with another arg-max here and there, and the share was promised.
+            if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
+                student = mended
         if self.recover is not None and lossy:
             recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         net = stages.merge(student) if self.merge else student

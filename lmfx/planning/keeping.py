@@ -19,7 +19,7 @@ from lmfx.planning.joint_search import Proposal
 from lmfx.planning.judged import Judged
 from lmfx.quality import Judge
 
-__all__ = ["Kept", "fastest_that_keeps", "parse_keep"]
+__all__ = ["Kept", "fastest_that_keeps", "keeping_judge", "parse_keep"]
 
 STEPS = 6
 
@@ -47,11 +47,16 @@ def parse_keep(value: float | str) -> float:
     return share
 
 
-def fastest_that_keeps(judged: Judged, frontier: Frontier, keep: float) -> Kept:
-    """The fastest plan that keeps the share `keep`; an empty one where every change loses more than that."""
+def keeping_judge(judged: Judged) -> Judge:
+    """What says how much a network keeps: on all images that no fit saw."""
     roles = judged.roles
     pooled = roles.choose if roles.seen else Calibration.joined(roles.choose, roles.judge)
-    judge = Judge(judged.analysis.graph, pooled, held_out=not roles.seen)
+    return Judge(judged.analysis.graph, pooled, held_out=not roles.seen)
+
+
+def fastest_that_keeps(judged: Judged, frontier: Frontier, keep: float) -> Kept:
+    """The fastest plan that keeps the share `keep`; an empty one where every change loses more than that."""
+    judge = keeping_judge(judged)
     none = MergePlan((), judged.analysis.fingerprint, surrogate=judged.surrogate)
     best = Kept(Proposal(none, frontier.original_sum, 0.0), 1.0)
     low, high = float(frontier.raw.latency[0]), frontier.original_sum

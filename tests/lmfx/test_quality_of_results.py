@@ -1,5 +1,6 @@
 """compress measures what it returns, on images that nothing else saw, and says so."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def network() -> nn.Module:
 
 
 IMAGES = torch.randn(64, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+HELD_OUT = torch.cat([IMAGES[3::8], IMAGES[7::8]])
 MODEL = network()
 
 
@@ -94,10 +96,25 @@ def test_keep_gives_a_faster_network_that_keeps_so_much() -> None:
     result = lmfx.result_of(net)
     assert result.budget is None and result.keep == 0.8
     assert result.predicted is not None and result.original is not None and result.predicted < result.original
-    assert agreement(net, torch.cat([IMAGES[3::8], IMAGES[7::8]])) >= 0.8
+    assert agreement(net, HELD_OUT) >= 0.8
     stricter = lmfx.result_of(compress(keep=0.999))
     assert stricter.predicted >= result.predicted
     assert "to keep 0.8" in lmfx.report(net)
+
+
+def test_what_is_kept_is_kept_though_a_refit_takes_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def turned(student: Any, *others: Any) -> Any:
+        """A refit that gives each image the class that it had least."""
+        found = copy.deepcopy(student)
+        found.get_submodule("1").weight.data.neg_()
+        asked.append(found)
+        return found
+
+    monkeypatch.setattr("lmfx.planning.compression.refit_layers", turned)
+    net = compress(keep=0.8)
+    assert len(asked) == 1 and agreement(asked[0], HELD_OUT) < 0.5 and agreement(net, HELD_OUT) >= 0.8
 
 
 def test_a_budget_that_keeps_too_little_is_an_error_that_says_what_would_be_kept() -> None:
@@ -156,8 +173,9 @@ def test_a_time_that_is_none_is_refused_at_once(bad: Any) -> None:
         compress(0.6, recover=bad)
 
 
-def test_refit_is_judged_by_the_network(half: Any, tmp_path: Path) -> None:
-    plain = compress(0.6, refit=False, cache_dir=tmp_path)
+def test_refit_mends_what_composed_convs_lose(tmp_path: Path) -> None:
+    nets = [compress(0.6, realize=("compose",), refit=refit, cache_dir=tmp_path) for refit in (True, False)]
     graph, choosing = lmfx.trace(MODEL, IMAGES[:1]), IMAGES[3::8]
-    assert lmfx.result_of(plain).plan == lmfx.result_of(half).plan
-    assert lmfx.compare(half, graph, choosing).loss() < lmfx.compare(plain, graph, choosing).loss()
+    assert lmfx.result_of(nets[0]).plan == lmfx.result_of(nets[1]).plan
+    mended, plain = (lmfx.compare(net, graph, choosing).loss() for net in nets)
+    assert mended < 0.1 * plain

@@ -52,6 +52,13 @@ def test_an_endless_generator_is_read_to_the_limit_and_no_further() -> None:
     assert drawn == 3
 
 
+@pytest.mark.parametrize("values, read", [(None, 2048), (48 * 1000, 1000), (48 * 10, 512)])
+def test_of_small_images_more_are_read(values: int | None, read: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if values is not None:
+        monkeypatch.setattr("lmfx.calibration.images.MAX_VALUES", values)
+    assert len(as_calibration(torch.zeros(2100, 3, 4, 4), torch.zeros(1, 3, 4, 4))) == read
+
+
 def test_several_inputs_come_as_tuples_or_by_name() -> None:
     a, b = images(5, seed=1), images(5, seed=2)
     for source in ((a, b), [(a[:2], b[:2]), (a[2:], b[2:])], [(a, b, torch.zeros(5))]):

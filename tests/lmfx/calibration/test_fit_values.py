@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,5 +122,23 @@ def test_only_what_the_output_needs_runs_again() -> None:
     ran.clear()
     again = resume(net.gm, {nodes["_1"]: whole["_1"]})
     assert torch.equal(again, whole["_3"]) and len(ran) == 2
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_value_that_no_other_node_reads_any_more_is_freed() -> None:
+    torch.manual_seed(0)
+    net = Network(lmfx.trace(nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(6))).eval(), torch.randn(1, 3, 5, 5)))
+    held: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def count(module: nn.Module, args: Any, out: Tensor) -> None:
+        alive.append(sum(ref() is not None for ref in held))
+        held.append(weakref.ref(out))
+
+    hooks = [m.register_forward_hook(count) for m in net.gm.children()]
+    first = next(n for n in net.gm.graph.nodes if n.op == "placeholder")
+    resume(net.gm, {first: torch.randn(2, 3, 5, 5)})
+    assert alive == [0, 1, 1, 1, 1, 1], "each module finds its own input alone"
     for hook in hooks:
         hook.remove()

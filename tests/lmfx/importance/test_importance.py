@@ -19,6 +19,7 @@ from lmfx.calibration.recording import record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance import Magnitude, Reconstruction, get_estimator
 from lmfx.importance.change import Scorer
+from lmfx.importance.macs import multiply_accumulates
 from lmfx.latency import Store
 from lmfx.latency.table import kendall_tau
 from lmfx.passes.ir import Candidate, MergePlan
@@ -280,6 +281,32 @@ def test_new_statistics_need_two_images_and_run_the_network() -> None:
     assert new.resolved(made.spans.network, 10**12, made.data).exact
     assert replace(new, exact=True) != Reconstruction(exact=True)
     assert not Reconstruction().resolved(made.spans.network, 10**12, made.data).exact
+
+
+def test_as_many_images_are_scored_on_as_can_be_afforded(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, data = made.spans.network, Calibration((images(128),))  # 16 of them choose
+    cost = multiply_accumulates(network) * 100 / 2
+    for affordable, exact, wanted in ((100, True, 16), (11.5, True, 11), (8.5, True, 8), (7.5, False, 64)):
+        monkeypatch.setattr("lmfx.importance.reconstruction.EXACT_MACS", affordable * cost)
+        found = Reconstruction().resolved(network, 100, data)
+        assert (found.exact, found.images) == (exact, wanted)
+        new = Reconstruction(norms="batch").resolved(network, 100, data)
+        assert new.exact and new.images == max(wanted if exact else 0, 8)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_scores_are_made_on_so_many_images_of_those_that_choose(made: Made, exact: bool) -> None:
+    some = [c for c in made.wanted if c.realization == "drop"][:3]
+
+    def scored(data: Tensor) -> list[float]:
+        table = Reconstruction(exact=exact, images=2).score(made.spans, some, Calibration((data,)))
+        return [table[c.key] for c in some]
+
+    plain = scored(DATA)
+    later, first = DATA.clone(), DATA.clone()
+    later[19], first[3] = 9.0, 9.0  # those that choose are 3, 11 and 19
+    assert scored(later) == pytest.approx(plain, rel=1e-6)
+    assert scored(first) != pytest.approx(plain, rel=1e-2)
 
 
 def test_a_missing_row_is_an_error_and_never_a_guess(made: Made) -> None:

@@ -18,6 +18,7 @@ from lmfx.importance import Finetune, ImportanceTable, Reconstruction
 from lmfx.importance.dominance import bounded_by, violations
 from lmfx.importance.jobs import PackedNetwork, isolated
 from lmfx.importance.on_demand import OnDemand
+from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Store
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
@@ -250,6 +251,34 @@ def test_only_the_budgets_that_are_asked_for_are_paid_for(made: Made) -> None:
     one, three = made.on_demand(Known(values), [0.9]), made.on_demand(Known(values))
     assert one.evaluations < three.evaluations
     assert made.on_demand(Known(values), [1.0]).evaluations <= one.evaluations
+
+
+def test_what_is_to_be_scored_in_any_case_is_scored_first(made: Made) -> None:
+    values = monotone(made, 2)
+    plain = Known(values)
+    made.on_demand(plain)
+    asked = {k for keys in plain.asked for k in keys}
+    wanted = [c for c in made.candidates if c.key not in asked][:5]  # what no plan depends on
+    estimator = Known(values)
+    found = made.on_demand(estimator, first=wanted)
+    assert len(wanted) == 5 and set(estimator.asked[0]) == {c.key for c in wanted} <= set(found.table)
+
+
+def test_compress_scores_each_drop_of_a_large_network(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit from few pixels may be worse than the identity that it could be, so its score says nothing of a drop."""
+    monkeypatch.setattr("lmfx.importance.reconstruction.EXACT_MACS", 1.0)
+    scored: list[str] = []
+    plain = ReconstructionSession.score
+
+    def score(self: Any, spans: Any, candidates: Sequence[Candidate], *others: Any, **more: Any) -> ImportanceTable:
+        scored.extend(c.key for c in candidates)
+        return plain(self, spans, candidates, *others, **more)
+
+    monkeypatch.setattr(ReconstructionSession, "score", score)
+    options: dict[str, Any] = {"latency": "roofline", "calibration": DATA, "progress": False, "refit": False}
+    lmfx.compress(toy(), DATA[:1], 0.8, **options)
+    drops = {c.key for c in made.candidates if c.realization == "drop"}
+    assert len(drops) > 5 and drops <= set(scored) and len(set(scored)) < len(made.candidates)
 
 
 def test_reconstruction_is_decided_once_for_the_whole_table(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
