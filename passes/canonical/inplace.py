@@ -42,11 +42,12 @@ _VIEWS = frozenset({
 # fmt: on
 _VIEW_MODULES = (*ops.IDENTITIES, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
-# F.relu(x, True): where the flag stands among the positional arguments.
+# F.relu(x, True): where the flag stands among the positional arguments, by the function's own name. Tracing gives the
+# flag by name; a graph that was made by hand need not.
 _FLAG_POSITION = {
     **dict.fromkeys(("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish", "selu"), 1),
     **dict.fromkeys(("elu", "celu", "leaky_relu"), 2),
-    **dict.fromkeys(("hardtanh", "threshold", "dropout", "dropout1d", "dropout2d", "dropout3d"), 3),
+    **dict.fromkeys(("hardtanh", "_threshold", "dropout", "dropout1d", "dropout2d", "dropout3d"), 3),
     **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout", "drop_block2d", "drop_block3d"), 3),
     "rrelu": 4,
 }

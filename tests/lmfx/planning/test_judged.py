@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import lmfx
 from lmfx.budget import Budget
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import ImportanceTable, Reconstruction
 from lmfx.latency.backends.roofline import RooflineBackend
+from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.judged import Judged
 from lmfx.planning.search import Found, find_plan
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL
@@ -43,15 +44,19 @@ class Case:
 
 @pytest.fixture(scope="module", params=["inverted", "alike"])
 def case(request: pytest.FixtureRequest) -> Case:
+    return misled_by(request.param)
+
+
+def misled_by(kind: str, images: Tensor = IMAGES) -> Case:
     graph = lmfx.trace(MODEL, EXAMPLE)
     spans = lmfx.spans(graph)
     table = lmfx.profile(graph, "roofline", spans=spans, progress=False)
-    data = as_calibration(IMAGES, EXAMPLE)
+    data = as_calibration(images, EXAMPLE)
     wanted = [c for c in lmfx.stages.worth_scoring(spans, table) if c.realization != "keep"]
     session = Reconstruction().session(spans, wanted, data)
     rows = session.score(spans, wanted, data).rows
     # The more a candidate loses, the better it is said to be; or one is said to be as good as another.
-    misled = {k: -1.0 if request.param == "alike" else -1 / (1e-3 - v) for k, v in rows.items()}
+    misled = {k: -1.0 if kind == "alike" else -1 / (1e-3 - v) for k, v in rows.items()}
     scores = ImportanceTable(misled, {})
     frontier = lmfx.solve(graph, table, scores, spans=spans)
     found = find_plan(graph, frontier, Budget.parse(BUDGET), RooflineBackend(), EXAMPLE)
@@ -63,6 +68,20 @@ def test_misleading_importances_do_not_choose_the_plan(case: Case) -> None:
     assert better.ratio <= BUDGET
     assert case.judged.loss(better.plan) < 0.5 * case.judged.loss(case.found.plan)
     assert case.truth(better.plan) < 0.5 * case.truth(case.found.plan)
+
+
+@pytest.mark.parametrize("realization", ["compose", "fit"])
+def test_plans_are_judged_on_the_images_that_choose_and_made_from_those_that_fit(realization: str) -> None:
+    losses = []
+    for places in (slice(0, 0), slice(7, None, 8), slice(3, None, 8), slice(0, None, 4)):
+        changed = IMAGES.clone()
+        changed[places] = 5 + 3 * changed[places].flip(-1)
+        judged = misled_by("alike", changed).judged
+        some = [c for c in judged.session.candidates if c.realization == realization and len(c.all_convs) == 2]
+        losses.append(judged.loss(lmfx.MergePlan(tuple(some[:1]), fingerprint(judged.analysis.graph))))
+    plain, judging, choosing, fitting = losses
+    assert judging == pytest.approx(plain, rel=1e-4)
+    assert choosing != pytest.approx(plain, rel=1e-2) and fitting != pytest.approx(plain, rel=1e-2)
 
 
 def test_finalists_come_by_what_their_networks_lose(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,20 +347,60 @@ POSITIONAL: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Versions(fx.Interpreter):
+    """Runs a graph, and sees to it that no node changes a value that is there already."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = {m: v._version for m, v in self.env.items() if isinstance(v, Tensor)}
+        found = super().run_node(n)
+        assert all(self.env[m]._version == v for m, v in before.items() if m in self.env), f"{n} is not pure"
+        return found
+
+
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_a_flag_by_position_changes_what_others_read_afterwards(name: str) -> None:
     def body(m: Any, x: Tensor) -> Any:
         a = m.conv(x)
         early = a + 1
-        changed = POSITIONAL[name](a)
-        return early, changed, a * x
+        POSITIONAL[name](a)  # nobody reads the result
+        return early, m.last(a)
 
-    model = net(body)
+    model = net(body, last=nn.Conv2d(3, 3, 1))
     graph = trace(model, X, ("symbolic",))  # another tracer would find the right graph without any knowledge of flags
-    for found, wanted in zip(run(graph, X), run(model, X), strict=True):
+    with torch.no_grad():
+        outputs = Versions(graph).run(X)
+    for found, wanted in zip(outputs, run(model, X), strict=True):
         torch.testing.assert_close(found, wanted)
-    early, changed, product = run(model, X)
-    assert not torch.equal(early - 1, changed) and torch.equal(product, changed * X)
+    (last,) = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == "last"]
+    (activation,) = last.all_input_nodes
+    assert [n.target for n in activation.all_input_nodes] == ["conv"], "it reads what the activation gives"
+
+
+@pytest.mark.parametrize(
+    "function, args",
+    [
+        *((f, ()) for f in (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.mish, F.selu)),
+        *((f, (0.7,)) for f in (F.elu, F.celu, F.leaky_relu)),
+        *((f, (-0.5, 0.5)) for f in (F.hardtanh, F.threshold)),
+        *((f, (0.5, False)) for f in (F.dropout, F.dropout2d, F.alpha_dropout)),
+        (F.rrelu, (0.1, 0.3, False)),
+    ],
+)
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_by_position_in_a_graph_made_by_hand_is_seen(function: Any, args: tuple[Any, ...], flag: bool) -> None:
+    """Tracing gives it by name, whatever the model does."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.mul, (x, 2.0))
+    called = graph.call_function(function, (y, *args, flag))
+    graph.output((graph.call_function(torch.add, (y, 1.0)), called))
+    gm = fx.GraphModule(nn.Module(), graph)
+    wanted = gm(X)
+    assert make_pure(gm) == int(flag)
+    for found, value in zip(Versions(gm).run(X), wanted, strict=True):
+        assert torch.equal(found, value)
+    (last,) = [n for n in gm.graph.nodes if n.target is torch.add]
+    assert last.args[0] is (called if flag else y)
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
