@@ -70,7 +70,7 @@ setup(
     package_dir={"lmfx.passes": "passes", **{f"lmfx.passes.{name}": f"passes/{name}" for name in PASSES}},
     package_data={"lmfx": ["py.typed"]},
     include_package_data=False,
-    entry_points={"console_scripts": ["lmfx = lmfx.cli.main:main"]},
+    entry_points={"console_scripts": ["lmfx = lmfx.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

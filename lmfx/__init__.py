@@ -6,6 +6,7 @@
 Importing lmfx imports torch and numpy and no optional backend.
 """
 
+from lmfx import moved as _moved
 from lmfx._version import __version__
 from lmfx.budget import Budget
 from lmfx.compress import compress
@@ -97,3 +98,5 @@ __all__ = [
     "spans",
     "trace",
 ]
+
+_moved.install()

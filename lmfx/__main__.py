@@ -2,7 +2,7 @@
 
 import sys
 
-from lmfx.cli.main import main
+from lmfx.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

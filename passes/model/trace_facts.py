@@ -59,6 +59,12 @@ class TraceFacts:
         """Whether the graph is right only at the example's batch or image size."""
         return any(self.sizes.get(kind) == "fixed" for kind in kinds)
 
+    def __getitem__(self, name: str) -> Any:
+        """A fact by its name: `graph.meta["lmfx"]["tracer"]` of programs from when the facts were a dict."""
+        if name.startswith("_") or not hasattr(self, name):
+            raise KeyError(f"{name}: a graph's facts have no such name; of results, ask lmfx.result_of(net)")
+        return getattr(self, name)
+
     def of_result(self) -> TraceFacts:
         """What is still so of a network that was made of the graph."""
         return TraceFacts(tracer=self.tracer, opaque=self.opaque, sizes=self.sizes)

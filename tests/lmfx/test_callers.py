@@ -73,7 +73,7 @@ STATES: dict[str, Callable[[], Any]] = {
 def test_every_public_function_is_an_entry() -> None:
     functions = [getattr(lmfx, n) for n in lmfx.__all__ if inspect.isfunction(getattr(lmfx, n))]
     assert {f.__name__ for f in functions if not is_entry(f)} == set()
-    assert is_entry(importlib.import_module("lmfx.cli.main")._run)
+    assert is_entry(importlib.import_module("lmfx.cli.command_line")._run)
     assert not is_entry(convs)
 
 

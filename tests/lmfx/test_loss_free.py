@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.cli.main import main
+from lmfx.cli import main
 from lmfx.importance import Finetune
 from lmfx.latency import LatencyTable
 from lmfx.passes.graph.verify import relative_error

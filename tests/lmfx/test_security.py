@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lmfx
-from lmfx.cli.main import main
+from lmfx.cli import main
 from lmfx.environment.bounded_reading import DEEPEST, parse_json, printable, read_bounded
 from lmfx.latency import LatencyTable, Store
 from lmfx.planning.saved_networks import example_of

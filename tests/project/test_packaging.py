@@ -96,7 +96,7 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
     with zipfile.ZipFile(wheel) as archive:
         info = f"lmfx-{version[1]}.dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
-        assert "lmfx = lmfx.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
+        assert "lmfx = lmfx.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         assert b"Copyright 2026 the lmfx authors" in archive.read(f"{info}/licenses/LICENSE")
     assert "License-Expression: Apache-2.0" in metadata
     required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==).*$", metadata, re.MULTILINE)

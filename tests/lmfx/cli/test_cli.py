@@ -20,7 +20,7 @@ import lmfx.cli.models
 import lmfx.cli.options
 import lmfx.latency
 from lmfx._version import __version__
-from lmfx.cli.main import main
+from lmfx.cli import main
 from lmfx.cli.models import load_model
 from lmfx.latency import LatencyTable
 from lmfx.passes.errors import MissingExtra, ModelError
@@ -102,7 +102,7 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 # --- spans ------------------------------------------------------------------------------------------------------------
 
-COMMAND = importlib.import_module("lmfx.cli.main")
+COMMAND = importlib.import_module("lmfx.cli.command_line")
 FIELDS = {
     "key",
     "series",

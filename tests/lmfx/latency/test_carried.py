@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import lmfx
-from lmfx.cli.main import main
+from lmfx.cli import main
 from lmfx.latency import CalibrationLine, LatencyTable, Measurement
 from lmfx.passes.errors import InfeasibleBudget, TableError
 from tests.toys import Net, images, toy

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lmfx.cli.main import main
+from lmfx.cli import main
 from lmfx.passes.errors import OptionError, StoreError
 from lmfx.store.rows import Store
 from lmfx.store.transfer import EVERYTHING, Imported, Selection, entries, export_rows, import_rows, prune
