@@ -9,6 +9,7 @@ from torch import nn
 
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.training.losses import Distance
+from lmfx.training.relative_steps import Kind
 
 __all__ = [
     "Norms",
@@ -67,13 +68,17 @@ def check_run(clip: Any, norms: Any, ema: Any, precision: Any) -> None:
     _check_choice("precision", precision, get_args(Precision))
 
 
-def check_recovery(steps: Any, lr: Any, norms: Any, batch: Any, temperature: Any, features: Any) -> None:
+def check_recovery(
+    steps: Any, lr: Any, optimizer: Any, norms: Any, batch: Any, temperature: Any, features: Any
+) -> None:
     """Raises `OptionError` for what cannot be the options of a recovery."""
     for name, value in (("steps", steps), ("batch", batch)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise OptionError(f"{name}={value!r}: use a whole number from 1, or None")
     _check_positive("lr", lr)
     _check_positive("temperature", temperature)
+    if optimizer is not None:
+        _check_choice("optimizer", optimizer, get_args(Kind))
     if norms is not None:
         _check_choice("norms", norms, get_args(Norms))
     if not isinstance(features, (int, float)) or not 0 <= features < math.inf:

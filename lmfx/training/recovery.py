@@ -5,8 +5,9 @@
 
     images     3/4 to train on, 1/8 to choose by, 1/8 that nothing sees       (`Calibration.roles`)
     start      what the student is worth
-    trials     short trainings from the same start: the rate, then whose statistics norms use      1/5 of the time
-    training   steps of one size for all weights; judged at each eighth: the student, and its average
+    trials     short trainings from the same start: the rate, the kind of step, whose statistics   1/4 of the time
+               norms use
+    training   goes on from the best of them; judged at each eighth: the student, and its average
     result     the best of start, students and averages
 
 What is minimised is in `recovery_objective`, what is shown in `shown_images`, a step in `recovery_trainer`; what was
@@ -41,6 +42,7 @@ from lmfx.training.recovery_clock import Clock, seconds_of
 from lmfx.training.recovery_objective import RecoveryObjective, arguments
 from lmfx.training.recovery_run import Choices, RecoveryRun
 from lmfx.training.recovery_trainer import Trainer
+from lmfx.training.relative_steps import Kind
 from lmfx.training.run_identity import described_run, sizes_at_start
 
 __all__ = ["recover"]
@@ -58,6 +60,7 @@ def recover(
     minutes: float | str = 3.0,
     steps: int | None = None,
     lr: float | None = None,
+    optimizer: Kind | None = None,
     norms: Norms | None = None,
     batch: int | None = None,
     temperature: float = 2.0,
@@ -80,6 +83,8 @@ def recover(
         minutes: wall clock for all of it, or a text like "90s"; the schedule follows it.
         steps: how many steps to train, whatever they take, in place of a time: the same call gives the same weights.
         lr: share of its own size by which each weight moves in a step, at most; None finds it in short trials.
+        optimizer: "orthogonal" moves matrices along all directions alike (Muon), "adam" each weight by itself; None
+            tries the second at the rate that suits the first, which is taken where `lr` is given.
         norms: "train" uses and updates batch statistics, "frozen" keeps them; None tries both.
         batch: images a step; None takes as many as leave time for some hundred steps, 64 at most.
         temperature: by which scores are softened.
@@ -99,7 +104,7 @@ def recover(
     without Accelerate where it is needed, `StoreError` for a checkpoint of another training.
     """
     check_networks(student, model, "recovery")
-    check_recovery(steps, lr, norms, batch, temperature, features)
+    check_recovery(steps, lr, optimizer, norms, batch, temperature, features)
     clock = Clock(seconds_of(minutes), steps)
     if not isinstance(student, fx.GraphModule):
         raise InputError(f"the student is a {type(student).__name__}: trace it first, lmfx.trace(student, example)")
@@ -115,10 +120,11 @@ def recover(
         objective = RecoveryObjective(student, original, judge.kinds, temperature, features)
         moved = MOVE_OF_MAPS if maps else 1
         trainer = Trainer(student, original, objective, roles.fit, mix=mix, move=moved, seed=seed, runner=runner)
-        run = RecoveryRun(trainer, judge, clock, Choices(lr, norms, batch))
+        run = RecoveryRun(trainer, judge, clock, Choices(lr, norms, batch, optimizer))
         if checkpoint is not None:
-            options = {"minutes": str(minutes), "steps": steps, "lr": lr, "norms": norms, "batch": batch, "mix": mix}
-            options |= {"temperature": temperature, "features": features, "seed": seed, "precision": precision}
+            options = {"minutes": str(minutes), "steps": steps, "lr": lr, "optimizer": optimizer, "norms": norms}
+            options |= {"batch": batch, "mix": mix, "temperature": temperature, "features": features}
+            options |= {"seed": seed, "precision": precision}
             options |= described_run(student, original, list(data.tensors), None, trainer.optimizer(1.0), 1.0)
             run.keep_in(Path(checkpoint), options, sizes_at_start(student, Path(checkpoint)))
         shown = progress and (runner is None or runner.is_local_main_process)

@@ -1,8 +1,9 @@
 """One recovery from its start to its end: what is tried, when it is judged, and the best that was seen.
 
     begin    the start is judged; a first step says what a step takes, and how many images it may have
-    search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides
-    train    in eight parts; after each the student and the average of its last steps are judged
+    search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides:
+             the rate, then the kind of step, then whose statistics norms use
+    train    from the best trial on, in eight parts; after each the student and the average of its last steps are judged
     setback  where both are worse than the start, or the loss runs away: back to the best, at a third of the rate
 
 The best state is kept from the start on, so whatever happens there is one to return.
@@ -28,6 +29,7 @@ from lmfx.training.processes import agreed
 from lmfx.training.rate_search import FACTOR, Watch, find_rate
 from lmfx.training.recovery_clock import Clock, cosine
 from lmfx.training.recovery_trainer import Trainer
+from lmfx.training.relative_steps import Kind
 
 __all__ = ["Choices", "Recovery", "RecoveryRun"]
 
@@ -35,8 +37,8 @@ BATCHES = (64, 32, 16, 8)
 FEWEST_STEPS = 200  # of a training for which a batch is chosen
 FIRST_RATE = 0.02 / FACTOR
 LOWEST_RATE = 1e-7  # by which a training is given up
-SEARCH, TRIALS = 0.2, 5  # share of the time, and trials that it is divided among
-SHORTEST_TRIAL, LONGEST_TRIAL = 20, 60  # steps: a few steps find every rate too large
+SEARCH, TRIALS = 0.25, 6  # share of the time, and trials that it is divided among
+SHORTEST_TRIAL, LONGEST_TRIAL = 12, 60  # steps: a few steps find every rate too large
 JUDGED, LEAST_JUDGED = 0.015, 16  # share of the time that judging once may take, and images it has at least
 PARTS = 8
 DECAY = 0.98  # of the average over the steps
@@ -50,6 +52,7 @@ class Choices:
     rate: float | None = None
     norms: Norms | None = None
     batch: int | None = None
+    kind: Kind | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,10 @@ class Recovery:
     rate: float | None  # None: nothing was trained
     batch: int
     norms: Norms
+    optimizer: Kind = "orthogonal"
 
     def __str__(self) -> str:
-        chosen = "" if self.rate is None else f", rate {self.rate:.2g}, norms {self.norms}"
+        chosen = "" if self.rate is None else f", {self.optimizer} steps, rate {self.rate:.2g}, norms {self.norms}"
         trained = f"{self.steps} steps of {self.batch} images in {self.seconds:.0f} s{chosen}"
         return f"held-out loss {self.before:.3g} -> {self.after:.3g} ({trained})"
 
@@ -108,7 +112,9 @@ class RecoveryRun:
         """What was done, so far."""
         norms: Norms = "train" if self.trainer.trained else "frozen"
         seconds = self.clock.elapsed()
-        return Recovery(self.start, self.best, self.done, seconds, self.rate, self.trainer.batch, norms)
+        return Recovery(
+            self.start, self.best, self.done, seconds, self.rate, self.trainer.batch, norms, self.trainer.kind
+        )
 
     def finish(self) -> None:
         """Leaves the student in its best state."""
@@ -195,15 +201,24 @@ class RecoveryRun:
             return self._offered(self.student)
 
         trainer.trained = self.choices.norms == "train"
+        trainer.kind = self.choices.kind or "orthogonal"
         self.rate, reached = self.choices.rate, math.inf
         if self.rate is None and most < 2:
             self.rate = FIRST_RATE
         elif self.rate is None:
-            self.rate, reached = find_rate(trial, FIRST_RATE, self.start, most)
+            # With few trials the first one is of a rate that does little harm to any network.
+            first = FIRST_RATE if most == TRIALS else FIRST_RATE / FACTOR
+            self.rate, reached = find_rate(trial, first, self.start, max(most - 1, 2))
+            if self.choices.kind is None and most > 2:
+                trainer.kind = "adam"
+                other = trial(self.rate)
+                helps = other < min(reached, self.start)
+                trainer.kind, reached = ("adam", other) if helps else ("orthogonal", reached)
         if self.choices.norms is None and trainer.norms and trainer.batch >= BATCHES[-1] and math.isfinite(reached):
             trainer.trained = True
             trainer.trained = trial(self.rate) < reached
-        self.student.load_state_dict(self.first)
+        # Where a trial helped it is the beginning of the training, so most of the search's time is not lost.
+        self.student.load_state_dict(self.best_net.state_dict())
         self._anew(self.rate)
 
     def _trials(self) -> tuple[int, int]:
@@ -256,6 +271,7 @@ class RecoveryRun:
             extra = {"done": self.done, "spent": self.clock.elapsed(), "rate": self.rate, "batch": self.trainer.batch}
             extra |= {
                 "trained": self.trainer.trained,
+                "kind": self.trainer.kind,
                 "best": self.best,
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
@@ -274,7 +290,7 @@ class RecoveryRun:
         part, extra = load_training(self.folder, self.student, self.optimizer, **told)
         if extra is not None:
             self.done, self.rate, self.trainer.batch = extra["done"], extra["rate"], extra["batch"]
-            self.trainer.trained, self.best = extra["trained"], extra["best"]
+            self.trainer.trained, self.trainer.kind, self.best = extra["trained"], extra["kind"], extra["best"]
             self.clock.spent += extra["spent"]
             if extra["scaler"] is not None and getattr(self.runner, "scaler", None) is not None:
                 self.runner.scaler.load_state_dict(extra["scaler"])

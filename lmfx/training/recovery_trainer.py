@@ -21,7 +21,7 @@ from lmfx.calibration.recording import batches_for
 from lmfx.passes.errors import InputError
 from lmfx.training.norm_statistics import renew_statistics, running_norms, set_norms
 from lmfx.training.recovery_objective import RecoveryObjective, arguments
-from lmfx.training.relative_steps import RelativeSteps
+from lmfx.training.relative_steps import Kind, RelativeSteps
 from lmfx.training.shown_images import shown
 
 __all__ = ["Trainer"]
@@ -54,6 +54,7 @@ class Trainer:
         self.batch = self.possible(1)
         self.norms = running_norms(student.eval(), arguments(self.images(0), fit.names))
         self.trained = False  # whether norms use the statistics of batches
+        self.kind: Kind = "orthogonal"
 
     def possible(self, size: int) -> int:
         """The images a batch has where `size` are wanted: some graphs run with one number of images only."""
@@ -74,8 +75,8 @@ class Trainer:
         return self._order[1]
 
     def optimizer(self, rate: float) -> Any:
-        """A new optimizer of all weights."""
-        made = RelativeSteps(self.trainable, rate)
+        """A new optimizer of all weights, of the trainer's kind."""
+        made = RelativeSteps(self.trainable, rate, kind=self.kind)
         return made if self.runner is None else self.runner.prepare(made)
 
     def step(self, number: int, optimizer: Any, rate: float) -> float:

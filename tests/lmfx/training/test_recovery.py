@@ -303,6 +303,50 @@ def test_a_stopped_run_with_a_checkpoint_goes_on_and_ends_at_the_same_bits(
         recover(copy.deepcopy(first), model, lr=None, steps=32, checkpoint=tmp_path, seed=1)
 
 
+@pytest.mark.parametrize("better", ["orthogonal", "adam"])
+def test_the_kind_of_step_is_tried_and_a_run_that_goes_on_keeps_it(
+    first: fx.GraphModule, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: str
+) -> None:
+    step = recovery_trainer.Trainer.step
+    kinds: list[str] = []
+
+    def noted_step(self: Any, number: int, optimizer: Any, rate: float) -> float:
+        kinds.append(optimizer.param_groups[0]["kind"])
+        # The steps of the other kind go the wrong way.
+        return step(self, number, optimizer, rate if kinds[-1] == better else -rate)
+
+    monkeypatch.setattr(recovery_trainer.Trainer, "step", noted_step)
+    whole = recover(copy.deepcopy(first), model, lr=None, steps=16)
+    assert set(kinds) == {"orthogonal", "adam"}
+    assert whole.meta["lmfx_recovery"].optimizer == better and f"{better} steps" in str(whole.meta["lmfx_recovery"])
+    stop_at(monkeypatch, 13)
+    with pytest.raises(KeyboardInterrupt):
+        recover(copy.deepcopy(first), model, lr=None, steps=16, checkpoint=tmp_path)
+    monkeypatch.setattr(recovery_trainer.Trainer, "step", noted_step)
+    kinds.clear()
+    resumed = recover(copy.deepcopy(first), model, lr=None, steps=16, checkpoint=tmp_path)
+    assert set(kinds) == {better}
+    assert resumed.meta["lmfx_recovery"].optimizer == better
+    assert same(state(whole), state(resumed))
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "adam"])
+def test_a_kind_that_is_asked_for_is_the_only_one(
+    student: fx.GraphModule, model: nn.Module, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    seen: set[str] = set()
+    step = recovery_trainer.Trainer.step
+
+    def noted_step(self: Any, number: int, optimizer: Any, rate: float) -> float:
+        seen.add(optimizer.param_groups[0]["kind"])
+        return step(self, number, optimizer, rate)
+
+    monkeypatch.setattr(recovery_trainer.Trainer, "step", noted_step)
+    told = recover(student, model, lr=None, steps=8, optimizer=kind).meta["lmfx_recovery"]
+    assert seen == {kind} == {told.optimizer}
+    assert told.after <= told.before
+
+
 TWO = """
 import os, sys
 sys.path.insert(0, ".")
@@ -413,6 +457,7 @@ def test_a_network_without_a_plan_is_compared_by_its_outputs(model: nn.Module) -
         ({"steps": 0}, "steps=0: use a whole number from 1"),
         ({"batch": 1.5}, "batch=1.5"),
         ({"lr": -1.0}, "lr=-1.0: use a positive number"),
+        ({"optimizer": "sgd"}, "optimizer='sgd': use one of 'orthogonal', 'adam'"),
         ({"norms": "on"}, "norms='on': use one of 'train', 'frozen'"),
         ({"temperature": 0}, "temperature=0"),
         ({"features": -1}, "features=-1: use a weight from 0"),

@@ -14,7 +14,7 @@ import lmfx
 from lmfx.quality.outputs import Output
 from lmfx.training.rate_search import FACTOR, Watch, find_rate
 from lmfx.training.recovery_objective import RecoveryObjective, distance
-from lmfx.training.relative_steps import RelativeSteps, orthogonal
+from lmfx.training.relative_steps import Kind, RelativeSteps, orthogonal
 from lmfx.training.shared_values import Tapped, shared_values
 from lmfx.training.shown_images import moved, shown
 from tests.toys import compress, images, toy
@@ -257,6 +257,24 @@ def test_where_no_trial_helps_the_rate_is_lower_than_all_and_there_are_no_more_t
     rate, value = find_rate(bowl(1e-9, seen), 0.02, start=0.0, most=3)
     assert len(seen) == 3
     assert rate == pytest.approx(min(seen) / FACTOR) and value == math.inf
+
+
+def test_adams_steps_do_not_turn_a_matrix_and_orthogonal_ones_do() -> None:
+    moves = {}
+    gradient = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.001]])
+    kinds: tuple[Kind, ...] = ("orthogonal", "adam")
+    for kind in kinds:
+        p = nn.Parameter(torch.ones(2, 4))
+        p.grad = gradient.clone()
+        RelativeSteps([p], lr=0.1, kind=kind).step()
+        moves[kind] = 1 - p.detach()
+    assert torch.allclose(moves["adam"], torch.full((2, 4), 0.1), rtol=1e-4)
+
+    def apart(rows: Tensor) -> float:
+        return float((rows[0] - rows[1]).norm() / rows.norm())
+
+    # Two rows that are alike but for a thousandth: their difference has become a direction of its own.
+    assert apart(moves["orthogonal"]) > 100 * apart(gradient)
 
 
 def test_a_loss_that_runs_away_is_seen_and_a_noisy_one_is_none() -> None:
