@@ -268,7 +268,12 @@ class RecoveryRun:
         runner = self.runner
         if self.folder is not None and (runner is None or runner.is_main_process):
             scaler = getattr(runner, "scaler", None)
-            extra = {"done": self.done, "spent": self.clock.elapsed(), "rate": self.rate, "batch": self.trainer.batch}
+            extra: dict[str, Any] = {
+                "done": self.done,
+                "spent": self.clock.elapsed(),
+                "rate": self.rate,
+                "batch": self.trainer.batch,
+            }
             extra |= {
                 "trained": self.trainer.trained,
                 "kind": self.trainer.kind,
