@@ -122,6 +122,7 @@ class FitGroup:
             dtype=torch.float32 if quick else torch.float64,
             rounding=0.0 if x.dtype == torch.float64 else FLOAT32_ROUNDING,
             sides=beside.values.shape[1],
+            dilation=window.dilation,
         )
         want = _samples(window.unknowns(self.depthwise), quick)
         images = sum(map(len, xs))
@@ -223,10 +224,11 @@ class _Window:
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
 
     @classmethod
     def of(cls, c: ConvConfig) -> _Window:
-        return cls(c.in_channels, c.kernel_size, c.stride, c.padding)
+        return cls(c.in_channels, c.kernel_size, c.stride, c.padding, c.dilation)
 
     def unknowns(self, depthwise: bool) -> int:
         taps = 1
@@ -236,8 +238,13 @@ class _Window:
 
 
 def _union(candidates: Sequence[Candidate]) -> _Window:
-    """The smallest window that holds those of all candidates, with a padding that gives the same output size."""
+    """The smallest window that holds those of all candidates, with a padding that gives the same output size.
+
+    Dilated candidates of one group have one window.
+    """
     configs = [c.conv for c in candidates if c.conv is not None]
+    if any(d > 1 for d in configs[0].dilation):
+        return _Window.of(configs[0])
     kernel, padding = [], []
     for i in range(len(configs[0].kernel_size)):
         before = max(c.padding[i][0] for c in configs)
@@ -246,7 +253,7 @@ def _union(candidates: Sequence[Candidate]) -> _Window:
         kernel.append(before + behind + 1)
         padding.append((before, max(excess + behind, 0)))
     first = configs[0]
-    return _Window(first.in_channels, tuple(kernel), first.stride, tuple(padding))
+    return _Window(first.in_channels, tuple(kernel), first.stride, tuple(padding), first.dilation)
 
 
 def fit_groups(network: Network, candidates: Sequence[Candidate]) -> list[FitGroup]:
@@ -257,9 +264,10 @@ def fit_groups(network: Network, candidates: Sequence[Candidate]) -> list[FitGro
         if c.conv is None:
             raise OptionError(f"candidate {c.key} has no conv to fit")
         excess = tuple(sum(p) - k for p, k in zip(c.conv.padding, c.conv.kernel_size, strict=True))
+        dilated = (c.conv.dilation, c.conv.padding) if any(d > 1 for d in c.conv.dilation) else ()
         sides = span_sides(network, c)
         size, calls = network.shape(c.span.output)[2:], tuple(s.entry for s in c.calls)
-        key = (c.span.entry, c.conv.groups > 1, sides, c.conv.stride, excess, size, calls)
+        key = (c.span.entry, c.conv.groups > 1, sides, c.conv.stride, excess, size, calls, dilated)
         found.setdefault(key, []).append(c)
     return [
         FitGroup(key[0], key[1], tuple(group), key[2], key[6])

@@ -7,6 +7,8 @@ sums of any kernel inside of it:
     tap t of the largest kernel, padding P before, reads pixel   s o - P + t
     tap j of a smaller one, padding p, dilation d, reads         s o - p + d j         so   t = P - p + d j
 
+(and where the largest one is dilated by D, its tap t reads ``s o - P + D t``, so ``t = (P - p + d j) / D``).
+
 Channels of vectors from the side (`side_vectors`) are features as well: between the taps and the 1, the same under all
 pixels of an image. So there are only as many samples of them as images, and they have a damping of their own.
 
@@ -58,7 +60,7 @@ def sample_positions(
 class Gram:
     """Sums over sampled output pixels of one input, from which convolutions to many targets are fitted.
 
-    `kernel_size`, `stride` and `padding` ((before, after) in each dimension) are those of the largest kernel;
+    `kernel_size`, `stride`, `padding` ((before, after) in each dimension) and `dilation` are the largest kernel's;
     `targets` maps names to output channels. With `depthwise`, only what depthwise kernels need is kept, which is far
     less. `holdout=False` saves the second sum, and with it half of the memory. `dtype=torch.float32` multiplies
     chunks of samples in single precision, at twice the speed, where damping drowns the rounding.
@@ -86,16 +88,22 @@ class Gram:
         limit: int = MAX_UNKNOWNS,
         rounding: float = 0.0,
         sides: int = 0,
+        dilation: Sequence[int] | None = None,
     ) -> None:
         self.in_channels, self.kernel_size, self.stride = in_channels, tuple(kernel_size), tuple(stride)
+        self.dilation = (1,) * len(self.stride) if dilation is None else tuple(dilation)
         self.padding = tuple((lo, hi) for lo, hi in padding)
         self.targets, self.depthwise = dict(targets), depthwise
-        if not len(self.kernel_size) == len(self.stride) == len(self.padding) or not 1 <= len(self.stride) <= 3:
+        lengths = {len(t) for t in (self.kernel_size, self.stride, self.padding, self.dilation)}
+        if len(lengths) > 1 or not 1 <= len(self.stride) <= 3:
             raise OptionError(
-                f"kernel {self.kernel_size}, stride {self.stride} and padding {self.padding} need one entry a "
-                "dimension, of which there are 1 to 3"
+                f"kernel {self.kernel_size}, stride {self.stride}, padding {self.padding} and dilation {self.dilation} "
+                "need one entry a dimension, of which there are 1 to 3"
             )
-        if min(*self.kernel_size, *self.stride, in_channels) < 1 or min(p for pair in self.padding for p in pair) < 0:
+        if (
+            min(*self.kernel_size, *self.stride, *self.dilation, in_channels) < 1
+            or min(p for pair in self.padding for p in pair) < 0
+        ):
             raise OptionError(
                 f"{in_channels} channels, kernel {self.kernel_size}, stride {self.stride} and padding {self.padding} "
                 "make no convolution; sizes are at least 1, padding at least 0"
@@ -174,9 +182,7 @@ class Gram:
         ndim = len(self.stride)
         if x.ndim != ndim + 2 or x.shape[1] != self.in_channels or not len(x):
             raise InputError(f"x is {tuple(x.shape)}, expected (batch, {self.in_channels}) and {ndim} sizes")
-        config = ConvConfig(
-            self.in_channels, 1, self.kernel_size, self.stride, self.padding, (1,) * ndim
-        )  # fmt: skip
+        config = ConvConfig(self.in_channels, 1, self.kernel_size, self.stride, self.padding, self.dilation)
         size = config.output_size(tuple(x.shape[2:]))
         for name, channels in self.targets.items():
             if name not in targets:
@@ -204,7 +210,8 @@ class Gram:
         pixels = padded.flatten(2).transpose(1, 2).contiguous()  # (batch, pixel, channel): a tap is one short copy
         # flat offsets of the taps from the window's first pixel, and the first pixel of every sampled window
         strides = [prod(size[i + 1 :]) for i in range(len(size))]
-        taps = torch.tensor([sum(a * b for a, b in zip(t, strides, strict=True)) for t in self.taps], device=x.device)
+        steps = [d * s for d, s in zip(self.dilation, strides, strict=True)]
+        taps = torch.tensor([sum(a * b for a, b in zip(t, steps, strict=True)) for t in self.taps], device=x.device)
         corner, rest = torch.zeros_like(positions), positions
         for size_out, stride, step in reversed(list(zip(out_size, self.stride, strides, strict=True))):
             corner += rest % size_out * stride * step
@@ -250,9 +257,9 @@ class Gram:
     def padding_of(self, kernel_size: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """The (before, after) padding with which a smaller kernel, centred in the largest, has the same output size."""
         pads = []
-        for big, k, (lo, hi) in zip(self.kernel_size, kernel_size, self.padding, strict=True):
-            before = max(lo - (big - k) // 2, 0)
-            after = lo + hi - (big - k) - before
+        for big, k, (lo, hi), d in zip(self.kernel_size, kernel_size, self.padding, self.dilation, strict=True):
+            before = max(lo - (big - k) // 2 * d, lo % d)
+            after = lo + hi - (big - k) * d - before
             if after < 0:
                 raise OptionError(f"kernel {tuple(kernel_size)} would need padding {(before, after)}: it crops")
             pads.append((before, after))
@@ -266,11 +273,13 @@ class Gram:
             raise OptionError(f"kernel {tuple(kernel_size)} for sums over kernel {self.kernel_size}: other dimensions")
         if before is None:
             before = [lo for lo, _ in self.padding_of(kernel_size)]
-        steps = [1] * len(kernel_size) if dilation is None else dilation
+        steps = self.dilation if dilation is None else dilation
         axes = []
-        for k, p, d, big, (lo, _) in zip(kernel_size, before, steps, self.kernel_size, self.padding, strict=True):
-            axis = [lo - p + d * t for t in range(k)]
-            if min(axis) < 0 or max(axis) >= big:
+        of = zip(kernel_size, before, steps, self.kernel_size, self.padding, self.dilation, strict=True)
+        for k, p, d, big, (lo, _), own in of:
+            pixels = [lo - p + d * t for t in range(k)]
+            axis = [pixel // own for pixel in pixels]
+            if min(axis) < 0 or max(axis) >= big or any(pixel % own for pixel in pixels):
                 raise OptionError(
                     f"kernel {tuple(kernel_size)}, padding before {tuple(before)}, dilation {tuple(steps)} reaches "
                     f"outside of kernel {self.kernel_size}, padding {self.padding}"

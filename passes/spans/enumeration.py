@@ -2,8 +2,8 @@
 
 compose   one candidate for each merged kernel size and group structure that some way to prune the span reaches, with
           the kept set of the largest L1 norm that holds every irreducible conv (`pruning`).
-fit       any odd kernel up to the bound, dense or depthwise, placed on the centre of the span's window, with a padding
-          that follows the span's own size rule.
+fit       kernels of several sizes, dense or depthwise, placed on the centre of the span's window, with a padding that
+          follows the span's own size rule (`fit_kernels`).
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
 
 What may be enumerated is said by `SpanOptions` (`span_options`).
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from ..graph import ops
-from ..graph.conv_configs import is_identity_config
+from ..graph.conv_configs import is_identity_config, module_config
 from ..graph.map_shapes import follows
 from ..graph.reduction import join_of
 from ..ir import Candidate, ConvConfig, Layer, Refusal, Series, Span
 from .exact import inexact
+from .fit_kernels import centred, fit_kernels
 from .globs import Globs
 from .layers import Network
 from .moved_norms import last_norm
@@ -27,8 +29,6 @@ from .pruning import State, States, side_inputs
 from .span_options import Method, Norm, SpanOptions
 
 __all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
-
-MAX_FIT_KERNEL = 7
 
 
 @dataclass(frozen=True)
@@ -308,17 +308,17 @@ class _Finder:
             )
             return
         as_it_is = self.network.config(layers[0]) if len(layers) == 1 and layers[0].conv else None
-        largest = min(self.options.max_kernel_size or MAX_FIT_KERNEL, MAX_FIT_KERNEL) if len(before) > 2 else 1
-        for size in range(1, largest + 1, 2):
-            config = _centred(geometry, size, before[1], after[1])
+        alone = module_config(self.network.module(every[0]), before[1], len(before) - 2) if len(every) == 1 else None
+        for kernel, dilation in fit_kernels(geometry, alone, self.options.max_kernel_size):
+            config = centred(geometry, kernel, dilation, before[1], after[1])
             if config is None or any(config.output_size(a) != b for a, b in sizes):
                 continue
             depthwise = before[1] == after[1] > 1 and len(before) > 2
             for groups in (1, before[1]) if depthwise else (1,):
-                unknowns = before[1] // groups * size ** len(config.kernel_size)
+                unknowns = before[1] // groups * prod(kernel)
                 if self.options.max_fit_unknowns is not None and unknowns > self.options.max_fit_unknowns:
                     continue
-                chosen = ConvConfig(*_fields(config), groups)
+                chosen = replace(config, groups=groups)
                 if chosen != as_it_is:
                     self.add(Candidate(span, "fit", chosen, *self.paths(main, every, ())))
 
@@ -331,25 +331,3 @@ def _inside(layer: Layer) -> Iterator[str]:
             for inner in branch.layers:
                 yield from _inside(inner)
     yield from layer.nodes
-
-
-def _fields(
-    config: ConvConfig,
-) -> tuple[int, int, tuple[int, ...], tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
-    c = config
-    return c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation
-
-
-def _centred(geometry: ConvConfig, size: int, in_channels: int, out_channels: int) -> ConvConfig | None:
-    """A dense kernel of `size` on the centre of the geometry's window, with its size rule; None if it would crop."""
-    pads = []
-    for (lo, hi), k, d in zip(geometry.padding, geometry.kernel_size, geometry.dilation, strict=True):
-        extent = d * (k - 1)
-        before = lo - (extent - (size - 1) + 1) // 2 if extent >= size - 1 else lo + (size - 1 - extent) // 2
-        after = (lo + hi - extent) + (size - 1) - before
-        if before < 0 or after < 0:
-            return None
-        pads.append((before, after))
-    ones = (1,) * len(pads)
-    kernel = (size,) * len(pads)
-    return ConvConfig(in_channels, out_channels, kernel, geometry.stride, tuple(pads), ones, 1)

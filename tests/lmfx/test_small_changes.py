@@ -22,7 +22,7 @@ from lmfx.latency.whole_networks import measure_wholes, timing_form
 from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.graph.shapes import add_configs
 from lmfx.passes.ir import ConvConfig, MergePlan
-from lmfx.passes.spans.enumeration import _centred
+from lmfx.passes.spans.fit_kernels import centred
 from lmfx.planning.search import LONGEST, REPEATS, find_plan
 from tests.helpers import one_thread as one_thread
 
@@ -121,7 +121,7 @@ def test_a_drop_of_two_layers_is_listed_unless_two_drops_give_the_same(second: n
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 def test_a_fitted_kernel_lies_on_the_centre_of_the_window_or_half_a_pixel_after_it(window: int, size: int) -> None:
     geometry = ConvConfig(4, 4, (window,), (2,), ((9, 8),), (1,))
-    config = _centred(geometry, size, 4, 4)
+    config = centred(geometry, (size,), (1,), 4, 4)
     assert config is not None
     (before, after), (lo, hi) = config.padding[0], geometry.padding[0]
     assert (size - 1) / 2 - before - ((window - 1) / 2 - lo) == (0 if (window - size) % 2 == 0 else 0.5)
