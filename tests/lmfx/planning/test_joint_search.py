@@ -105,6 +105,7 @@ def test_what_turned_out_worse_than_it_was_said_to_be_is_left(
     made: Made, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(joint_search, "TRUTH", 1000)
+    monkeypatch.setattr(joint_search, "DESCENT", 0)
     vectors = made.joint(seed).vectors
     joint = Alone(vectors, made.candidates)
     draw = np.random.default_rng(seed + 100)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import lmfx
 from benchmarks.shared.random_plans import random_plan
 from lmfx.latency.candidate_workloads import Workloads
+from lmfx.passes.algebra.linear_span import AffineChain
+from lmfx.passes.algebra.side_vectors import SideAdd
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.rewrite.trainable import merge, rewrite
@@ -141,3 +143,14 @@ def test_the_whole_pipeline_keeps_a_vector_from_the_side(tmp_path: Any) -> None:
     lmfx.export_onnx(net, x, tmp_path / "net.onnx")  # compared with ONNX Runtime
     changed = run(net, (x[0], x[1] + 1.0))
     assert relative_error(run(net, x), changed) > 1e-3  # the vector still matters
+
+
+def test_the_matrices_of_vectors_are_where_they_are_asked_for() -> None:
+    """On a device without memory, so that one that is made elsewhere is seen."""
+    meta = torch.device("meta")
+    plain = AffineChain([SideAdd(0, 3, -1.0)])
+    for chain in (plain, AffineChain([plain]), AffineChain([AffineChain([plain]), nn.Conv2d(3, 4, 1, device=meta)])):
+        (matrix,) = chain.side_maps(3, 2, meta).values()
+        assert matrix.device == meta and matrix.shape == (len(matrix), 3)
+    (matrix,) = plain.side_maps(3, 2, None).values()
+    assert torch.equal(matrix, -torch.eye(3, dtype=torch.float64))

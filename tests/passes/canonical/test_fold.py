@@ -263,3 +263,30 @@ def test_an_op_that_does_not_run_stays() -> None:
         out = gm.graph.call_method("mul", (next(n for n in gm.graph.nodes if n.target == "add"), bad))
     next(n for n in gm.graph.nodes if n.op == "output").args = (out,)
     assert fold_constants(gm) == 0 and "view" in names(gm)
+
+
+def test_an_instance_norm_that_updates_its_statistics_is_not_constant() -> None:
+    def build(g: fx.Graph) -> fx.Node:
+        x = g.placeholder("x")
+        args = (g.get_attr("w"), g.get_attr("mean"), g.get_attr("var"))
+        normed = g.call_function(torch.instance_norm, (*args[:1], None, None, *args[1:], True, 0.1, 1e-5, False))
+        return g.call_method("add", (x, g.call_method("sum", (normed,))))
+
+    gm = graph_of(build, w=torch.randn(5, 3, 4), mean=torch.zeros(3), var=torch.ones(3))
+    before = gm.mean.clone()
+    assert fold_constants(gm) == 0
+    assert torch.equal(gm.mean, before), "nor is it changed by trying"
+
+
+def test_a_table_in_the_type_of_a_value_is_a_constant() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(4, 4, 1), nn.Parameter(torch.rand(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y * self.scale.to(y.dtype).to(y.device).exp()
+
+    graph = check_trace(double(Table()), X)
+    assert "exp" not in [str(n.target) for n in graph.graph.nodes]

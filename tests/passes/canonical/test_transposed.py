@@ -79,3 +79,10 @@ def test_a_size_that_is_asked_for_is_not_lost() -> None:
             return self.up(x, output_size=[x.shape[2] + 2, x.shape[3] + 2])
 
     check_trace(double(Sized()), torch.randn(1, 3, 6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_one_stays_frozen(frozen: bool) -> None:
+    conv = as_conv(nn.ConvTranspose2d(3, 4, 3).requires_grad_(not frozen))
+    assert conv is not None
+    assert [p.requires_grad for p in conv.parameters()] == [not frozen] * 2

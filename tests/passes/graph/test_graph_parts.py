@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from lmfx.passes.graph import ops
 from lmfx.passes.graph.graph_edit import drop_dead
 from lmfx.passes.graph.shapes import conv_pads, per_dimension
 from lmfx.passes.graph.union_find import UnionFind
@@ -81,3 +84,26 @@ def test_the_pads_of_a_conv_are_those_that_torch_reads(conv: nn.Module, wanted: 
     expected = conv(x)
     conv.padding = (0,) * len(wanted)
     torch.testing.assert_close(conv(by_hand), expected)
+
+
+@pytest.mark.parametrize(
+    "made, wanted",
+    [
+        (nn.AdaptiveAvgPool2d(3), True), (nn.Upsample(size=(4, 4)), True), (nn.Flatten(), True), (nn.ReLU(), False),
+        (nn.MaxPool2d(2), False), (F.interpolate, True), (torch.flatten, True), (F.adaptive_avg_pool2d, True),
+        (torch.relu, False), ("view", True), ("relu", False),
+    ],
+)  # fmt: skip
+def test_what_gives_a_size_of_its_own_is_known(made: Any, wanted: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    root = nn.Module()
+    if isinstance(made, nn.Module):
+        root.add_module("m", made)
+        node = graph.call_module("m", (x,))
+    elif isinstance(made, str):
+        node = graph.call_method(made, (x,))
+    else:
+        node = graph.call_function(made, (x,))
+    graph.output(node)
+    assert ops.resizes(node, fx.GraphModule(root, graph)) == wanted

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lmfx.passes.graph.map_shapes import observed_geometry, spatial_maps
+from lmfx.passes.graph.map_shapes import holds_tensors, observed_geometry, spatial_maps
 from lmfx.passes.trace.tracing import trace
 
 
@@ -43,3 +45,31 @@ class Hidden(nn.Module):
 def test_what_a_foreign_module_with_convs_reads_and_gives_are_maps(inner: nn.Module, maps: bool) -> None:
     graph = trace(nn.Sequential(Hidden(inner), nn.ReLU()).eval(), torch.randn(2, 5, 7))
     assert bool(spatial_maps(graph)) is maps
+
+
+class Holding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Any, scale: Any = 1) -> Tensor:
+        x = x["a"] if isinstance(x, dict) else sum(x) if isinstance(x, list) else x
+        return self.conv(x) * (scale[0] if isinstance(scale, list) else scale)
+
+
+MAP = torch.randn(1, 3, 6, 5)
+
+
+@pytest.mark.parametrize(
+    "example, held",
+    [
+        ((MAP, 2), False),
+        ((MAP, 2.5), False),
+        ((MAP, [3]), False),
+        (([MAP, MAP], 2), True),
+        (({"a": MAP},), True),
+    ],
+    ids=["a number", "a float", "a list of numbers", "a list of maps", "a dict"],
+)
+def test_an_input_holds_tensors_if_they_are_in_a_container(example: Any, held: bool) -> None:
+    assert holds_tensors(trace(Holding().eval(), example)) == held

@@ -237,3 +237,40 @@ def test_a_norms_eps_is_no_matter_of_time() -> None:
     assert text(nn.GroupNorm(1, 2, eps=1e-3), timing=True) == text(nn.GroupNorm(1, 2), timing=True)
     assert text(nn.ELU(0.1), timing=True) != text(nn.ELU(), timing=True)
     assert text(Power(0.1), timing=True) != text(Power(0.2), timing=True)
+
+
+@dataclasses.dataclass
+class Held:
+    """An object with a field, which a network gives an attribute more."""
+
+    factor: float
+
+
+def held(factor: float, more: float) -> Held:
+    made = Held(factor)
+    made.more = more  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.mark.parametrize("wrap", [lambda v: v, Power, lambda v: [v], lambda v: {"a": v}])
+def test_an_attribute_that_is_no_field_is_told(wrap: Callable[[Any], Any]) -> None:
+    assert text(wrap(held(1.0, 2.0))) == text(wrap(held(1.0, 2.0)))
+    assert len({text(wrap(held(*pair))) for pair in ((1.0, 2.0), (1.0, 3.0), (2.0, 2.0))}) == 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: __import__("math").sqrt(x),
+        lambda x: x * id(x),
+        lambda x: hash(x) * x,
+        lambda x: x * len(globals()),
+        lambda x: x * len(locals()),
+        lambda x: exec("x") or x,
+        lambda x: open("x") and x,  # noqa: SIM115
+        lambda x: compile("x", "", "eval") and x,
+        lambda x: x * float(input()),
+    ],
+)
+def test_a_function_that_reads_what_nobody_can_see_is_never_sure(function: Any) -> None:
+    assert unsure(function)

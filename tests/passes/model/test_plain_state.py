@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmfx.passes.errors import ModelError
 from lmfx.passes.graph.verify import relative_error
+from lmfx.passes.model.attributes import changed_attributes, plain_attributes
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import double, run
 from tests.helpers import one_thread as one_thread
@@ -155,3 +156,17 @@ def test_a_network_that_draws_and_counts_is_not_said_to_remember() -> None:
 
     with pytest.raises(ModelError, match="rand in its forward draws random numbers"):
         trace(double(Keeps(between, seen=0)), X)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tensor_in_an_attribute_changes_when_it_is_written_or_exchanged(device: str) -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = [torch.ones(2, device=device)]
+
+    model = Holding()
+    before = plain_attributes(model)
+    assert changed_attributes(before, plain_attributes(model)) == []
+    model.held[0] = torch.zeros(2, device=device)
+    assert changed_attributes(before, plain_attributes(model)) == ["held"]

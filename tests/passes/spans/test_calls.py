@@ -20,6 +20,8 @@ from lmfx.passes.errors import PlanError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Span
 from lmfx.passes.spans.layers import Network
 from lmfx.planning.plan_file import make_document, plan_from_dict
+from tests.helpers import check_rewrite
+from tests.helpers import spans_of as spans_in
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -585,3 +587,51 @@ def test_calls_that_end_in_other_activations_are_merged_up_to_them(tails: tuple[
     linear.body[1] = nn.Identity()
     for found, wanted in zip(net(x), linear(x), strict=True):  # away from the borders
         torch.testing.assert_close(found[..., 2:-2, 2:-2], wanted[..., 2:-2, 2:-2])
+
+
+def test_a_layer_ends_before_the_activations_in_which_its_calls_differ() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 3, 3, padding=1), nn.AvgPool2d(2)
+            self.a, self.b = nn.ReLU(), nn.Tanh()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(self.pool(self.conv(x))), self.b(self.pool(self.conv(y)))
+
+    torch.manual_seed(0)
+    model = Two().double().eval()
+    example = torch.randn(2, 3, 8, 10, dtype=torch.float64), torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    spans = spans_in(model, example, realize=("compose",))
+    whole = next(c for c in spans if c.conv is not None and c.conv.kernel_size == (4, 4) and c.exact)
+    assert len(whole.spans) == 2, "the conv and the pool, once for both calls"
+    check_rewrite(model, example, lambda _: [whole], spans=spans, after=["Conv2d", "ReLU", "Conv2d", "Tanh"])
+
+
+def test_what_is_inside_of_a_block_that_is_called_twice_is_merged_for_both_calls() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1)
+            self.c, self.out = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.c(self.b(self.act(self.a(x)))) + x)
+            return out
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = nn.Conv2d(3, 4, 1), Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.block(self.block(self.first(x)))
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    model = Outer().double().eval()
+    spans = spans_in(model, x, realize=("compose",))
+    pair = next(c for c in spans if c.kept == ("block.b", "block.c") and c.all_convs == c.kept)
+    assert len(pair.spans) == 2 and "/" in pair.span.series
+    check_rewrite(model, x, lambda _: [pair], spans=spans, edits=1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lmfx
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
-from tests.helpers import double
+from tests.helpers import double, spans_of
 
 X = torch.randn(1, 3, 9, 7, dtype=torch.float64)
 
@@ -55,3 +55,29 @@ def test_the_size_of_a_conv_is_that_of_its_weight_with_the_norms_of_its_layer_fo
     found = {network.path(name): network.l1(name) for name in ("_6", "_8") if name in network.nodes}
     assert found["6"] == pytest.approx(float(grouped.sum()))
     assert found["8"] == pytest.approx(float(model[8].weight.detach().abs().sum()))  # type: ignore[index]
+
+
+class Cat(nn.Module):
+    """A branch of two convs, of which either may go, beside one of a norm, which has one state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 5, padding=2))
+        self.norm, self.last = nn.BatchNorm2d(2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(torch.cat([self.a(x), self.norm(x)], 1)))
+
+
+@pytest.mark.parametrize(
+    "most, left",
+    [(4, {("a.0",), ("a.2",), ("a.0", "a.2"), ()}), (3, {("a.0", "a.2"), ()}), (1, {("a.0", "a.2")})],
+    ids=["all", "the most and the least", "the most"],
+)
+def test_of_too_many_combinations_those_that_keep_all_or_little_are_left(
+    most: int, left: set[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmfx.passes.spans.pruning.MOST_COMBINATIONS", most)
+    found = spans_of(Cat().eval(), torch.randn(1, 2, 6, 6), realize=("compose",))
+    whole = {c.kept[:-1] for c in found if c.realization == "compose" and c.kept[-1:] == ("last",)}
+    assert whole == left

@@ -406,3 +406,11 @@ def test_keys_are_unique_and_equal_in_every_run() -> None:
     assert keys[0] == keys[1] and len(set(keys[0])) == len(keys[0])
     spans = spans_of(model, X)
     assert all(spans.by_key[c.key] is c for c in spans) and len(spans) == len(keys[0])
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_a_fit_of_as_many_channels_may_be_depthwise_in_every_dimension(ndim: int) -> None:
+    conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+    model = nn.Sequential(conv(4, 4, 3, padding=1), nn.ReLU(), conv(4, 4, 1)).eval()
+    fits = [c.conv for c in spans_of(model, torch.randn(1, 4, *(6, 5, 7)[:ndim])) if c.realization == "fit"]
+    assert {c.groups for c in fits if c is not None} == {1, 4}

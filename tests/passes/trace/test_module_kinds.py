@@ -21,6 +21,7 @@ from lmfx.passes.errors import ModelError
 from lmfx.passes.graph.verify import relative_error
 from lmfx.passes.model.model_copy import eval_copy
 from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.trace.tracers import SymbolicTracer, trace_symbolic
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import assert_unchanged, check_trace, double, ops_of, run, snapshot, spans_of
 
@@ -389,3 +390,56 @@ def test_magnitude_takes_no_opaque_part_for_free() -> None:
         assert whole
         worst.append(max(scores[c.key] for c in whole))
     assert worst[0] > worst[1] > worst[2] and worst[0] < -0.1
+
+
+@pytest.mark.parametrize("module", [nn.Bilinear(2, 2, 2), nn.CosineSimilarity(), nn.MultiheadAttention(4, 2)], ids=str)
+def test_a_module_of_torch_is_one_op_unless_its_forward_was_exchanged(module: nn.Module) -> None:
+    model = nn.Sequential(module)
+    tracer = SymbolicTracer(model, ((torch.zeros(1),), {}))
+    assert tracer.is_leaf_module(module, "0")
+    module.forward = lambda x: x + 1  # type: ignore[method-assign]
+    assert not tracer.is_leaf_module(module, "0")
+
+
+def test_a_norm_that_cannot_be_traced_is_known_as_one() -> None:
+    class BranchingNorm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.std() if bool(x.sum() > 0) else x
+
+    class Branching(BranchingNorm):
+        pass
+
+    for kind, norms in ((BranchingNorm, {"1"}), (Branching, set())):
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), kind())
+        found = trace_symbolic(model, ((X.float(),), {}))
+        assert set(found.norms) == norms and set(found.opaque) == {"1"} - norms
+
+
+FACTS: dict[str, Callable[[Tensor], bool]] = {
+    "ndim": lambda y: y.ndim == 4,
+    "dim": lambda y: y.dim() == 4,
+    "dtype": lambda y: y.dtype == torch.float64,
+    "device": lambda y: y.device == torch.device("cpu"),
+    "is_cuda": lambda y: not y.is_cuda,
+    "layout": lambda y: y.layout == torch.strided,
+    "is_quantized": lambda y: not y.is_quantized,
+    "is_floating_point": lambda y: y.is_floating_point(),
+    "requires_grad": lambda y: not y.requires_grad,
+    "channels": lambda y: y.shape[1] == 4,
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_branch_on_what_is_the_same_at_every_size_needs_no_other_tracer(name: str) -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return torch.relu(y) if FACTS[name](y) else y
+
+    gm = trace(double(Asks()), X, ("symbolic",))
+    assert ops_of(gm) == ["Conv2d", "ReLU"] and noted(gm).opaque == {}
+    assert gm(OTHER).shape == (3, 4, 8, 11)
