@@ -24,6 +24,7 @@ from typing import Literal
 __all__ = [
     "Candidate",
     "ConvConfig",
+    "Cut",
     "Join",
     "Layer",
     "MergePlan",
@@ -37,7 +38,7 @@ __all__ = [
     "Surrogate",
 ]
 
-Realization = Literal["keep", "compose", "fit", "drop"]
+Realization = Literal["keep", "compose", "fit", "drop", "narrow"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Surrogate = Literal["identity", "affine"]  # what stands for an activation that a composed span removes
 Join = Literal["add", "sub", "cat", "mul", "mesh"]
@@ -217,6 +218,22 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Channels inside a span that only this span sees, of which some stay (`passes/spans/narrowing.py`).
+
+    `conv` is the module that makes them, `reader` the one that reads them and is refitted; `of` and `width` are how
+    many the reader has before and after. `channels` are those of its input that stay, in order; none until they are
+    chosen.
+    """
+
+    conv: str
+    reader: str
+    of: int
+    width: int
+    channels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One thing the solver may choose: a span, and how to realize it.
 
@@ -224,6 +241,7 @@ class Candidate:
     compose  the tensor algebra over the `kept` convs; the others are pruned
     fit      one conv found in closed form, whatever the span holds
     drop     the identity
+    narrow   the span as it is, with fewer channels at its `cuts`
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves to after the merged conv
@@ -241,11 +259,12 @@ class Candidate:
     post_norm: str | None = field(default=None, kw_only=True, metadata={"optional": True})
     exact: bool = field(default=False, kw_only=True, compare=False, metadata={"optional": True})
     calls: tuple[Span, ...] = field(default=(), kw_only=True, metadata={"optional": True})
+    cuts: tuple[Cut, ...] = field(default=(), kw_only=True, metadata={"optional": True})
 
     @property
     def puts_conv(self) -> bool:
         """Whether a conv of its own (`conv`) stands where the span was."""
-        return self.realization not in ("keep", "drop")
+        return self.realization not in ("keep", "drop", "narrow")
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -269,6 +288,7 @@ class Candidate:
                 parts.append(c.padding_mode if c.padding_mode != "zeros" else f"pad{c.padding_value:g}")
             if c.upscale:
                 parts.append(("t" if c.window else "u") + "x".join(map(str, c.upscale)))
+        parts += [f"{cut.reader}={cut.width}" for cut in self.cuts]
         if self.post_norm is not None:
             parts.append("post")
         if self.calls:

@@ -34,7 +34,7 @@ def randomise_norms(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def random_plan(
-    spans: SpanSet, rng: random.Random, realizations: tuple[str, ...] = ("compose", "fit", "drop")
+    spans: SpanSet, rng: random.Random, realizations: tuple[str, ...] = ("compose", "fit", "drop", "narrow")
 ) -> MergePlan:
     """A plan that walks each series from cut to cut and picks one of the candidates at every step, long ones too."""
     starts: dict[tuple[str, int], list[Candidate]] = {}

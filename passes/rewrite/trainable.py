@@ -4,9 +4,9 @@
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
 `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
-nothing. A norm that moves to after the merged conv (`moved_norms`), or an activation added after it
-(`added_activations`), is a module of its own in both forms. `merge` replaces every `LinearSpan` by its single
-conv. Names of untouched modules stay, dead modules and parameters go, and both results are ordinary GraphModules.
+nothing; a narrowed one keeps its nodes, and its modules have fewer channels (`narrowed`). A norm that moves to after the
+merged conv (`moved_norms`), or an activation added after it (`added_activations`), is a module of its own in both forms.
+`merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and parameters go, and both results are ordinary GraphModules.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..spans.layers import Network
 from ..spans.moved_norms import moved_norm
 from .added_activations import activated
 from .analysis import Analysis
+from .narrowed import put_narrowed
 from .one_pixel_vectors import vector_limits
 from .span_modules import build_span
 
@@ -63,6 +64,9 @@ def rewrite(
     for candidate, name in zip(plan.candidates, span_names(graph, plan), strict=True):
         _check(network, candidate)
         if candidate.realization == "keep":
+            continue
+        if candidate.realization == "narrow":
+            put_narrowed(gm, nodes, network, candidate)
             continue
         sides: tuple[fx.Node, ...] = ()
         norm: str | None = None
@@ -147,6 +151,9 @@ def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
     taken: set[str] = set()
     names = []
     for candidate in plan.candidates:
+        if candidate.cuts:
+            names.append(candidate.cuts[0].conv)
+            continue
         if plan.fine and len(candidate.all_convs) == 1:
             names.append(candidate.all_convs[0])
             taken.add(names[-1])

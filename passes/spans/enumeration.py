@@ -5,6 +5,7 @@ compose   one candidate for each merged kernel size and group structure that som
 fit       kernels of several sizes, dense or depthwise, placed on the centre of the span's window, with a padding that
           follows the span's own size rule (`fit_kernels`).
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
+narrow    the span with fewer channels at one or two cuts inside of it (`narrowing`).
 
 What may be enumerated is said by `SpanOptions` (`span_options`).
 """
@@ -14,17 +15,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 from ..graph import ops
 from ..graph.conv_configs import is_identity_config, module_config
 from ..graph.map_shapes import follows
 from ..graph.reduction import join_of
-from ..ir import Candidate, ConvConfig, Layer, Refusal, Series, Span
+from ..ir import Candidate, ConvConfig, Cut, Layer, Refusal, Series, Span
 from .exact import inexact
 from .fit_kernels import centred, fit_kernels
 from .globs import Globs
 from .layers import Network
 from .moved_norms import last_norm
+from .narrowing import PrivateCut
 from .pruning import State, States, side_inputs
 from .span_options import Method, Norm, SpanOptions
 
@@ -59,6 +62,8 @@ def enumerate_spans(network: Network, options: SpanOptions | None = None) -> Spa
         for series in region.series.walk():
             finder.series(series)
     finder.refuse_boundaries()
+    if "narrow" in finder.allowed:
+        finder.narrow()
     return SpanSet(network, finder.options, tuple(finder.candidates), tuple(dict.fromkeys(finder.refusals)))
 
 
@@ -277,6 +282,43 @@ class _Finder:
             return
         if all(net.shape(s.entry) == net.shape(s.output) for s in self.sites(span)):
             self.add(Candidate(span, "drop", None, *self.paths(main, every, ())))
+
+    def narrow(self) -> None:
+        """Narrowed spans: at each cut by itself, and at two cuts that share a conv, at widths that are about alike."""
+        narrowing = self.network.narrowing
+        self.refusals += narrowing.refusals
+        taken = {reader for reader, cut in narrowing.cuts.items() if self.can_narrow(cut)}
+        for reader in [r for r in narrowing.cuts if r in taken]:
+            cut = narrowing.cuts[reader]
+            for width in cut.widths:
+                self.narrowed(cut.start, cut.stop, cut.series, (narrowing.made(cut, width),))
+        for first, second in narrowing.pairs():
+            if not {first.space.reader, second.space.reader} <= taken:
+                continue
+            start, stop = min(first.start, second.start), max(first.stop, second.stop)
+            for i, a in enumerate(first.widths):
+                for j, b in enumerate(second.widths):
+                    near = i / len(first.widths) - j / len(second.widths)
+                    if abs(near) <= 1.01 / max(len(first.widths), len(second.widths)):
+                        cuts = (narrowing.made(first, a), narrowing.made(second, b))
+                        self.narrowed(start, stop, first.series, cuts)
+
+    def can_narrow(self, cut: PrivateCut) -> bool:
+        """Whether a cut is allowed; if it is not, why is noted."""
+        reader: Any = self.network.module(cut.space.reader)
+        limit, taps = self.options.max_fit_unknowns, prod(getattr(reader, "kernel_size", ()))
+        if limit is not None and cut.space.of * taps > limit:
+            reason = f"not narrowed: {cut.space.of * taps} unknowns of a refit are more than max_fit_unknowns={limit}"
+            self.refusals.append(Refusal(reason, (cut.space.reader,)))
+            return False
+        series = self.network.series[cut.series]
+        return self.refused(self.make_span(series, cut.start, cut.stop), series.layers[cut.start : cut.stop]) is None
+
+    def narrowed(self, start: int, stop: int, name: str, cuts: tuple[Cut, ...]) -> None:
+        series = self.network.series[name]
+        main, every = self.network.convs(series.layers[start:stop])
+        span = self.make_span(series, start, stop)
+        self.candidates.append(Candidate(span, "narrow", None, *self.paths(main, every, every), cuts=cuts))
 
     def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
         """Whether two shorter drops give the same network: nothing stays at their cut, or what the end repeats."""

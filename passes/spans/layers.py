@@ -26,6 +26,7 @@ from ..graph.raw_nodes import op_name
 from ..graph.shapes import check_crops
 from ..ir import ConvConfig, Layer, Parallel, Refusal, Region, Series
 from .calls import Calls
+from .narrowing import Narrowing
 from .regions import find_regions
 from .same_layers import shared_calls
 
@@ -87,6 +88,11 @@ class Network:
     def calls(self) -> Calls:
         """The runs of layers that are called several times."""
         return Calls(self)
+
+    @cached_property
+    def narrowing(self) -> Narrowing:
+        """The cuts at which spans can become narrower."""
+        return Narrowing(self)
 
     @cached_property
     def maps(self) -> frozenset[str]:
