@@ -76,7 +76,9 @@ def rewrite(
     analysis = Analysis.of(spans.network) if spans is not None and same else Analysis(graph)
     apart = refit and len(images) >= LEAST_IMAGES
     fitted, held = split_to_judge(images) if apart else (images, None)
-    student = Students(analysis, fitted).student(plan, share_tensors=False, progress=progress)
+    students = Students(analysis, fitted)
+    plan = students.completed(plan)
+    student = students.student(plan, share_tensors=False, progress=progress)
     if held is not None:
         student = refit_student(student, graph, fitted, Divergence(graph, held), plan, progress)
     set_made_of(student, MadeOf(plan, Origin.of(graph)))

@@ -27,7 +27,9 @@ from lmfx.passes.graph import ops
 from lmfx.passes.graph.node_facts import call_of, shape_of
 from lmfx.passes.graph.reduction import join_of, operands_of
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.rewrite.narrowed import narrowed
 from lmfx.passes.rewrite.trainable import span_names
+from lmfx.passes.spans.layers import Network
 
 __all__ = ["Site", "find_sites"]
 
@@ -47,6 +49,11 @@ class Site:
     scale: Tensor  # (out,) from the layer's output to the place, float64
     place: fx.Node
     goal: fx.Node
+    channels: Tensor | None = None  # of the goal that the place has, where it is narrower; None for all
+
+    def wanted(self, goal: Tensor) -> Tensor:
+        """What the place should be, given the value at the goal."""
+        return goal if self.channels is None else goal.index_select(1, self.channels.to(goal.device))
 
     def entering(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """What enters the layer, given what enters the node."""
@@ -80,6 +87,11 @@ class Names:
                     self.dropped[span.entry] = span.output
                 elif candidate.puts_conv and candidate.post_norm is None:
                     self.merged[name, i] = span.output
+        self.kept: dict[str, list[int]] = {}  # the channels that narrowed values have of the original's
+        if plan and any(c.cuts for c in plan.candidates):
+            network = Network(original, fine=plan.fine)
+            for candidate in plan.candidates:
+                self.kept.update(narrowed(network, candidate).channels)
 
     def of(self, node: fx.Node) -> fx.Node | None:
         """The original's node, None if it has none."""
@@ -171,7 +183,10 @@ def _site(
     if best is None:
         return None
     place, goal, scale = best
-    return Site(node, str(node.target), layer, tuple(parts[:at]), norm, scale, place, _target(gm, names, place, goal))
+    goal = _target(gm, names, place, goal)
+    kept = names.kept.get(goal.name)
+    channels = None if kept is None else torch.tensor(kept)
+    return Site(node, str(node.target), layer, tuple(parts[:at]), norm, scale, place, goal, channels)
 
 
 def _target(gm: fx.GraphModule, names: Names, place: fx.Node, goal: fx.Node) -> fx.Node:

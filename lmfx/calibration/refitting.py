@@ -181,7 +181,7 @@ class _Refit:
         seen = 0
         for chunk, count in enumerate(self.ours.images):
             values = self.ours.values(chunk, {*site.node.all_input_nodes, site.place})
-            goal: Tensor = self.theirs.values(chunk, [site.goal])[site.goal]
+            goal = site.wanted(self.theirs.values(chunk, [site.goal])[site.goal])
             x, place = site.entering(values), values[site.place]
             if place.shape != goal.shape or not feature_rows.takes(layer, x) or len(x) % count:
                 return None

@@ -13,6 +13,7 @@ used goes first, and is made again when it is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor, fx
@@ -21,11 +22,13 @@ from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.fit_values import spread
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.narrow_fits import NarrowedSpan, NarrowFits
 from lmfx.calibration.plan_fits import fit_student, set_fitted
 from lmfx.calibration.recording import batches_for, record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.passes.algebra.linear import LinearOp
+from lmfx.passes.graph.graph_edit import set_submodule
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.span_modules import span_sides
@@ -46,27 +49,43 @@ class Students:
         self._values: Bounded[Tensor] = Bounded(lambda v: v.numel() * v.element_size(), HELD_BYTES)
         self._ops: Bounded[FittedOp] = Bounded(lambda op: op.bytes, HELD_BYTES)
 
+    def completed(self, plan: MergePlan) -> MergePlan:
+        """The plan with all that these images choose: the channels that stay in what it narrows."""
+        if not any(c.cuts for c in plan.candidates):
+            return plan
+        return NarrowFits.of(self.analysis.network(plan), self.calibration).completed(plan)
+
     def student(self, plan: MergePlan, *, share_tensors: bool = True, progress: bool = False) -> fx.GraphModule:
         """The trainable form under `plan`, its surrogates and fitted convs set.
 
         With `share_tensors` what is unchanged shares its parameters with the graph: to be judged, not to be trained.
         Raises `PlanError` if the plan was made for another graph.
         """
-        network = self.analysis.network(plan)
+        network, plan = self.analysis.network(plan), self.completed(plan)
         composed = any(c.realization == "compose" for c in plan.candidates)
         surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
         student = rewrite(self.analysis, plan, surrogates, share_tensors)
+        for c in plan.candidates:
+            if c.cuts:
+                NarrowFits.of(network, self.calibration).set(student, c)
         self._fit(network, student, plan, progress)
         return student
 
-    def sketch(self, plan: MergePlan, op: Callable[[Candidate], LinearOp | None]) -> fx.GraphModule:
+    def sketch(self, plan: MergePlan, op: Callable[[Candidate], LinearOp | NarrowedSpan | None]) -> fx.GraphModule:
         """The trainable form under `plan` with fits from elsewhere: to be judged, and not to be kept."""
         network = self.analysis.network(plan)
+        ops = {c.key: op(c) for c in plan.candidates if c.realization in ("fit", "narrow")}
+        chosen = (found.candidate if isinstance(found := ops.get(c.key), NarrowedSpan) else c for c in plan.candidates)
+        plan = replace(plan, candidates=tuple(chosen))
         composed = any(c.realization == "compose" for c in plan.candidates)
         surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
         student = rewrite(self.analysis, plan, surrogates, share_tensors=True)
         for name, c in zip(span_names(network.gm, plan), plan.candidates, strict=True):
-            if c.realization == "fit" and (found := op(c)) is not None:
+            found = ops.get(c.key)
+            if isinstance(found, NarrowedSpan):
+                for node, module in found.modules.items():
+                    set_submodule(student, str(network.nodes[node].target), module)
+            elif found is not None:
                 set_fitted(student.get_submodule(name), found)
         return student
 

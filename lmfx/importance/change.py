@@ -20,6 +20,7 @@ from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.narrow_fits import NarrowedSpan, NarrowFits, span_reads
 from lmfx.calibration.recording import (
     Replaced,
     batches_for,
@@ -81,6 +82,7 @@ class Scorer:
         self.after = After(spans)
         self.calibration, self.judged = calibration.split(options.images)
         self.choosing = calibration.split(MOST_CHOOSING)[1]
+        self.narrow = NarrowFits.of(spans.network, calibration.roles().fit)
         self.executor = executor
         self.rows = output_rows(self.gm, self.judged)
         self.names: set[str] = set()
@@ -102,6 +104,7 @@ class Scorer:
         self.names = names | self.names
         self.judged_parts = self.parts(self.names)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
+        self.narrow.prepare([c for c in candidates if c.cuts])
         self.values = FitValues(self.network, self.calibration, groups, quick=True)
 
     def reads(self, candidates: Sequence[Candidate]) -> set[str]:
@@ -109,6 +112,7 @@ class Scorer:
         spans = [span for c in candidates for span in c.spans]
         names = {s.entry for s in spans} | {s.output for s in spans}
         names |= {side for c in candidates for side in span_sides(self.network, c)}
+        names = names.union(*(span_reads(self.network, c) for c in candidates if c.cuts))
         return names | {name for c in candidates for one in c.each() for name in self.after.names(one)}
 
     def crossing(self, c: Candidate) -> set[str]:
@@ -160,10 +164,13 @@ class Scorer:
 
     def composed(
         self, c: Candidate, surrogates: dict[str, tuple[Tensor, Tensor]] | None
-    ) -> tuple[LinearOp | None, dict[str, nn.Module]]:
-        """The merged conv of a candidate, None for the identity, and the convs of its vectors from the side."""
+    ) -> tuple[LinearOp | NarrowedSpan | None, dict[str, nn.Module]]:
+        """The merged conv of a candidate, None for the identity, the narrowed span, and the convs of its vectors from
+        the side."""
         if c.realization == "drop":
             return None, {}
+        if c.realization == "narrow":
+            return self.narrow.span(c), {}
         module = build_span(self.network, c, surrogates)
         assert isinstance(module, LinearSpan)
         with torch.no_grad():
@@ -206,7 +213,12 @@ class Scorer:
         return Part({n: v.detach() for n, v in values.items()}, gradients, z.detach())
 
     def value(
-        self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], parts: list[Part], scale: float
+        self,
+        c: Candidate,
+        op: LinearOp | NarrowedSpan | None,
+        sides: dict[str, nn.Module],
+        parts: list[Part],
+        scale: float,
     ) -> float:
         total, images = 0.0, 0
         norm, way = self.norm(c), self.after.way(c)
@@ -214,7 +226,7 @@ class Scorer:
             y = part.values[way.place if way else c.span.output]
             images += len(part.values[c.span.entry])
             with torch.no_grad():
-                if c.calls:
+                if c.calls and not isinstance(op, NarrowedSpan):
                     total += self.moved(c, lambda x: _made(x, c, op, norm), part)
                     continue
                 new = self.new(c, op, sides, norm, part)
@@ -235,9 +247,16 @@ class Scorer:
         return moved_norm(self.network.module(c.post_norm), c.conv.out_channels)
 
     def new(
-        self, c: Candidate, op: LinearOp | None, sides: dict[str, nn.Module], norm: nn.Module | None, part: Part
+        self,
+        c: Candidate,
+        op: LinearOp | NarrowedSpan | None,
+        sides: dict[str, nn.Module],
+        norm: nn.Module | None,
+        part: Part,
     ) -> Tensor:
         """The value at the end of a candidate's span."""
+        if isinstance(op, NarrowedSpan):
+            return op(part.values)
         new = _made(part.values[c.span.entry], c, op, None)
         for name, conv in sides.items():
             new = new + conv(part.values[name])
@@ -245,7 +264,9 @@ class Scorer:
 
     # --- the change of the outputs itself -----------------------------------------------------------------------------
 
-    def made(self, c: Candidate, like: Tensor | None = None) -> tuple[LinearOp | None, dict[str, nn.Module]]:
+    def made(
+        self, c: Candidate, like: Tensor | None = None
+    ) -> tuple[LinearOp | NarrowedSpan | None, dict[str, nn.Module]]:
         """The op of a candidate and the convs of its vectors (in the dtype of `like`): composed, or fitted on the
         original's values."""
         if c.realization != "fit":
@@ -266,7 +287,7 @@ class Scorer:
         """The network's output on an exact part when only the candidate is applied."""
         op, sides = self.made(c, part.values[c.span.entry])
         norm = self.norm(c)
-        if c.calls:
+        if c.calls and not isinstance(op, NarrowedSpan):
             known, replaced, acted = self.replaced(c, lambda x: _made(x, c, op, norm), part)
             return resume(self.gm, known, replaced, acted)
         return resume(self.gm, self.given(c, self.new(c, op, sides, norm, part), part))

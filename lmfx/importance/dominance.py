@@ -7,6 +7,7 @@ Candidate c is *bounded by* d if d lies inside c, and d takes away no more than 
     groups     d's channels see as many others: it is dense, or its groups are a part of c's
     freedom    a fit is free to be any conv; a composed conv is not, and prunes what it does not keep;
                the identity (`drop`) is one conv among all: it is bounded, and bounds nothing
+    width      of narrowed spans the one with fewer channels at each cut; the sets of channels are nested
 
 `importance(c) <= importance(d)` is then an *assumption*. It is what is usually seen, because all that stays between d
 and the ends of c is replaced by c as well; it is no theorem. Two layers that were trained with each other may be worth
@@ -32,7 +33,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     found = [np.empty(0, dtype=np.intp)] * len(candidates)
     inside: dict[str, list[tuple[int, int, int]]] = {}
     for i, d in enumerate(candidates):
-        if d.puts_conv:
+        if d.puts_conv or d.cuts:
             for series, start, stop in places(d):
                 inside.setdefault(series, []).append((start, stop, i))
     tables = {name: np.array(rows) for name, rows in inside.items()}
@@ -42,7 +43,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
             continue
         within = table[(table[:, 0] >= c.span.start) & (table[:, 1] <= c.span.stop), 2]
         bounding = [j for j in within.tolist() if j != i and _bounds(network, candidates[j], c)]
-        bounding.sort(key=lambda j: (len(candidates[j].convs), j))
+        bounding.sort(key=lambda j: (len(candidates[j].convs), -sum(cut.width for cut in candidates[j].cuts), j))
         found[i] = np.array(bounding, dtype=np.intp)
     return found
 
@@ -59,6 +60,8 @@ def places(d: Candidate) -> list[tuple[str, int, int]]:
 
 def _bounds(network: Network, d: Candidate, c: Candidate) -> bool:
     """Whether d, which lies inside c, takes away no more than c does there."""
+    if c.cuts or d.cuts:
+        return _narrower(c, d)
     if c.realization == "drop":
         return True
     if c.realization == "fit" and d.realization != "fit":
@@ -79,6 +82,13 @@ def _bounds(network: Network, d: Candidate, c: Candidate) -> bool:
             return False
     # Two that bound each other would both wait for the other.
     return c.span != d.span or (c.realization, c.conv) != (d.realization, d.conv)
+
+
+def _narrower(c: Candidate, d: Candidate) -> bool:
+    """Whether c has all cuts of d, at widths that are no larger."""
+    widths = {cut.reader: cut.width for cut in c.cuts}
+    same = bool(d.cuts) and all(widths.get(cut.reader, cut.of) <= cut.width for cut in d.cuts)
+    return same and {cut.reader for cut in d.cuts} <= widths.keys() and c.key != d.key
 
 
 def violations(

@@ -1,8 +1,9 @@
 """`magnitude`: weights only, no data. What a candidate loses is the L1 norm of the convs that it prunes or replaces.
 
 Each conv's norm is relative to the mean of all, and each activation that goes costs `activation`; a fit is taken to
-lose only its activations. An op that is not understood costs the norm of all weights in it and one activation, whatever
-replaces it, and so does every op of a mesh that is replaced whole: nothing says that a conv can do the same.
+lose only its activations, a narrowed span the weights of the conv that reads the channels that go. An op that is not
+understood costs the norm of all weights in it and one activation, whatever replaces it, and so does every op of a mesh
+that is replaced whole: nothing says that a conv can do the same.
 It is the cheapest baseline, and a poor one: prefer `reconstruction` with any data at all.
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lmfx.calibration.images import Calibration
 from lmfx.environment.caller_state import entry
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.profiling import digest
-from lmfx.passes.ir import Candidate
+from lmfx.passes.fit import feature_rows
+from lmfx.passes.ir import Candidate, Cut
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.store.rows import Store
@@ -47,6 +50,9 @@ class Magnitude:
         mean = sum(norms.values()) / max(len(norms), 1) or 1.0
         rows = {}
         for c in candidates:
+            if c.cuts:
+                rows[c.key] = -sum(_cut_off(network, cut) for cut in c.cuts) / mean
+                continue
             pruned = [p for p in c.all_convs if p not in c.kept] if c.realization != "fit" else []
             lost = sum(norms.get(p, 0.0) for p in pruned) / mean
             if c.realization in ("fit", "drop"):
@@ -60,6 +66,13 @@ class Magnitude:
         return ImportanceTable(
             rows, {"estimator": self.name, "activation": self.activation, "graph": digest(network.gm)}
         )
+
+
+def _cut_off(network: Network, cut: Cut) -> float:
+    """The L1 norm of the weights that read the channels which go, if those of the largest weights stay."""
+    reader: Any = network.gm.get_submodule(cut.reader)
+    norms = feature_rows.columns_of(reader)[0].abs().sum(1).reshape(-1, cut.of).sum(0)
+    return float(norms.sort().values[: cut.of - cut.width].sum())
 
 
 def _convs(network: Network) -> list[str]:

@@ -5,6 +5,7 @@
                                                                                y ──────────┘
     kept layer      its own ops as they are                                    x ─ conv ─ bn ─ relu
     kept mesh       its ops outside of the branches; every value that a branch reads is an output
+    narrowed span   the workload of each of its layers as it is kept, with the channels that stay: as many workloads
     activation_after  a merged span with the activation that its plan adds after it
     (`lmfx.passes.rewrite.added_activations`), at its end
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from lmfx.passes.graph import ops
 from lmfx.passes.graph.node_facts import tensor_dtype
 from lmfx.passes.identity.content import Describer, is_foreign
 from lmfx.passes.identity.fingerprint import node_text
-from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series
+from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series, Span
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.added_activations import activated
+from lmfx.passes.rewrite.narrowed import Narrowed, narrowed
 from lmfx.passes.rewrite.span_modules import span_sides
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.moved_norms import moved_norm
@@ -48,6 +50,7 @@ class Workloads:
         self.activation_after = activation_after
         self._volatile = noted(network.gm).volatile
         self._cache: dict[tuple[object, ...], Workload] = {}
+        self._layers: dict[tuple[object, ...], Workload | None] = {}  # of narrowed spans
         self._known: dict[str, object] = {}
         self._carrier: dict[str, tuple[Layer, int]] = {}  # series name -> the layer of the join that it ends with
         for series in network.series.values():
@@ -63,9 +66,7 @@ class Workloads:
         body: tuple[str, ...] = ()
         if candidate.realization == "keep":
             layer = self.network.series[candidate.span.series].layers[candidate.span.start]
-            body = layer.nodes
-            if layer.parallel is not None and self._main_branch(layer) is not None:
-                body = tuple(n for n in body if n not in self._fused(layer))
+            body = self._body(layer)
         elif candidate.span.activation is not None:
             body = (candidate.span.activation,)
             if candidate.realization == "drop" and join is None and self._repeats(candidate):
@@ -82,6 +83,42 @@ class Workloads:
         if key not in self._cache:
             self._cache[key] = self._build(candidate, conv, body, join)
         return self._cache[key]
+
+    def each(self, candidate: Candidate) -> list[Workload]:
+        """All that is to be timed for a candidate: one workload a call, and one a layer of a narrowed span."""
+        if not candidate.cuts:
+            return [w for w in map(self, candidate.each()) if w is not None]
+        series = self.network.series[candidate.span.series]
+        cuts = [cut for cut in (self.network.narrowing.of(cut) for cut in candidate.cuts) if cut is not None]
+        seen = {name: cut.width for cut, found in zip(candidate.cuts, cuts, strict=True) for name in found.space.nodes}
+        result: list[Workload] = []
+        thinner: Narrowed | None = None
+        for name, at in _layers(series, candidate.span.start, candidate.span.stop):
+            layer = self.network.series[name].layers[at]
+            key = name, at, tuple(sorted((n, seen[n]) for n in self._touched(layer) if n in seen))
+            if key not in self._layers:
+                thinner = thinner or narrowed(self.network, candidate)
+                span = Span(name, at, at + 1, layer.entry, layer.exit, layer.exit, layer.activation)
+                kept = Candidate(span, "keep")
+                join, body = self._join_of(kept), self._body(layer)
+                made = None if not body and join is None else self._build(kept, None, body, join, thinner)
+                self._layers[key] = made
+            found_layer = self._layers[key]
+            if found_layer is not None:
+                result.append(found_layer)
+        return result
+
+    def _touched(self, layer: Layer) -> list[str]:
+        """The nodes of a layer and those whose values it reads."""
+        own = [self.network.nodes[n] for n in layer.nodes]
+        return [*(n.name for n in own), *(v.name for n in own for v in n.all_input_nodes)]
+
+    def _body(self, layer: Layer) -> tuple[str, ...]:
+        """The nodes that are timed with a kept layer."""
+        if layer.parallel is not None and self._main_branch(layer) is not None:
+            fused = self._fused(layer)
+            return tuple(n for n in layer.nodes if n not in fused)
+        return layer.nodes
 
     # --- joins -------------------------------------------------------------------------------------------------------
 
@@ -142,16 +179,23 @@ class Workloads:
         return self._known[name]
 
     def _build(
-        self, candidate: Candidate, conv: ConvConfig | None, body: tuple[str, ...], join: tuple[Layer, int] | None
+        self,
+        candidate: Candidate,
+        conv: ConvConfig | None,
+        body: tuple[str, ...],
+        join: tuple[Layer, int] | None,
+        thinner: Narrowed | None = None,
     ) -> Workload:
-        """A graph of its own: conv, then `body`, then the join; every value from outside is an input."""
+        """A graph of its own: conv, then `body`, then the join; every value from outside is an input. With `thinner`
+        values and modules are what that says."""
+        known = self.network if thinner is None else thinner
         net, root, graph = self.network, nn.Module(), fx.Graph()
         specs: list[tuple[tuple[int, ...], torch.dtype]] = []
         values: dict[str, fx.Node] = {}
         originals: dict[str, Original] = {}
 
         def outside(name: str) -> fx.Node:
-            specs.append((net.shape(name), tensor_dtype(net.nodes[name])))
+            specs.append((known.shape(name), tensor_dtype(net.nodes[name])))
             return graph.placeholder(f"x{len(specs)}")
 
         def read(node: fx.Node) -> fx.Node:
@@ -164,7 +208,7 @@ class Workloads:
         span, last = candidate.span, None
         if candidate.realization == "keep":
             for name in body:
-                last = values[name] = self._copy(graph, root, originals, net.nodes[name], read)
+                last = values[name] = self._copy(graph, root, originals, net.nodes[name], read, thinner=thinner)
         else:
             last, dtype = outside(span.entry), tensor_dtype(net.nodes[span.entry])
             if conv is not None:
@@ -190,7 +234,7 @@ class Workloads:
             operands = [last if i == join[1] else outside(b.exit) for i, b in enumerate(branches)]
             last = graph.call_function(node.target, tuple(operands))  # type: ignore[arg-type]
             for act in after:
-                last = self._copy(graph, root, originals, act, _always(last), values=conv is None)
+                last = self._copy(graph, root, originals, act, _always(last), conv is None, thinner)
         if self._puts_activation(candidate):
             root.add_module("after", ops.activation_of(str(self.activation_after)))
             last = graph.call_module("after", (last,))
@@ -208,10 +252,13 @@ class Workloads:
         node: fx.Node,
         read: Callable[[fx.Node], fx.Node],
         values: bool = True,
+        thinner: Narrowed | None = None,
     ) -> fx.Node:
         """A copy of a node with its module; without `values` on the meta device, like the conv before it."""
         if node.op in ("call_module", "get_attr"):
             item: nn.Module | torch.Tensor = operator.attrgetter(str(node.target))(self.network.gm)
+            if thinner is not None and node.op == "call_module":
+                item = thinner.module(node.name)
             name = str(node.target).replace(".", "_")
             if isinstance(item, nn.Module):
                 originals[name] = (str(node.target), item)
@@ -222,6 +269,15 @@ class Workloads:
             new.target = name
             return new
         return graph.node_copy(node, read)
+
+
+def _layers(series: Series, start: int, stop: int) -> Iterator[tuple[str, int]]:
+    """(series, place) of some layers and of those of their branches."""
+    for at in range(start, stop):
+        parallel = series.layers[at].parallel
+        for branch in parallel.branches if parallel is not None else ():
+            yield from _layers(branch, 0, len(branch.layers))
+        yield series.name, at
 
 
 def _always(value: fx.Node) -> Callable[[fx.Node], fx.Node]:

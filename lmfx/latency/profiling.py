@@ -31,10 +31,10 @@ SLACK = 1.1  # a quick timing may be wrong by this much
 @dataclass(frozen=True)
 class _Row:
     candidate: Candidate
-    workloads: tuple[Workload, ...]  # one a call, without those that cost nothing
+    workloads: tuple[Workload, ...]  # one a call, or one a layer of a narrowed span, without those that cost nothing
 
     def of(self, measured: dict[str, Measurement], nothing: Measurement) -> Measurement:
-        """The row of all calls together."""
+        """The row of all its workloads together."""
         found = [measured[w.signature] for w in self.workloads]
         if len(found) < 2:
             return found[0] if found else nothing
@@ -80,8 +80,7 @@ def profile_spans(
 
 
 def _row(make: Workloads, candidate: Candidate) -> _Row:
-    found = [make(one) for one in candidate.each()]
-    return _Row(candidate, tuple(w for w in found if w is not None))
+    return _Row(candidate, tuple(make.each(candidate)))
 
 
 def table_identity(spans: SpanSet, backend: Backend) -> dict[str, Any]:

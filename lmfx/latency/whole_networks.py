@@ -84,7 +84,7 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
     targets = rng.permutation((np.arange(count) + rng.random(count)) / count)
     result = []
     for target in targets:
-        cost = np.array([len(c.all_convs) + 0.5 for c in changing]) * np.exp(rng.normal(size=len(changing)))
+        cost = np.array([_taken(c) for c in changing]) * np.exp(rng.normal(size=len(changing)))
         scores = ImportanceTable({c.key: -float(v) for c, v in zip(changing, cost, strict=True)}, {})
         frontier = solve_spans(spans, table, scores)
         sums = frontier.raw.latency
@@ -92,6 +92,12 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
         index = int(np.abs(sums - (least + target * (frontier.original_sum - least))).argmin())
         result.append(frontier.plan(index))
     return result
+
+
+def _taken(c: Candidate) -> float:
+    """Roughly how much of a network a candidate takes away."""
+    share = 1 - prod(cut.width / cut.of for cut in c.cuts) if c.cuts else 1.0
+    return (len(c.all_convs) + 0.5) * share
 
 
 def timing_form(graph: fx.GraphModule | Analysis, plan: MergePlan) -> fx.GraphModule:

@@ -123,11 +123,13 @@ class Compression:
         student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=self.progress)
         lossy = any(not c.exact for c in found.plan.candidates)
         if self.refit and judging is not None and lossy:
-            roles = images.roles()
+            roles, made = images.roles(), made_of(student)
             choosing = Choosing(Judge(graph, roles.choose), judging)
-            mended = refit_layers(student, graph, roles.fit, choosing, found.plan, self.progress)
+            assert made is not None  # its plan says which channels stay
+            mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress)
             # A lower loss may come with another arg-max here and there, and the share was promised.
             if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
+                set_made_of(mended, made)
                 student = mended
         if self.recover is not None and lossy:
             recover_student(student, graph, images, minutes=self.recover, progress=self.progress)

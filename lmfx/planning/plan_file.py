@@ -26,7 +26,7 @@ from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.bounded_reading import parse_json, read_bounded
 from lmfx.environment.caller_state import entry
 from lmfx.passes.errors import LmfxError, PlanError
-from lmfx.passes.ir import Candidate, ConvConfig, MergePlan
+from lmfx.passes.ir import Candidate, ConvConfig, Cut, MergePlan
 
 __all__ = [
     "decode",
@@ -171,10 +171,24 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
     for span in candidate.spans:
         if not 0 <= span.start < span.stop <= _LARGEST:
             raise _Damage(f"{where}.span runs from {span.start} to {span.stop}")
+    if (candidate.realization == "narrow") != bool(candidate.cuts):
+        raise _Damage(f"{where} is {candidate.realization!r} with {len(candidate.cuts)} cuts")
+    for i, cut in enumerate(candidate.cuts):
+        _check_cut(cut, f"{where}.cuts[{i}]")
     if candidate.puts_conv and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:
         _check_conv(conv, f"{where}.conv")
+
+
+def _check_cut(cut: Cut, where: str) -> None:
+    if not 0 < cut.width <= cut.of <= _LARGEST:
+        raise _Damage(f"{where} keeps {cut.width} of {cut.of} channels")
+    ordered = list(cut.channels) == sorted(set(cut.channels))
+    if cut.channels and (len(cut.channels) != cut.width or not ordered or not cut.channels[0] >= 0):
+        raise _Damage(f"{where} does not name {cut.width} channels in order")
+    if cut.channels and cut.channels[-1] >= cut.of:
+        raise _Damage(f"{where} keeps channel {cut.channels[-1]} of {cut.of}")
 
 
 def _check_conv(conv: ConvConfig, where: str) -> None:

@@ -46,6 +46,7 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
     parts = [
         _head(result) + _sizes(net),
         _spans(result, full),
+        _narrowed(result, full),
         _dropped(result, full),
         _kept(result, full),
         _refusals(result, full),
@@ -88,7 +89,7 @@ def _head(result: Result) -> str:
     plan = result.plan
     changed = {name for c in plan.candidates for name in c.all_convs}
     before = len(changed) + len(result.kept)
-    after = len(result.kept) + sum(c.conv is not None for c in plan.candidates)
+    after = len(result.kept) + sum(len(c.all_convs) if c.cuts else c.conv is not None for c in plan.candidates)
     ways = [(n, sum(c.realization == n for c in plan.candidates)) for n in get_args(Realization)[1:]]
     how = ", ".join(f"{count} {name}" for name, count in ways if count)
     title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
@@ -209,6 +210,15 @@ def _spans(result: Result, full: bool) -> str:
     ]
     text = "merged\n" + table(("into", "convolutions", "kept", "kernel", "stride", "how"), rows)
     return text + _more(len(named) - len(shown))
+
+
+def _narrowed(result: Result, full: bool) -> str:
+    cuts = [cut for c in result.plan.candidates for cut in c.cuts]
+    if not cuts:
+        return ""
+    shown = cuts if full else cuts[:ROWS]
+    lines = [f"  {in_one_line(cut.conv)}: {cut.of} -> {cut.width} channels" for cut in shown]
+    return "narrowed\n" + "\n".join(lines) + _more(len(cuts) - len(shown))
 
 
 def _kept_of(candidate: Candidate) -> str:

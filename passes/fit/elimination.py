@@ -115,14 +115,17 @@ class _State:
             outside = float(costs[costs.argsort()[len(near)]])
         rows = self.rows[near].flatten()
         small, w = self.p[rows][:, rows].clone(), self.w[rows].clone()
-        b, gone = self.size, []
+        b = self.size
+        gone: list[int] = []
         free = torch.ones(len(near), dtype=torch.bool, device=rows.device)
         for _ in range(most):
             blocks = small.reshape(len(near), b, len(near), b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             wb = w.reshape(len(near), b, -1)
             safe = torch.where(free[:, None, None], blocks, torch.eye(b, dtype=w.dtype, device=w.device))
-            own = (wb * torch.linalg.solve(safe, wb)).flatten(1).sum(1) if b > 1 else (
-                wb.square().sum((1, 2)) / safe[:, 0, 0]
+            own = (
+                (wb * torch.linalg.solve(safe, wb)).flatten(1).sum(1)
+                if b > 1
+                else (wb.square().sum((1, 2)) / safe[:, 0, 0])
             )
             own = torch.where(free, own, torch.inf)
             j = int(own.argmin())

@@ -1,4 +1,4 @@
-"""Follows channels through a graph: which channels of which values are the same ones, so that they can only go together.
+"""Follows channels through a graph: which channels of which values are the same, so that they only go together.
 
     x ─ A ─ norm ─ relu ─ depthwise ─ mul ─ B ─ y         one space: what A makes and B reads, and all values between
                               └─ pool ─ C ─ relu ─ D ─┘   the gate C, D reads and makes channels of it, too
@@ -26,6 +26,7 @@ from torch import fx, nn
 
 from ..ir import Refusal
 from . import ops
+from .node_facts import shape_of, tensor_shape
 from .raw_nodes import argument, op_name
 from .reduction import join_of, operands_of
 
@@ -123,7 +124,7 @@ class _Finder:
             self.function(node, sources)
 
     def module(self, node: fx.Node, module: Any, sources: list[fx.Node]) -> None:
-        shape = node.meta.get("shape")
+        shape = shape_of(node)
         single = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
         source = node.args[0] if single else None
         labels = self.labels.get(source) if isinstance(source, fx.Node) else None
@@ -151,17 +152,17 @@ class _Finder:
             if labels is None:
                 return
             self.together(labels, groups)
-            size, each = len(labels) // groups, node.meta["shape"][1] // groups
+            size, each = len(labels) // groups, tensor_shape(node)[1] // groups
             self.give(node, [labels[g * size] for g in range(groups) for _ in range(each)])
             return
         if labels is not None:
             self.reads.append((node, source))
-        self.made[node] = self.units.new(node.meta["shape"][1])
+        self.made[node] = self.units.new(tensor_shape(node)[1])
         self.spaces.new(len(self.made[node]))
         self.give(node, self.made[node])
 
     def function(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        name, shape = op_name(node), node.meta.get("shape")
+        name, shape = op_name(node), shape_of(node)
         if shape is None or len(shape) < 2:
             return self.mixed(node, sources)
         join = join_of(node)
@@ -177,7 +178,7 @@ class _Finder:
             return self.mixed(node, sources)
         if name in ops.JOINS and name != "cat" and shape[1] == len(labels):
             return self.give(node, labels)  # with a number
-        if name in _POOLS and shape[1] == len(labels) and len(shape) == len(source.meta["shape"]):
+        if name in _POOLS and shape[1] == len(labels) and len(shape) == len(tensor_shape(source)):
             return self.give(node, labels)
         if name in _REDUCTIONS and self.over_pixels(node, source) and shape[1] == len(labels):
             return self.give(node, labels)
@@ -189,7 +190,7 @@ class _Finder:
     def over_pixels(node: fx.Node, source: fx.Node) -> bool:
         """Whether a reduction leaves the batch and the channels alone."""
         dims = argument(node, 1, "dim")
-        rank = len(source.meta["shape"])
+        rank = len(tensor_shape(source))
         listed = [dims] if isinstance(dims, int) else dims
         if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(d, int) for d in listed):
             return False
@@ -198,7 +199,7 @@ class _Finder:
     def reshaped(self, node: fx.Node, source: fx.Node, labels: list[int]) -> None:
         """A reshape that only adds or takes off dimensions of one pixel, or that lays the pixels of each channel side
         by side. A number of channels that is written in it would be wrong with fewer."""
-        before, after = source.meta["shape"], node.meta["shape"]
+        before, after = tensor_shape(source), tensor_shape(node)
         name = op_name(node) if node.op != "call_module" else "flatten"
         written: list[Any] = []
         if name in ("view", "reshape"):
@@ -217,10 +218,10 @@ class _Finder:
         return self.give(node, [u for u in labels for _ in range(each)])
 
     def joined(self, node: fx.Node, sources: list[fx.Node]) -> None:
-        shape = node.meta["shape"]
+        shape = tensor_shape(node)
         found: list[list[int]] = []
         for value in operands_of(node):
-            seen = value.meta["shape"]
+            seen = tensor_shape(value)
             labels = self.labels.get(value)
             if len(seen) != len(shape):
                 return self.mixed(node, sources)
@@ -240,7 +241,7 @@ class _Finder:
     def cat(self, node: fx.Node, sources: list[fx.Node]) -> None:
         values = operands_of(node)
         dim = argument(node, 1, "dim", 0)
-        if dim not in (1, 1 - len(node.meta["shape"])) or any(v not in self.labels for v in values):
+        if dim not in (1, 1 - len(tensor_shape(node))) or any(v not in self.labels for v in values):
             return self.mixed(node, sources, "cat joins the channels with those of a value that no conv here makes")
         return self.give(node, [u for v in values for u in self.labels[v]])
 
@@ -289,7 +290,7 @@ class _Finder:
 
     def space(self, seen: list[fx.Node], reads: list[tuple[fx.Node, fx.Node]]) -> Space | Refusal:
         producers = [n for n in seen if n in self.made]
-        gates = [(r, s) for r, s in reads if prod(s.meta["shape"][2:]) == 1 and self.leads(r, producers)]
+        gates = [(r, s) for r, s in reads if prod(tensor_shape(s)[2:]) == 1 and self.leads(r, producers)]
         main = [(r, s) for r, s in reads if (r, s) not in gates]
         if len(main) != 1:
             names = tuple(dict.fromkeys(r.name for r, _ in main or reads))

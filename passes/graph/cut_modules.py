@@ -94,7 +94,7 @@ def _set_counts(new: Any, outputs: Tensor | None) -> None:
         new.num_channels = len(outputs)
     elif isinstance(new, nn.PReLU):
         new.num_parameters = len(outputs)
-    elif isinstance(new, (*ops.BATCH_NORMS, *ops.INSTANCE_NORMS)):
+    elif hasattr(new, "num_features"):
         new.num_features = len(outputs)
 
 
@@ -107,7 +107,7 @@ def _copy(module: nn.Module) -> nn.Module:
             new.__dict__[name] = type(value)(value) if type(value) is not dict else dict(value)
         elif isinstance(value, set):
             new.__dict__[name] = set(value)
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 def _taken(value: Tensor | None, index: Tensor | None, dim: int) -> Tensor | None:

@@ -19,6 +19,7 @@ from ..errors import PlanError
 from ..fit import feature_rows
 from ..graph.cut_modules import cut_module
 from ..graph.graph_edit import set_submodule
+from ..graph.node_facts import note_shape
 from ..ir import Candidate, Cut
 from ..spans.layers import Network
 from ..spans.narrowing import PrivateCut
@@ -42,7 +43,10 @@ class Narrowed:
         inputs, outputs = self.reads.get(name), self.channels.get(name)
         if inputs is None and outputs is not None and name not in self.makers:
             inputs = self.channels.get(self.network.nodes[name].all_input_nodes[0].name)
-        return cut_module(module, _index(inputs), _index(outputs))
+        cut: Any = cut_module(module, _index(inputs), _index(outputs))
+        if name in self.reads and cut.bias is None:  # what is gone has a mean, for which the others make up
+            cut.bias = nn.Parameter(cut.weight.new_zeros(self.shape(name)[1]), cut.weight.requires_grad)
+        return cut
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a node's value."""
@@ -128,7 +132,7 @@ def put_narrowed(gm: fx.GraphModule, nodes: dict[str, fx.Node], network: Network
         if module is not network.module(name):
             set_submodule(gm, str(network.nodes[name].target), _own(module))
     for name in found.channels:
-        nodes[name].meta = {**nodes[name].meta, "shape": found.shape(name)}
+        note_shape(nodes[name], found.shape(name))
 
 
 def _own(module: nn.Module) -> nn.Module:

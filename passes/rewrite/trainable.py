@@ -4,9 +4,10 @@
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
 `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
-nothing; a narrowed one keeps its nodes, and its modules have fewer channels (`narrowed`). A norm that moves to after the
-merged conv (`moved_norms`), or an activation added after it (`added_activations`), is a module of its own in both forms.
-`merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and parameters go, and both results are ordinary GraphModules.
+nothing; a narrowed one keeps its nodes, and its modules have fewer channels (`narrowed`). A norm that moves to after
+the merged conv (`moved_norms`), or an activation added after it (`added_activations`), is a module of its own in both
+forms. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and
+parameters go, and both results are ordinary GraphModules.
 """
 
 from __future__ import annotations

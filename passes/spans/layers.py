@@ -56,6 +56,7 @@ class Network:
         self._convs: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         self._modules: dict[str, nn.Module] = {}
         self._norms: dict[str, float] = {}
+        self.held: dict[object, object] = {}  # what those who use it keep with it, each under a key of its own
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # what ops make of constant maps (`exact`)
 
     def shape(self, name: str) -> tuple[int, ...]:
