@@ -4,6 +4,8 @@ For every cut the network runs once over the images, and the pixels that its rea
 elimination (`passes.fit.elimination`) then gives the channels and the reader's weight at every width. A gate beside the
 reader reads the same channels, one pixel an image: its weight is made up for what is gone by a Gram of its own.
 
+The damping is the one with which half of the channels do best on images that it was not made from.
+
     y = W'x + b   ->   W_S'x_S + b_S        b_S = b + W'm - W_S'm_S        m: the mean of what is read
 
 All this is of the original network, so it serves every plan; a refit (`lmfx.calibration.refitting`) sets the same
@@ -24,11 +26,13 @@ from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import batches_for, placeholder_values
 from lmfx.passes.errors import InputError
 from lmfx.passes.fit import feature_rows
+from lmfx.passes.fit.changes import GRID
+from lmfx.passes.fit.closed_form import AUTO_UNKNOWNS, search_damping
 from lmfx.passes.fit.elimination import compensated, eliminate
 from lmfx.passes.fit.gram import sample_positions
 from lmfx.passes.fit.normal_equations import Sums, System, usual_damping
 from lmfx.passes.ir import Candidate, MergePlan
-from lmfx.passes.rewrite.narrowed import narrowed, with_units
+from lmfx.passes.rewrite.narrowed import chosen_units, narrowed, with_units
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.narrowing import PrivateCut
 
@@ -36,12 +40,13 @@ __all__ = ["NarrowFits", "NarrowedSpan"]
 
 SAMPLES_AN_UNKNOWN, LEAST_SAMPLES, MOST_SAMPLES, LEAST_IMAGES = 8, 4096, 20000, 96
 BATCH = 16
+HOLD_OUT_EVERY = 4  # images, to choose damping by
 GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
 FLOAT32_ROUNDING = 1e-6  # see `Gram`
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Refitted:
     """What a reader or gate is with fewer channels: columns (rows that stay, out) and bias (out,)."""
 
     columns: Tensor
@@ -104,7 +109,7 @@ class NarrowFits:
     def __init__(self, network: Network, images: Calibration) -> None:
         self.network, self.images = network, spread(images)
         self.units: dict[tuple[str, int], frozenset[int]] = {}  # (reader, width) -> the units that stay
-        self.layers: dict[tuple[str, str, int], _Layer] = {}  # (reader, reader or gate, width)
+        self.layers: dict[tuple[str, str, int], _Refitted] = {}  # (reader, reader or gate, width)
 
     @classmethod
     def of(cls, network: Network, images: Calibration) -> NarrowFits:
@@ -153,23 +158,21 @@ class NarrowFits:
         return NarrowedSpan(self.network, c, modules)
 
     def set(self, student: fx.GraphModule, c: Candidate) -> None:
-        """Set the readers of a narrowed candidate of a student; of other channels than were chosen here, nothing."""
-        self.prepare([c])
-        if self.chosen(replace(c, cuts=tuple(replace(cut, channels=()) for cut in c.cuts))) != c:
-            return
+        """Set the readers of a narrowed candidate of a student, whichever channels it keeps."""
         for name, layer, rows in self._set_layers(c):
             _set(student.get_submodule(str(self.network.nodes[name].target)), layer, rows)
 
-    def _set_layers(self, c: Candidate) -> list[tuple[str, _Layer, list[int] | None]]:
+    def _set_layers(self, c: Candidate) -> list[tuple[str, _Refitted, list[int] | None]]:
         """(node of a reader or gate, what it is, its outputs that stay) of a candidate."""
         outputs = narrowed(self.network, c).channels
         found = []
         for cut, private in zip(c.cuts, self._cuts(c), strict=True):
-            space = private.space
-            for name in (space.reader, *space.gates):
-                layer = self.layers.get((space.reader, name, cut.width))
-                if layer is not None:
-                    found.append((name, layer, outputs.get(name)))
+            space, units = private.space, chosen_units(self.network, private, cut)
+            if self.units.get((space.reader, cut.width)) == units:
+                layers = {n: self.layers[space.reader, n, cut.width] for n in (space.reader, *space.gates)}
+            else:
+                layers = self._fit(private, units)
+            found += [(name, layer, outputs.get(name)) for name, layer in layers.items()]
         return found
 
     def _cuts(self, c: Candidate) -> list[PrivateCut]:
@@ -184,50 +187,100 @@ class NarrowFits:
         sums = _sums_of(self.network, self.images, cuts)
         for cut in cuts:
             space = cut.space
-            reader: Any = self.network.module(space.reader)
-            system = _system(sums[space.reader], reader)
-            columns, labels = feature_rows.columns_of(reader)[0], _labels(cut, space.reader, self.network)
+            reader = _CutReader.of(self.network, cut, space.reader, sums)
             counts = [w // space.per_unit for w in cut.widths]
-            damping = usual_damping(len(columns), max(system.sums.n, 1.0))
-            gates: list[tuple[str, Any, System]] = []
-            for name in space.gates:
-                gates.append((name, self.network.module(name), _system(sums[name], self.network.module(name))))
-            for width, left in zip(
-                cut.widths, eliminate(system.matrix[0], columns, labels, counts, damping), strict=True
-            ):
-                units = frozenset(left.units)
-                self.units[space.reader, width] = units
-                stays = _stays(labels, units)
-                self.layers[space.reader, space.reader, width] = _layer(reader, system, columns, left.columns, stays)
-                for name, gate, own in gates:
-                    before, rows = feature_rows.columns_of(gate)[0], _stays(_labels(cut, name, self.network), units)
-                    after = compensated(
-                        own.matrix[0], before, rows, usual_damping(len(before), max(own.sums.images, 1))
-                    )
-                    self.layers[space.reader, name, width] = _layer(gate, own, before, after, rows)
+            found = eliminate(reader.system.matrix[0], reader.columns, reader.labels, counts, reader.usual)
+            half = frozenset(found[len(found) // 2].units)
+            for name in (space.reader, *space.gates):
+                one = reader if name == space.reader else _CutReader.of(self.network, cut, name, sums)
+                damping = one.damping(one.stays(half))
+                for width, left in zip(cut.widths, found, strict=True):
+                    self.layers[space.reader, name, width] = one.fitted(frozenset(left.units), damping)
+            for width, left in zip(cut.widths, found, strict=True):
+                self.units[space.reader, width] = frozenset(left.units)
+
+    @torch.no_grad()
+    def _fit(self, cut: PrivateCut, units: frozenset[int]) -> dict[str, _Refitted]:
+        """The reader and the gates of a cut for other units than would be chosen."""
+        sums = _sums_of(self.network, self.images, [cut])
+        readers = [_CutReader.of(self.network, cut, name, sums) for name in (cut.space.reader, *cut.space.gates)]
+        return {one.name: one.fitted(units, one.damping(one.stays(units))) for one in readers}
 
 
-def _labels(cut: PrivateCut, name: str, network: Network) -> Tensor:
-    """The unit of each row of a reader's columns."""
-    source = network.nodes[name].all_input_nodes[0].name
-    layer: Any = network.module(name)
-    labels = torch.tensor(cut.space.labels[source])
-    return labels.repeat(feature_rows.unknowns_of(layer) // len(labels))
+@dataclass(frozen=True)
+class _CutReader:
+    """A conv that reads a cut: its columns, the unit of each row of them, and the sums over what it reads."""
+
+    name: str
+    module: Any
+    columns: Tensor
+    labels: Tensor
+    sums: _Parts
+    system: System
+
+    @classmethod
+    def of(cls, network: Network, cut: PrivateCut, name: str, sums: Mapping[str, _Parts]) -> _CutReader:
+        module: Any = network.module(name)
+        source = network.nodes[name].all_input_nodes[0].name
+        columns = feature_rows.columns_of(module)[0]
+        labels = torch.tensor(cut.space.labels[source])
+        labels = labels.repeat(len(columns) // len(labels))
+        return cls(name, module, columns, labels, sums[name], _system(sums[name].total, module))
+
+    def stays(self, units: frozenset[int]) -> Tensor:
+        """The rows of some units (bool)."""
+        return torch.isin(self.labels, torch.tensor(sorted(units))).to(self.columns.device)
+
+    @property
+    def usual(self) -> float:
+        """The damping where none is searched."""
+        return usual_damping(len(self.columns), max(self.system.sums.n, 1.0))
+
+    def fitted(self, units: frozenset[int], damping: float) -> _Refitted:
+        """The layer that reads some units only."""
+        stays = self.stays(units)
+        return self.layer(compensated(self.system.matrix[0], self.columns, stays, damping), stays)
+
+    def damping(self, stays: Tensor) -> float:
+        """With which these rows, fitted to the whole layer on the other images, do best on held-out ones."""
+        if self.sums.held is None or self.sums.rest is None or len(self.columns) > AUTO_UNKNOWNS:
+            return self.usual
+        rows = tuple(stays.nonzero()[:, 0].tolist())
+        rest, held = (_system(_aimed(s, self.columns), self.module, rows) for s in (self.sums.rest, self.sums.held))
+        return search_damping(rest, held, "", self.columns[stays][None], GRID)
+
+    def layer(self, after: Tensor, stays: Tensor) -> _Refitted:
+        """The layer with other columns on the rows that stay."""
+        mean = self.system.mean[0]
+        bias = mean @ self.columns - mean[stays] @ after
+        if self.module.bias is not None:
+            bias = bias + self.module.bias.detach().double()
+        return _Refitted(after.to(self.module.weight.dtype), bias.to(self.module.weight.dtype))
 
 
-def _stays(labels: Tensor, units: frozenset[int]) -> Tensor:
-    return torch.isin(labels, torch.tensor(sorted(units)))
+@dataclass
+class _Parts:
+    """Sums over what a layer reads: of every fourth image apart, if there are four."""
+
+    rest: Sums | None = None
+    held: Sums | None = None
+
+    @property
+    def total(self) -> Sums:
+        """Of all images."""
+        parts = [s for s in (self.rest, self.held) if s is not None]
+        return parts[0] if len(parts) == 1 else parts[0].plus(parts[1])
 
 
-def _layer(module: Any, system: System, before: Tensor, after: Tensor, stays: Tensor) -> _Layer:
-    mean = system.mean[0]
-    bias = mean @ before - mean[stays.to(mean.device)] @ after
-    if module.bias is not None:
-        bias = bias + module.bias.detach().double()
-    return _Layer(after.to(module.weight.dtype), bias.to(module.weight.dtype))
+def _aimed(sums: Sums, columns: Tensor) -> Sums:
+    """The sums with what the columns make of their features as a target."""
+    whole = sums.xx[0].triu() + sums.xx[0].triu(1).T
+    wide = torch.nn.functional.pad(columns, (0, 0, 0, 1))
+    xy = whole @ wide
+    return replace(sums, xy={"": xy[None]}, yy={"": (wide * xy).sum(0)})
 
 
-def _set(module: Any, layer: _Layer, rows: list[int] | None) -> None:
+def _set(module: Any, layer: _Refitted, rows: list[int] | None) -> None:
     columns, bias = layer.columns, layer.bias
     if rows is not None:
         index = torch.tensor(rows, device=columns.device)
@@ -243,9 +296,9 @@ def _bytes(network: Network, cut: PrivateCut) -> int:
     return 8 * feature_rows.unknowns_of(network.module(cut.space.reader)) ** 2
 
 
-def _system(sums: Sums, layer: Any) -> System:
+def _system(sums: Sums, layer: Any, rows: tuple[int, ...] | None = None) -> System:
     rounding = 0.0 if layer.weight.dtype == torch.float64 else FLOAT32_ROUNDING
-    return System.of(sums, 1, tuple(range(sums.xx.shape[1] - 1)), True, True, rounding)
+    return System.of(sums, 1, tuple(range(sums.xx.shape[1] - 1)) if rows is None else rows, True, True, rounding)
 
 
 class _Reading(fx.Interpreter):
@@ -254,7 +307,7 @@ class _Reading(fx.Interpreter):
     def __init__(self, network: Network, counts: Mapping[str, int], each: Mapping[str, int]) -> None:
         super().__init__(network.gm)
         self.network, self.counts, self.each = network, counts, each
-        self.sums: dict[str, Sums] = {}
+        self.sums: dict[str, _Parts] = {}
         self.done, self.images = 0, 0  # images that have run, and that run now
         self.generator = torch.Generator().manual_seed(0)
 
@@ -274,14 +327,25 @@ class _Reading(fx.Interpreter):
         rows = torch.nn.functional.pad(rows if rows.dtype == torch.float64 else rows.float(), (0, 1), value=1.0)
         if not bool(rows.isfinite().all()):
             raise InputError("calibration features have NaN or infinite values; check the model and its input")
-        if name not in self.sums:
-            self.sums[name] = Sums.zeros(1, rows.shape[2], {}, x.device)
-        self.sums[name].add(rows, {})
-        self.sums[name].n += float(rows.shape[1])
-        self.sums[name].images += len(x)
+        images = (torch.arange(len(x)) * self.images // len(x) + self.done).repeat_interleave(positions.shape[1])
+        apart = images % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+        parts = self.sums.setdefault(name, _Parts())
+        for part, mask in (("rest", ~apart), ("held", apart)):
+            if bool(mask.any()):
+                self._add(parts, part, rows[:, mask.to(rows.device)], len(images[mask].unique()))
+
+    @staticmethod
+    def _add(parts: _Parts, part: str, rows: Tensor, images: int) -> None:
+        sums = getattr(parts, part)
+        if sums is None:
+            sums = Sums.zeros(1, rows.shape[2], {}, rows.device)
+            setattr(parts, part, sums)
+        sums.add(rows, {})
+        sums.n += float(rows.shape[1])
+        sums.images += images
 
 
-def _sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) -> dict[str, Sums]:
+def _sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) -> dict[str, _Parts]:
     """The sums over what the readers and gates of some cuts read."""
     counts: dict[str, int] = {}
     each: dict[str, int] = {}

@@ -44,7 +44,8 @@ class Students:
     """The trainable forms of one graph under plans, set from the same calibration images."""
 
     def __init__(self, analysis: Analysis, calibration: Calibration) -> None:
-        self.analysis, self.calibration = analysis, spread(calibration)  # so that a beginning of it stands for all
+        self.analysis, self.images = analysis, calibration
+        self.calibration = spread(calibration)  # so that a beginning of it stands for all
         self._surrogates: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by the network's id, which analysis holds
         self._values: Bounded[Tensor] = Bounded(lambda v: v.numel() * v.element_size(), HELD_BYTES)
         self._ops: Bounded[FittedOp] = Bounded(lambda op: op.bytes, HELD_BYTES)
@@ -53,7 +54,7 @@ class Students:
         """The plan with all that these images choose: the channels that stay in what it narrows."""
         if not any(c.cuts for c in plan.candidates):
             return plan
-        return NarrowFits.of(self.analysis.network(plan), self.calibration).completed(plan)
+        return NarrowFits.of(self.analysis.network(plan), self.images).completed(plan)
 
     def student(self, plan: MergePlan, *, share_tensors: bool = True, progress: bool = False) -> fx.GraphModule:
         """The trainable form under `plan`, its surrogates and fitted convs set.
@@ -65,9 +66,11 @@ class Students:
         composed = any(c.realization == "compose" for c in plan.candidates)
         surrogates = self.surrogates(network) if composed and plan.surrogate == "affine" else None
         student = rewrite(self.analysis, plan, surrogates, share_tensors)
-        for c in plan.candidates:
-            if c.cuts:
-                NarrowFits.of(network, self.calibration).set(student, c)
+        if thinner := [c for c in plan.candidates if c.cuts]:
+            fits = NarrowFits.of(network, self.images)
+            fits.prepare(thinner)
+            for c in thinner:
+                fits.set(student, c)
         self._fit(network, student, plan, progress)
         return student
 

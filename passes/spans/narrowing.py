@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING
 
-from ..graph.channel_spaces import Space, find_spaces
 from ..graph.cut_modules import is_cut
 from ..ir import Cut, Refusal, Series
+from .channel_spaces import Space, find_spaces
 
 if TYPE_CHECKING:
     from .layers import Network

@@ -24,11 +24,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..graph import ops
+from ..graph.node_facts import shape_of, tensor_shape
+from ..graph.raw_nodes import argument, op_name
+from ..graph.reduction import join_of, operands_of
 from ..ir import Refusal
-from . import ops
-from .node_facts import shape_of, tensor_shape
-from .raw_nodes import argument, op_name
-from .reduction import join_of, operands_of
 
 __all__ = ["Space", "find_spaces"]
 
@@ -76,7 +76,7 @@ class Space:
 
 def find_spaces(gm: fx.GraphModule) -> tuple[list[Space], list[Refusal]]:
     """The spaces of a graph that can be cut, and why others, that a conv makes and a conv reads, cannot."""
-    finder = _Finder(gm)
+    finder = _SpaceFinder(gm)
     for node in gm.graph.nodes:
         finder.visit(node)
     return finder.result()
@@ -103,7 +103,7 @@ class _Classes:
             self.above[self.root(i)] = self.root(numbers[0])
 
 
-class _Finder:
+class _SpaceFinder:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.labels: dict[fx.Node, list[int]] = {}
