@@ -129,7 +129,6 @@ class Compression:
             mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress)
             # A lower loss may come with another arg-max here and there, and the share was promised.
             if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
-                set_made_of(mended, made)
                 student = mended
         if self.recover is not None and lossy:
             recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
