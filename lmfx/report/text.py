@@ -15,7 +15,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.ir import Candidate, ConvConfig, Realization, Refusal
 from lmfx.passes.model.size_limits import limits_of
-from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.model.trace_facts import SizeKind, noted
 from lmfx.planning.saved_networks import is_merged
 from lmfx.result import Result, result_of
 
@@ -139,7 +139,8 @@ def _sizes(net: fx.GraphModule) -> str:
     states = noted(net).sizes
     limits = {v.kind: v for v in limits_of(net)}
     texts = []
-    for kind, many in (("batch", "batches"), ("size", "image sizes")):
+    names: tuple[tuple[SizeKind, str], ...] = (("batch", "batches"), ("size", "image sizes"))
+    for kind, many in names:
         limit = limits.get(kind)
         if limit is not None:
             seen = " x ".join(str(limit.shape[d]) for d in limit.dims)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SizeError
+from .trace_facts import SizeKind
 
 __all__ = ["Limit", "LimitedCodeGen", "expect_sizes", "limits_of", "set_limits"]
 
@@ -31,7 +32,7 @@ class Limit:
     name: str
     shape: tuple[int, ...]
     dims: tuple[int, ...]
-    kind: str  # "batch" or "size"
+    kind: SizeKind
 
 
 class LimitedCodeGen(fx.graph.CodeGen):
@@ -74,7 +75,7 @@ def set_limits(gm: fx.GraphModule, limits: Iterable[Limit]) -> None:
     gm.recompile()
 
 
-def expect_sizes(*rows: tuple[str, Any, tuple[int, ...], tuple[int, ...], str]) -> None:
+def expect_sizes(*rows: tuple[str, Any, tuple[int, ...], tuple[int, ...], SizeKind]) -> None:
     """Raises `SizeError` if a tensor differs from the shape in the dimensions: (name, value, shape, dims, kind)."""
     if torch.jit.is_tracing():  # sizes are no numbers there
         return
@@ -88,7 +89,7 @@ def expect_sizes(*rows: tuple[str, Any, tuple[int, ...], tuple[int, ...], str]) 
             raise SizeError(_message(name, tuple(value.shape), shape, dims, kind))
 
 
-def _message(name: str, seen: Sequence[int], shape: Sequence[int], dims: Sequence[int], kind: str) -> str:
+def _message(name: str, seen: Sequence[int], shape: Sequence[int], dims: Sequence[int], kind: SizeKind) -> str:
     if kind == "batch":
         what = f"a batch of {shape[0]}, and {name} has a batch of {seen[0]}"
     else:

@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from .attributes import changed_attributes, plain_attributes, same_value
+from .differences import differs
 from .interface import Example, plain_output
 from .model_copy import eval_copy
-from .other_sizes import differs
 from .randomness import kept_random_state
 
 __all__ = ["run_unchanged"]

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from torch import fx
 
-__all__ = ["SizeState", "TraceFacts", "note", "noted"]
+__all__ = ["SizeKind", "SizeState", "TraceFacts", "note", "noted"]
 
 _KEY = "lmfx"
+SizeKind = Literal["batch", "size"]  # the number of images, and their size
 # Right at others than the example's; only there, and refused elsewhere; the model itself takes no others; it has none.
 SizeState = Literal["any", "fixed", "refused", "none"]
 
@@ -37,7 +38,7 @@ class TraceFacts:
     volatile: tuple[str, ...] = ()
     positional: Sequence[Any] = ()
     keyword: Mapping[str, Any] = field(default_factory=dict)
-    sizes: Mapping[str, SizeState] = field(default_factory=dict)
+    sizes: Mapping[SizeKind, SizeState] = field(default_factory=dict)
     example: Any = None
 
     @property
@@ -55,7 +56,7 @@ class TraceFacts:
         """Whether nothing is known that keeps the graph from other batch sizes."""
         return self.sizes.get("batch", "any") in ("any", "none")
 
-    def fixes(self, *kinds: str) -> bool:
+    def fixes(self, *kinds: SizeKind) -> bool:
         """Whether the graph is right only at the example's batch or image size."""
         return any(self.sizes.get(kind) == "fixed" for kind in kinds)
 

@@ -41,9 +41,10 @@ from ..model.other_sizes import Probes
 from ..model.quiet import quiet, tracing
 from ..model.random_ops import random_error
 from ..model.randomness import kept_random_state
+from ..model.size_changes import Trial
 from ..model.size_limits import set_limits
 from ..model.stateful import run_unchanged
-from ..model.trace_facts import TraceFacts, note, noted
+from ..model.trace_facts import SizeKind, TraceFacts, note, noted
 from .annotation import Annotator, annotate, cloned, example_values, spec_of
 from .exported import FixedSizes, trace_export, trace_free
 from .hidden import HiddenOps
@@ -155,19 +156,19 @@ class _TracerSearch:
         found = None if self.best is None or alone else self.best[1]
         if found is not None and len(found.graph.nodes) > FREE_NODES and noted(found).fixes("size"):
             return
-        kinds = ["both", "batch", "size"]
-        wanted = ("batch", "size") if alone else ("batch",)
-        while kinds and self.best is not None and noted(self.best[1]).fixes(*wanted):
-            kind = kinds.pop(0)
-            freed = self.probes.freed(kind)
+        trials = [Trial.BOTH, Trial.BATCH, Trial.SIZE]
+        wanted: tuple[SizeKind, ...] = ("batch", "size") if alone else ("batch",)
+        while trials and self.best is not None and noted(self.best[1]).fixes(*wanted):
+            trial = trials.pop(0)
+            freed = self.probes.freed(trial)
             if freed is None:
                 continue
             before, fixed = self.best, _Fixed()
             yield "export", partial(fixed.watch, partial(_quietly, trace_free, self.model, *freed))
             if self.best is not before:
                 return
-            if fixed.seen is not None and kind == "both":
-                kinds = ["size"] * (not fixed.seen.size) + ["batch"] * (not fixed.seen.batch)
+            if fixed.seen is not None and trial is Trial.BOTH:
+                trials = [Trial.SIZE] * (not fixed.seen.size) + [Trial.BATCH] * (not fixed.seen.batch)
 
     def _try(self, name: str, make: Callable[[], Traced], late: list[_Attempt] | None) -> bool:
         """Whether the graph that `make` traces leaves nothing to be wished for."""
@@ -204,7 +205,7 @@ class _TracerSearch:
             set_limits(gm, verdict.limits)
         return verdict.fixed
 
-    def _differs_far_away(self, kind: str, words: list[str]) -> bool:
+    def _differs_far_away(self, kind: SizeKind, words: list[str]) -> bool:
         """Whether the shape tracer decides otherwise for many images, or for large ones: by a branch on a size, say."""
         example = self.probes.far(kind)
         try:
