@@ -129,10 +129,13 @@ def weights_digest(gm: fx.GraphModule) -> str:
 
 # Old module and name -> the module and the name of now, or what stands for it.
 NAMES: dict[str, tuple[str, str] | Callable[..., Any]] = {
+    "checks.check_graph": ("calibration.model_checks", "check_traced"),
     "importance.base.weights_digest": weights_digest,
     "latency.Calibration": ("latency.table", "CalibrationLine"),
     "latency.table.Calibration": ("latency.table", "CalibrationLine"),
+    "plan_json.dumps": ("planning.plan_file", "document_text"),
     "plan_json.plan_to_dict": ("planning.plan_file", "make_document"),
+    "values.placeholder_values": ("calibration.recording", "arguments_of"),
     "passes.linear_span.Chain": ("passes.algebra.linear_span", "AffineChain"),
     "passes.solve.Frontier": ("passes.solve.dynamic_program", "ParetoFrontier"),
 }

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from lmfx.calibration.divergence import Divergence
 from lmfx.calibration.images import as_calibration
-from lmfx.calibration.model_checks import check_batched, check_graph, check_model, check_run_options, span_options
+from lmfx.calibration.model_checks import check_batched, check_model, check_run_options, check_traced, span_options
 from lmfx.calibration.refitting import LEAST_IMAGES, split_to_judge
 from lmfx.calibration.refitting import refit as refit_student
 from lmfx.calibration.students import Students
@@ -70,7 +70,7 @@ def rewrite(
     """
     if not isinstance(plan, MergePlan):
         raise PlanError(f"rewrite takes a MergePlan, like frontier.at(0.6), not a {type(plan).__name__}")
-    check_graph(graph, "rewrite")
+    check_traced(graph, "rewrite")
     images = as_calibration(calibration, noted(graph).example)
     same = spans is not None and spans.network.gm is graph
     analysis = Analysis.of(spans.network) if spans is not None and same else Analysis(graph)
@@ -138,7 +138,7 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
 @entry
 def spans(graph: fx.GraphModule, **options: Any) -> SpanSet:
     """Every candidate and every refusal of a traced graph. `options` are the fields of `SpanOptions`."""
-    check_graph(graph, "spans")
+    check_traced(graph, "spans")
     return enumerate_spans(Network(graph), span_options(**options))
 
 
@@ -171,7 +171,7 @@ def profile(
     `options` go to the backend (`threads=1`, ...). Each row is committed to `cache_dir` as it is made, so a run that is
     stopped goes on where it was.
     """
-    check_graph(graph, "profile")
+    check_traced(graph, "profile")
     check_run_options(cache_dir=cache_dir)
     candidates = _candidates(graph, spans)
     made = get_backend(backend if backend is not None else default_backend(graph), **options)
@@ -227,7 +227,7 @@ def score(
     without it the example that the graph was traced with stands in. `executor` runs rows side by side: any executor of
     concurrent.futures, or a function that makes one. `options` go to the estimator.
     """
-    check_graph(graph, "score")
+    check_traced(graph, "score")
     check_run_options(executor, cache_dir)
     candidates = _candidates(graph, spans)
     chosen: Sequence[Candidate] = candidates.candidates if latency is None else worth_scoring(candidates, latency)
@@ -250,7 +250,7 @@ def solve(
 
     `surrogate` is what `lmfx.rewrite` puts in place of the activations that the plans' composed spans remove.
     """
-    check_graph(graph, "solve")
+    check_traced(graph, "solve")
     for table, kind, stage in ((latency, LatencyTable, "profile"), (score, ImportanceTable, "score")):
         if not isinstance(table, kind):
             raise TableError(f"solve needs a table of lmfx.{stage}, not a {type(table).__name__}")

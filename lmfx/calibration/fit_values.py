@@ -23,7 +23,7 @@ from lmfx.calibration.recording import batches_for, record
 from lmfx.passes.fit.normal_equations import power_of_two
 from lmfx.passes.spans.layers import Network
 
-__all__ = ["FitValues", "spread"]
+__all__ = ["FitValues", "evenly_ordered"]
 
 HELD_BYTES = 1 << 30
 BATCH = 16  # images that run at once
@@ -31,7 +31,7 @@ LARGEST_HALF = 3e4
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def spread(images: Calibration) -> Calibration:
+def evenly_ordered(images: Calibration) -> Calibration:
     """The same images in an order of which each beginning is spread over the whole."""
     order = ((torch.arange(len(images), dtype=torch.float64) * GOLDEN) % 1).argsort()
     return Calibration(tuple(t[order.to(t.device)] for t in images.tensors), images.names)
@@ -43,7 +43,7 @@ class FitValues:
     def __init__(
         self, network: Network, images: Calibration, groups: Sequence[FitGroup], quick: bool, limit: int = HELD_BYTES
     ) -> None:
-        self.network, self.images, self.groups, self.limit = network, spread(images), list(groups), limit
+        self.network, self.images, self.groups, self.limit = network, evenly_ordered(images), list(groups), limit
         self.quick = quick
         self.held: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for, placeholder_values
+from lmfx.calibration.recording import arguments_of, batches_for
 
 __all__ = ["Lockstep"]
 
@@ -42,7 +42,7 @@ class Lockstep:
         self.images: list[int] = []
         inputs = [n for n in self.nodes if n.op == "placeholder"]
         for batch in batches_for(gm, calibration, size):
-            values = placeholder_values(gm, batch, calibration.names)
+            values = arguments_of(gm, batch, calibration.names)
             self.held.append(dict(zip(inputs, values, strict=True)))
             self.images.append(len(batch[0]))
 

@@ -20,7 +20,7 @@ from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import SpanOptions
 from lmfx.passes.trace.tracing import example_arguments
 
-__all__ = ["check_batched", "check_graph", "check_model", "check_run_options", "span_options"]
+__all__ = ["check_batched", "check_model", "check_run_options", "check_traced", "span_options"]
 
 
 def span_options(**options: Any) -> SpanOptions:
@@ -56,7 +56,7 @@ def check_run_options(executor: Any = None, cache_dir: Any = None) -> None:
         raise OptionError(f"cache_dir={cache_dir!r} is a {type(cache_dir).__name__}: pass the path of a folder")
 
 
-def check_graph(graph: Any, what: str) -> None:
+def check_traced(graph: Any, what: str) -> None:
     """Raises `InputError` for anything but a graph that `lmfx.trace` made."""
     if not isinstance(graph, fx.GraphModule) or noted(graph).example is None:
         raise InputError(f"{what} needs a graph from lmfx.trace, not a {type(graph).__name__}: call lmfx.trace first")

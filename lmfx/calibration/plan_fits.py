@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration.fitting import FittedOp, fit_groups
 from lmfx.calibration.images import Calibration, Frame
-from lmfx.calibration.recording import batches_for, placeholder_values, record_batches
+from lmfx.calibration.recording import arguments_of, batches_for, record_batches
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan
@@ -90,7 +90,7 @@ def _inputs(
     stops = sorted((nodes.index(called[0]), name) for name, called in calls.items())
     runs = [fx.Interpreter(gathered) for _ in batches]
     for run, batch in zip(runs, batches, strict=True):
-        run.args_iter = iter(placeholder_values(gathered, batch, names))
+        run.args_iter = iter(arguments_of(gathered, batch, names))
     sizes = [len(batch[0]) for batch in batches]
     done = 0
     for place, (stop, name) in enumerate(stops):

@@ -19,12 +19,12 @@ from lmfx.passes.model.trace_facts import noted
 __all__ = [
     "Replaced",
     "Rows",
+    "arguments_of",
     "batches_for",
     "flat_output",
     "floating_outputs",
     "mean_square_distance",
     "output_rows",
-    "placeholder_values",
     "record",
     "record_batches",
     "resume",
@@ -76,9 +76,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def placeholder_values(
-    gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tuple[str, ...] | Frame = ()
-) -> list[Any]:
+def arguments_of(gm: fx.GraphModule, inputs: tuple[Tensor, ...], names: tuple[str, ...] | Frame = ()) -> list[Any]:
     """The placeholders' values for calibration tensors: positional ones in order, the last ones by name.
 
     With a frame in place of names, the constants of the example stand beside them.
@@ -107,7 +105,7 @@ def record(
 ) -> tuple[dict[str, Tensor], Any]:
     """The values of the nodes `wanted` and the output, for one batch; if `differentiable`, with their graph."""
     recorder = _Recorder(gm, frozenset(wanted), differentiable)
-    output = recorder.run(*placeholder_values(gm, inputs, names), enable_io_processing=False)
+    output = recorder.run(*arguments_of(gm, inputs, names), enable_io_processing=False)
     return recorder.values, output
 
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from torch import Tensor, fx
 
 from lmfx.calibration.bounded import Bounded
-from lmfx.calibration.fit_values import spread
+from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.narrow_fits import NarrowedSpan, NarrowFits
@@ -45,7 +45,7 @@ class Students:
 
     def __init__(self, analysis: Analysis, calibration: Calibration) -> None:
         self.analysis, self.images = analysis, calibration
-        self.calibration = spread(calibration)  # so that a beginning of it stands for all
+        self.calibration = evenly_ordered(calibration)  # so that a beginning of it stands for all
         self._surrogates: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}  # by the network's id, which analysis holds
         self._values: Bounded[Tensor] = Bounded(lambda v: v.numel() * v.element_size(), HELD_BYTES)
         self._ops: Bounded[FittedOp] = Bounded(lambda op: op.bytes, HELD_BYTES)

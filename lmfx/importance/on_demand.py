@@ -35,7 +35,7 @@ from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.calibration.images import Calibration, as_calibration
-from lmfx.calibration.model_checks import check_graph, check_run_options
+from lmfx.calibration.model_checks import check_run_options, check_traced
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance import Estimator, Finetune, ImportanceTable, get_estimator
@@ -120,7 +120,7 @@ def score_on_demand(
     Other arguments are those of `lmfx.score`. Raises `InfeasibleBudget` for a budget that no plan reaches, and
     `OptionError` for no budget at all.
     """
-    check_graph(graph, "score_on_demand")
+    check_traced(graph, "score_on_demand")
     check_run_options(executor, cache_dir)
     if isinstance(budgets, (str, int, float, Budget)) or not len(list(budgets)):
         raise OptionError(f"budgets={budgets!r}: pass a list of budgets, like [0.8, 0.6]")

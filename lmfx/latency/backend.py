@@ -37,7 +37,7 @@ Prune = Callable[[str, float], bool]
 """(signature, quick latency in ms) -> True if no plan can use the row at that latency."""
 Whole = Workload | tuple[nn.Module, Sequence[Any]]
 """A workload, or a module with its example inputs (tensors or (shape, dtype) pairs)."""
-Quality = Literal["full", "noisy", "busy", "quick", "bound", "analytic"]
+RowQuality = Literal["full", "noisy", "busy", "quick", "bound", "analytic"]
 KIND = "latency"
 SENTINEL, REFERENCE = "sentinel", "reference"
 CLAIM_ROWS = 8  # at a time: two processes that begin together then share the rows evenly
@@ -59,7 +59,7 @@ class Measurement:
     n: int = 1
     device: str = ""
     backend: str = ""
-    quality: Quality = "full"
+    quality: RowQuality = "full"
     conditions: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -235,10 +235,10 @@ class TimedBackend:
     def _full(self, taken: Taken, sampling: Sampling, conditions: dict[str, Any]) -> Measurement:
         ms, spread = summary(taken.samples)
         noisy = spread > 2 * sampling.max_spread * ms
-        quality: Quality = "busy" if taken.busy else "noisy" if noisy else "full"
+        quality: RowQuality = "busy" if taken.busy else "noisy" if noisy else "full"
         return replace(self._row(ms, spread, len(taken.samples), quality), conditions=conditions)
 
-    def _row(self, ms: float, spread: float, n: int, quality: Quality) -> Measurement:
+    def _row(self, ms: float, spread: float, n: int, quality: RowQuality) -> Measurement:
         return Measurement(ms, spread, n, str(self.identity().get("device", "")), self.name, quality)
 
 

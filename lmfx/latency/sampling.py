@@ -29,7 +29,7 @@ import numpy as np
 
 __all__ = ["CallRunner", "Runner", "Sampling", "Session", "Taken", "cpu_clock", "summary", "wall_clock"]
 
-Clock = Callable[[Callable[[], Any], int], float]
+CallClock = Callable[[Callable[[], Any], int], float]
 
 
 class Runner(Protocol):
@@ -114,7 +114,7 @@ class CallRunner:
     """A runner that times a plain call. `refresh` writes the call's inputs again, as the op before it would."""
 
     call: Callable[[], Any]
-    clock: Clock = cpu_clock
+    clock: CallClock = cpu_clock
     nbytes: int = 0
     on_close: Callable[[], None] | None = None
     refresh: Callable[[], None] | None = None

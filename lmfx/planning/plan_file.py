@@ -226,7 +226,7 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
 def save_plan(plan: MergePlan, path: str | os.PathLike[str]) -> Path:
     """Write a plan as JSON; the file is complete or as it was before. Raises `PlanError` if it cannot be written."""
     try:
-        return atomic_write(path, dumps(make_document(plan)).encode())
+        return atomic_write(path, document_text(make_document(plan)).encode())
     except OSError as error:
         raise PlanError(f"cannot write the plan {path}: {error}; give another file") from error
 
@@ -237,7 +237,7 @@ def load_plan(path: str | os.PathLike[str]) -> MergePlan:
     return plan_from_dict(read_json(Path(path)), str(path))
 
 
-def dumps(document: dict[str, Any]) -> str:
+def document_text(document: dict[str, Any]) -> str:
     """JSON for people: two spaces, and the last line ends."""
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 

@@ -36,7 +36,7 @@ from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
-from lmfx.planning.plan_file import damaged, decode, dumps, encode, make_document, parse_document, read_json
+from lmfx.planning.plan_file import damaged, decode, document_text, encode, make_document, parse_document, read_json
 from lmfx.result import Result
 
 __all__ = ["example_of", "is_merged", "load", "model_spec", "save"]
@@ -80,7 +80,7 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     made = made_of(net)
     origin = None if made is None else made.origin
     document = make_document(plan, encode(_Save(merged, inputs, _digest(tensors), shared, result, model, origin)))
-    text = dumps(document)
+    text = document_text(document)
     target = Path(directory)
     try:
         if target.exists() and not target.is_dir():

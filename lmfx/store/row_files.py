@@ -23,12 +23,12 @@ from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.bounded_reading import parse_json, read_bounded
 from lmfx.passes.errors import StoreError
 
-__all__ = ["Damaged", "Identity", "Row", "dumps", "file_name", "identity_hash", "put_aside", "read_row", "write_row"]
+__all__ = ["Damaged", "Row", "RowIdentity", "dumps", "file_name", "identity_hash", "put_aside", "read_row", "write_row"]
 
 WORD, VERSION = "lmfx-row", 3
 LONGEST_ROW = 2**26  # bytes
 
-Identity = Mapping[str, Any] | str
+RowIdentity = Mapping[str, Any] | str
 
 
 class Damaged(Exception):
@@ -52,7 +52,7 @@ def dumps(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
 
 
-def identity_hash(identity: Identity) -> str:
+def identity_hash(identity: RowIdentity) -> str:
     """A short stable hash of a JSON-like mapping; a string is taken for a hash and returned as it is."""
     if isinstance(identity, str):
         return identity

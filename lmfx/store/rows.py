@@ -31,8 +31,8 @@ from lmfx.passes.errors import StoreError
 from lmfx.store.claims import Claims
 from lmfx.store.row_files import (
     Damaged,
-    Identity,
     Row,
+    RowIdentity,
     dumps,
     file_name,
     identity_hash,
@@ -83,11 +83,11 @@ class Store:
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
-    def get(self, kind: str, identity: Identity, key: str) -> Any:
+    def get(self, kind: str, identity: RowIdentity, key: str) -> Any:
         """The value, or None."""
         return self.get_many(kind, identity, [key]).get(key)
 
-    def get_many(self, kind: str, identity: Identity, keys: Iterable[str] | None = None) -> dict[str, Any]:
+    def get_many(self, kind: str, identity: RowIdentity, keys: Iterable[str] | None = None) -> dict[str, Any]:
         """The values of those `keys` that are there (None: of all keys of this kind and identity)."""
         if kind == "latency":
             self._read(self.folder(SENTINEL, identity).glob("*.json"))  # if that is damaged, the latencies go
@@ -100,7 +100,7 @@ class Store:
         self._read(self.files(SENTINEL))
         return sorted(self._read(self.files()), key=lambda row: (row.kind, row.identity, row.key))
 
-    def put(self, kind: str, identity: Identity, key: str, value: Any) -> None:
+    def put(self, kind: str, identity: RowIdentity, key: str, value: Any) -> None:
         """Stores one JSON value (replacing an older one), logs it and ends its claim."""
         about = {} if isinstance(identity, str) else dict(identity)
         self.add(Row(kind, identity_hash(identity), key, value, time.time(), about))
@@ -131,11 +131,11 @@ class Store:
             raise self._unusable(error) from error
         return size
 
-    def count(self, kind: str | None = None, identity: Identity | None = None) -> int:
+    def count(self, kind: str | None = None, identity: RowIdentity | None = None) -> int:
         """The number of rows, of one kind or identity if given."""
         return len(self.files(kind, identity))
 
-    def log(self, kind: str | None = None, identity: Identity | None = None) -> list[tuple[str, int]]:
+    def log(self, kind: str | None = None, identity: RowIdentity | None = None) -> list[tuple[str, int]]:
         """The key and the process of every `put`, of one kind or identity if given."""
         found = []
         for line in (line for log in self.files(kind, identity, "log") for line in log.read_bytes().splitlines()):
@@ -144,13 +144,13 @@ class Store:
                 found.append((str(key), int(pid)))
         return found
 
-    def times_put(self, kind: str | None = None, identity: Identity | None = None) -> dict[str, int]:
+    def times_put(self, kind: str | None = None, identity: RowIdentity | None = None) -> dict[str, int]:
         """How often each key was put: 1 means that it was measured once."""
         return dict(Counter(key for key, _ in self.log(kind, identity)))
 
     # --- claims -----------------------------------------------------------------------------------------------------
 
-    def claim(self, kind: str, identity: Identity, keys: Iterable[str], most: int | None = None) -> list[str]:
+    def claim(self, kind: str, identity: RowIdentity, keys: Iterable[str], most: int | None = None) -> list[str]:
         """Claims the first `most` of `keys` that no living process has, and returns them; see `lmfx.store.claims`."""
         names = {file_name(key): key for key in keys}
         try:
@@ -159,7 +159,7 @@ class Store:
             raise self._unusable(error) from error
         return [names[name] for name in taken]
 
-    def release(self, kind: str, identity: Identity, keys: Iterable[str] | None = None) -> None:
+    def release(self, kind: str, identity: RowIdentity, keys: Iterable[str] | None = None) -> None:
         """Ends claims of this store object: those of a kind and identity, or of some of their keys."""
         folder = self.folder(kind, identity)
         self._claims.release(folder, None if keys is None else [file_name(key) for key in keys])
@@ -186,7 +186,7 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r})"
 
-    def folder(self, kind: str, identity: Identity) -> Path:
+    def folder(self, kind: str, identity: RowIdentity) -> Path:
         """Where the rows of a kind and identity are. Raises `StoreError` for what cannot be the name of a folder."""
         hashed = identity_hash(identity)
         if not (_NAME.fullmatch(kind) and _NAME.fullmatch(hashed)):
@@ -194,7 +194,7 @@ class Store:
         self._check_open()
         return self.path / kind / hashed
 
-    def files(self, kind: str | None = None, identity: Identity | None = None, name: str = "*.json") -> list[Path]:
+    def files(self, kind: str | None = None, identity: RowIdentity | None = None, name: str = "*.json") -> list[Path]:
         """The files of that name, of one kind or identity if given."""
         self._check_open()
         hashed = "*" if identity is None else identity_hash(identity)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from lmfx.passes.errors import StoreError
-from lmfx.store.row_files import Identity, identity_hash
+from lmfx.store.row_files import RowIdentity, identity_hash
 from lmfx.store.rows import Store
 
 __all__ = ["Share", "alone"]
@@ -27,7 +27,7 @@ class Share:
     Use it with `with`: what is still claimed at the end is given back.
     """
 
-    def __init__(self, store: Store | None, kind: str, identity: Identity) -> None:
+    def __init__(self, store: Store | None, kind: str, identity: RowIdentity) -> None:
         self.store, self.kind, self.identity = store, kind, identity_hash(identity)
 
     def take(self, keys: Iterable[str], most: int | None = None) -> list[str]:
@@ -60,7 +60,7 @@ class Share:
 
 
 @contextlib.contextmanager
-def alone(store: Store | None, kind: str, identity: Identity) -> Iterator[None]:
+def alone(store: Store | None, kind: str, identity: RowIdentity) -> Iterator[None]:
     """Waits until no other process is inside for the same kind and identity: for rows that are made all together."""
     with Share(store, kind, identity) as share:
         while not share.take(["*"]):

@@ -104,17 +104,24 @@ class PixelSlice(nn.Module):
         return ", ".join(f"{lo}:{-hi if hi else ''}:{s}" for (lo, hi), s in zip(self.amounts, self.steps, strict=True))
 
 
-class SpaceToDepth(nn.Module):
-    """The pixels of each block of `factors` pixels become channels, those of one channel next to each other.
-
-    Like a convolution of this stride it leaves out what is no whole block.
-    """
+class _Blocks(nn.Module):
+    """What has a block size, `factors`, one for each dimension."""
 
     def __init__(self, factors: Sequence[int]) -> None:
         super().__init__()
         self.factors = tuple(int(f) for f in factors)
         if min(self.factors, default=0) < 1:
             raise OptionError(f"blocks need a size of 1 or more in each dimension, not {self.factors}")
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.factors))
+
+
+class SpaceToDepth(_Blocks):
+    """The pixels of each block of `factors` pixels become channels, those of one channel next to each other.
+
+    Like a convolution of this stride it leaves out what is no whole block.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         blocks: list[int] = []
@@ -127,18 +134,9 @@ class SpaceToDepth(nn.Module):
         moved = split.permute(0, 1, *range(3, 2 * n + 2, 2), *range(2, 2 * n + 2, 2))
         return moved.flatten(1, n + 1)
 
-    def extra_repr(self) -> str:
-        return "x".join(map(str, self.factors))
 
-
-class DepthToSpace(nn.Module):
+class DepthToSpace(_Blocks):
     """Channels next to each other become the pixels of a block of `factors` pixels."""
-
-    def __init__(self, factors: Sequence[int]) -> None:
-        super().__init__()
-        self.factors = tuple(int(f) for f in factors)
-        if min(self.factors, default=0) < 1:
-            raise OptionError(f"blocks need a size of 1 or more in each dimension, not {self.factors}")
 
     def forward(self, x: Tensor) -> Tensor:
         n = len(self.factors)
@@ -146,9 +144,6 @@ class DepthToSpace(nn.Module):
         order = [axis for i in range(n) for axis in (n + 2 + i, 2 + i)]
         size = [m * f for m, f in zip(x.shape[2:], self.factors, strict=True)]
         return split.permute(0, 1, *order).reshape(x.shape[0], split.shape[1], *size)
-
-    def extra_repr(self) -> str:
-        return "x".join(map(str, self.factors))
 
 
 def _range(index: tuple[int, ...]) -> tuple[int, int, int] | None:

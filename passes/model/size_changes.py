@@ -22,10 +22,10 @@ from torch import Tensor
 
 from .trace_facts import SizeKind
 
-__all__ = ["KINDS", "Change", "Leaf", "Trial", "changes_alone", "drawn", "layouts", "resized"]
+__all__ = ["KINDS", "Leaf", "SizeChange", "Trial", "changes_alone", "drawn", "layouts", "resized"]
 
 KINDS: tuple[SizeKind, ...] = ("batch", "size")
-Change = Callable[[int, int], int | None]  # (pixels, axis) -> other pixels, None where there are none of the kind
+SizeChange = Callable[[int, int], int | None]  # (pixels, axis) -> other pixels, None where there are none of the kind
 
 
 class Trial(Enum):
@@ -49,7 +49,7 @@ class Trial(Enum):
         return self in (Trial.SIZE, Trial.BOTH, Trial.MORE)
 
     @property
-    def changes(self) -> tuple[Change, ...]:
+    def changes(self) -> tuple[SizeChange, ...]:
         """The sizes that are tried, one after the other."""
         return _MORE if self is Trial.MORE else _ONE if self.sized else (_kept,)
 
@@ -151,8 +151,8 @@ def _kept(n: int, axis: int) -> int | None:
     return n
 
 
-_ONE: tuple[Change, ...] = (_smaller, _of_32, _half, _square, _twice)
-_MORE: tuple[Change, ...] = (_larger, _quarter, _few, _tiny)
+_ONE: tuple[SizeChange, ...] = (_smaller, _of_32, _half, _square, _twice)
+_MORE: tuple[SizeChange, ...] = (_larger, _quarter, _few, _tiny)
 
 
 def changes_alone(leaf: Leaf, kind: SizeKind, batch: int) -> list[list[tuple[int, ...] | None]]:
@@ -162,7 +162,7 @@ def changes_alone(leaf: Leaf, kind: SizeKind, batch: int) -> list[list[tuple[int
     return [[resized(leaf, _single, 0, (leaf,))], [resized(leaf, change, 0, (leaf,)) for change in _ONE]]
 
 
-def resized(leaf: Leaf, change: Change, batch: int, leaves: tuple[Leaf, ...]) -> tuple[int, ...] | None:
+def resized(leaf: Leaf, change: SizeChange, batch: int, leaves: tuple[Leaf, ...]) -> tuple[int, ...] | None:
     """The new shape: along each axis the smallest map changes, and maps that are a multiple of it keep that."""
     shape = list(leaf.shape)
     for axis, d in enumerate(leaf.dims):
