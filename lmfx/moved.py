@@ -29,7 +29,7 @@ __all__ = ["MOVED", "NAMES", "OldModule", "install"]
 # Old module -> where its names are now, in the order of the search; below `lmfx.`.
 MOVED: dict[str, tuple[str, ...]] = {
     "averaging": ("training.moving_average",),
-    "calibration": ("calibration.images",),
+    "calibration": ("calibration.images", "calibration.example_frame", "calibration.batch_reader"),
     "carried": ("latency.carried_table",),
     "checks": ("calibration.model_checks",),
     "cli.main": ("cli.command_line",),
@@ -64,7 +64,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "profiling": ("latency.profiling",),
     "progress": ("environment.progress",),
     "search": ("planning.search",),
-    "store": ("planning.saved_networks",),
+    "store": ("planning.saved_networks", "planning.saved_files"),
     "surrogates": ("calibration.surrogates",),
     "training_state": ("training.checkpoints",),
     "values": ("calibration.recording",),

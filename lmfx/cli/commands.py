@@ -26,7 +26,8 @@ from lmfx.passes.ir import Refusal
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.planning.frontier import IDENTITY, Frontier
-from lmfx.planning.saved_networks import example_of, load, model_spec, save
+from lmfx.planning.saved_files import example_of
+from lmfx.planning.saved_networks import load, model_spec, save
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table

@@ -2,7 +2,7 @@
 
     {"format": "lmfx-plan", "version": 1, "lmfx": "0.1.0", "torch": "2.14.1",
      "plan": {"candidates": [...], "fingerprint": "...", ...},
-     "save": {...}}                                           what a saved folder has besides (saved_networks.py)
+     "save": {...}}                                           what a saved folder has besides (saved_files.py)
 
 The dataclasses are the schema: every field must be there with its type, and no other field may be. JSON has no NaN, so
 numbers that are not finite are written as "nan", "inf" and "-inf".

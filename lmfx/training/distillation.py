@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lmfx.calibration.images import fits
+from lmfx.calibration.batch_reader import fits
 from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of

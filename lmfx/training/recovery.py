@@ -33,7 +33,7 @@ from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.trace_facts import noted
-from lmfx.planning.saved_networks import example_of
+from lmfx.planning.saved_files import example_of
 from lmfx.quality import Judge
 from lmfx.stages import trace
 from lmfx.training.option_checks import Norms, Precision, check_networks, check_recovery

@@ -17,7 +17,7 @@ import lmfx
 from lmfx.cli import main
 from lmfx.environment.bounded_reading import DEEPEST, parse_json, printable, read_bounded
 from lmfx.latency import LatencyTable, Store
-from lmfx.planning.saved_networks import example_of
+from lmfx.planning.saved_files import example_of
 from lmfx.store.row_files import _seal
 from lmfx.store.transfer import _digest, import_rows
 from tests.helpers import one_thread as one_thread

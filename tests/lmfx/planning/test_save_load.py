@@ -417,14 +417,14 @@ def test_a_damaged_folder_is_refused_and_said(name: str, folder: Path, model: nn
 def test_weights_that_are_not_those_of_the_plan_are_refused(
     change: Callable[[dict[str, Tensor]], Any], message: str, model: nn.Module, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    real = store._tensors
+    real = store.tensors_of
 
     def changed(net: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, shared = real(net)
         change(tensors)
         return tensors, shared
 
-    monkeypatch.setattr(store, "_tensors", changed)
+    monkeypatch.setattr(store, "tensors_of", changed)
     folder = save(compressed(model), tmp_path / "out")
     with pytest.raises(PlanError, match=message):
         load(folder, model)
