@@ -1,4 +1,4 @@
-"""What a network was made of, as it travels with the network in `net.meta`."""
+"""Keeps what a network was made of with the network, in `net.meta`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far outputs are from those of the original: squared differences, each output in its own unit.
+"""Measures how far outputs are from the original's: squared differences, each output in its own unit.
 
     divergence = mean over outputs of  sum |z' - z|^2 / sum |z - mean of z over the images|^2
 

@@ -248,10 +248,10 @@ def _union(candidates: Sequence[Candidate]) -> _Window:
     kernel, padding = [], []
     for i in range(len(configs[0].kernel_size)):
         before = max(c.padding[i][0] for c in configs)
-        behind = max(c.kernel_size[i] - 1 - c.padding[i][0] for c in configs)
+        after = max(c.kernel_size[i] - 1 - c.padding[i][0] for c in configs)
         excess = sum(configs[0].padding[i]) - (configs[0].kernel_size[i] - 1)
-        kernel.append(before + behind + 1)
-        padding.append((before, max(excess + behind, 0)))
+        kernel.append(before + after + 1)
+        padding.append((before, max(excess + after, 0)))
     first = configs[0]
     return _Window(first.in_channels, tuple(kernel), first.stride, tuple(padding), first.dilation)
 

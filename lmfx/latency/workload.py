@@ -1,4 +1,4 @@
-"""What is timed: a small graph, its inputs, and a signature that is equal for equal operator configurations.
+"""Holds what is timed: a small graph, its inputs, and a signature that is equal for equal operator configurations.
 
     conv2d(64,64,k3x3,s1x1,p1.1x1.1,d1x1,g1,bias)      zero pads before a conv are counted into its own
     relu

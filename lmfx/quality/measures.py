@@ -1,4 +1,4 @@
-"""The figures by which two networks are compared: divergence, agreement, KL, PSNR; y is the reference, y' the other.
+"""Compares two networks in figures: divergence, agreement, KL, PSNR; y is the reference, y' the other.
 
     divergence   sum |y' - y|^2 / sum |y - mean of y|^2      0: equal; 1: as far off as the mean of the images would be
     agreement    share of rows whose arg-max is the same; of a sequence, of the steps at which either has another class

@@ -1,4 +1,4 @@
-"""Batch norms of a network in training: which ones run, with whose statistics, and new statistics afterwards.
+"""Says which batch norms of a network in training run with whose statistics, and computes new ones afterwards.
 
 A norm in train mode has the statistics of the batch, and its stored ones follow what it was shown: mixed images, with
 weights that changed under way. Before such a network is judged they are taken anew, as plain averages over batches of

@@ -1,4 +1,4 @@
-"""Where a training runs: one process with nothing but torch, or several, or mixed precision, through Accelerate."""
+"""Runs a training in one process with nothing but torch, or in several or in mixed precision, through Accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a training is: in steps where their number is given, else in seconds of wall clock from its beginning.
+"""Tells how far a training is: in steps where their number is given, else in seconds of wall clock from its start.
 
 fraction    0 at the beginning, 1 at the end; the learning rate and the times of judging depend on it alone
 """

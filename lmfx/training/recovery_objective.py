@@ -1,4 +1,4 @@
-"""What `recover` minimises: the distance of outputs by what they are, and of the values that both graphs share.
+"""Computes what `recover` minimises: the distance of outputs, by what they are, and of values that both graphs share.
 
     total = mean over outputs of distance + weight * mean over shared values of |f' - f|^2 / |f - mean f|^2
 

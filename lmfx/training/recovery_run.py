@@ -1,4 +1,4 @@
-"""One recovery from its start to its end: what is tried, when it is judged, and the best that was seen.
+"""Runs one recovery from its start to its end: what is tried, when it is judged, and the best that was seen.
 
     begin    the start is judged; a first step says what a step takes, and how many images it may have
     search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides:

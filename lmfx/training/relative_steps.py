@@ -1,4 +1,4 @@
-"""An optimizer for short trainings of networks that are nearly right: steps relative to each weight's own size.
+"""Optimizes networks that are nearly right in short trainings: steps relative to each weight's own size.
 
     matrix G (out, in x taps)    M <- momentum of G,  step = lr |W| U V'     U S V' = M + momentum, all S become 1
     all else, or all             Adam's step, times the mean size of the weights of that tensor

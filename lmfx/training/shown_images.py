@@ -1,4 +1,4 @@
-"""What a student is shown: calibration images, moved and mixed; the original says what each of them is.
+"""Makes what a student is shown: calibration images, moved and mixed; the original says what each of them is.
 
     moved    by whole pixels, as far as an eighth of the size; what comes in at a border is the mirrored image
     mixed    a x + (1 - a) y        a even between 0 and 1                         mixup  (Zhang et al. 2018)

@@ -1,4 +1,4 @@
-"""Vectors that are added to a map inside a span: `h + v[:, :, None, None]`, one number a channel, computed elsewhere.
+"""Passes vectors that are added to a map through a span: `h + v[:, :, None, None]`, one number a channel.
 
 Inside a `LinearSpan` nothing pads, so such a vector is added to every pixel that a later kernel sees, and what reaches
 the output is the sum over the taps of all that follows (section 6 of the design):

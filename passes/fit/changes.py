@@ -1,4 +1,4 @@
-"""The change of a linear layer that brings its values nearest to a goal, from samples of it.
+"""Computes the change of a linear layer that brings its values nearest to a goal, from samples of it.
 
     min over D, b of  sum over samples |goal - (now + s (X D + b))|^2  +  lambda |D|^2
 

@@ -1,4 +1,4 @@
-"""The rows of a linear layer's own least-squares system: what each output pixel of it reads, and its weight as columns.
+"""Makes the rows of a linear layer's own least-squares system: what each output pixel reads, and its weight as columns.
 
     y[o, c] = sum over j of  X[b, o, j] W[b, j, c']  +  bias[c]          c the c'-th output channel of block b
 

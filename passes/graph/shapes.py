@@ -1,4 +1,4 @@
-"""The shape rules of the `linear` algebra, in integers only, so that thousands of candidates can be enumerated.
+"""Composes and sums shapes as the `linear` algebra does, in integers only, so that thousands can be enumerated.
 
 In each dimension, tap ``t`` of output pixel ``o`` reads input pixel ``s o - p + d t``, so the window of a convolution
 is ``[s o - p, s o - p + K]`` with the extent ``K = d (k - 1)``.

@@ -268,8 +268,8 @@ class ModelCodeGen(LimitedCodeGen):
         tail = ordered[max((ordered.index(n) + 1 for n in binding.given if n in ordered), default=0) :]
         by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
         variable = any(n not in kinds for n in binding.given)
-        self.behind = [] if variable else [n for n in tail if kinds[n] is by_position]
-        self.keywords = [n for n in binding.absent if n not in self.behind]
+        self.after = [] if variable else [n for n in tail if kinds[n] is by_position]
+        self.keywords = [n for n in binding.absent if n not in self.after]
         self.checked = [*fixed, *binding.absent]
         self.written = all(_is_written(self.expect[n]) for n in self.checked)
 
@@ -277,7 +277,7 @@ class ModelCodeGen(LimitedCodeGen):
         """The signature, and a check of all that is constant."""
         written = self.written
         default = lambda n: f"{n}={self.expect[n]!r}" if written else f"{n}=_lmfx_expect[{n!r}]"  # noqa: E731
-        names = [*free_vars, *(default(n) for n in self.behind)]
+        names = [*free_vars, *(default(n) for n in self.after)]
         if self.keywords:
             names += ["*", *(default(n) for n in self.keywords)]
         text = super().gen_fn_def(names, maybe_return_annotation, **options)

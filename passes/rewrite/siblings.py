@@ -56,7 +56,7 @@ def merge_siblings(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _merge(gm: fx.GraphModule, source: fx.Node, convs: list[fx.Node], calls: dict[str, int]) -> None:
     """Put one conv, and a selection for each of `convs`, where these and the norms after them were."""
-    ends = [_norm_behind(gm, conv, calls) or conv for conv in convs]
+    ends = [_norm_after(gm, conv, calls) or conv for conv in convs]
     folded = [_folded(gm, conv, end) for conv, end in zip(convs, ends, strict=True)]
     like: Any = gm.get_submodule(str(convs[0].target))
     width = sum(len(op.weight) for op in folded)
@@ -77,7 +77,7 @@ def _merge(gm: fx.GraphModule, source: fx.Node, convs: list[fx.Node], calls: dic
         whole.bias.copy_(torch.cat([op.bias for op in folded]))
     name = _free(gm, f"{convs[0].target}_siblings")
     last = _call(gm, source, name, whole.train(gm.training), (source,), convs[0])
-    acts = [_activation_behind(gm, end) for end in ends]
+    acts = [_activation_after(gm, end) for end in ends]
     texts = {f"{type(m).__name__}({m.extra_repr()})" for a in acts if a and (m := gm.get_submodule(str(a.target)))}
     if all(acts) and len(texts) == 1:
         first = acts[0]
@@ -109,7 +109,7 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
     return reader if reader is not None and reader.op == "call_module" and reader.args == (node,) else None
 
 
-def _norm_behind(gm: fx.GraphModule, conv: fx.Node, calls: dict[str, int]) -> fx.Node | None:
+def _norm_after(gm: fx.GraphModule, conv: fx.Node, calls: dict[str, int]) -> fx.Node | None:
     reader = _only_reader(conv)
     if reader is None or calls[str(reader.target)] > 1:
         return None
@@ -118,7 +118,7 @@ def _norm_behind(gm: fx.GraphModule, conv: fx.Node, calls: dict[str, int]) -> fx
     return reader if affine else None
 
 
-def _activation_behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _activation_after(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """The activation that alone reads a value, if it has no parameters (one number a channel would not be shared)."""
     reader = _only_reader(node)
     if reader is None:
