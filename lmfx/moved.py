@@ -103,7 +103,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "passes.reduction": ("passes.graph.reduction",),
     "passes.regions": ("passes.spans.regions",),
     "passes.rewrite": ("passes.rewrite.trainable", "passes.rewrite.span_modules", "passes.algebra.linear_span"),
-    "passes.selections": ("passes.canonical.selections",),
+    "passes.selections": ("passes.canonical.selections", "passes.canonical.moved_positions"),
     "passes.shape_tracer": ("passes.trace.shape_tracer",),
     "passes.shapes": ("passes.graph.shapes",),
     "passes.siblings": ("passes.rewrite.siblings",),
