@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.calibration.fit_values import spread
+from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for, placeholder_values
+from lmfx.calibration.recording import arguments_of, batches_for
 from lmfx.passes.errors import InputError
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import GRID
@@ -107,7 +107,7 @@ class NarrowFits:
     """The channels and weights of a network's cuts at all their widths."""
 
     def __init__(self, network: Network, images: Calibration) -> None:
-        self.network, self.images = network, spread(images)
+        self.network, self.images = network, evenly_ordered(images)
         self.units: dict[tuple[str, int], frozenset[int]] = {}  # (reader, width) -> the units that stay
         self.layers: dict[tuple[str, str, int], _Refitted] = {}  # (reader, reader or gate, width)
 
@@ -360,6 +360,6 @@ def _sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) 
         if reading.done >= max(counts.values()):
             break
         reading.images = len(batch[0])
-        reading.run(*placeholder_values(network.gm, batch, images.names), enable_io_processing=False)
+        reading.run(*arguments_of(network.gm, batch, images.names), enable_io_processing=False)
         reading.done += len(batch[0])
     return reading.sums

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.calibration.bounded import Bounded
-from lmfx.calibration.fit_values import FitValues, spread
+from lmfx.calibration.fit_values import FitValues, evenly_ordered
 from lmfx.calibration.fitting import FitGroup, fit_groups
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import mean_square_distance, record_batches, resume
@@ -42,7 +42,7 @@ def images(count: int) -> Calibration:
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 def test_values_in_half_precision_are_good_to_a_thousandth_in_every_channel(scale: float) -> None:
     net = network(scale)
-    data = spread(images(40))
+    data = evenly_ordered(images(40))
     for group in groups_of(net):
         _, values, _ = FitValues(net, images(40), groups_of(net), quick=True).of(group)
         whole = record_batches(net.gm, data, group.names)
@@ -56,7 +56,7 @@ def test_values_for_the_chosen_plan_are_exact() -> None:
     net = network()
     (group, *_) = groups_of(net)
     x, values, _ = FitValues(net, images(120), [group], quick=False).of(group)
-    whole = record_batches(net.gm, spread(images(120)), group.names)
+    whole = record_batches(net.gm, evenly_ordered(images(120)), group.names)
     assert torch.equal(x, whole[group.entry][: len(x)])
     assert all(torch.equal(v, whole[n][: len(v)]) for n, v in values.items())
 
@@ -80,7 +80,7 @@ def test_what_does_not_fit_beside_the_others_is_recorded_when_it_is_asked_for() 
 
 
 def test_each_beginning_of_the_order_is_spread_over_all_images() -> None:
-    order = spread(Calibration((torch.arange(100.0)[:, None],))).tensors[0].flatten()
+    order = evenly_ordered(Calibration((torch.arange(100.0)[:, None],))).tensors[0].flatten()
     assert sorted(order.tolist()) == list(range(100))
     for count in (5, 10, 25):
         first = order[:count].sort().values
