@@ -53,3 +53,13 @@ def test_no_fit_sees_the_images_that_choose(tmp_path: Path) -> None:
     plain, held_out, fitted = map(outputs, nets)
     assert float((held_out - plain).abs().max()) <= 1e-4 * float(plain.abs().max())
     assert float((fitted - plain).abs().max()) > 1e-2 * float(plain.abs().max())
+
+
+def test_what_is_to_be_kept_is_kept_on_all_images_that_no_fit_saw() -> None:
+    data = IMAGES.clone()  # plans change what the network says of the images that judge, and of those that choose not
+    data[7::8] = 20 * data[7::8].mean((2, 3), keepdim=True)
+    net = compress(keep=0.8, calibration=data)
+    held_out = torch.cat([data[3::8], data[7::8]])
+    with torch.no_grad():
+        same = float((net(held_out).argmax(1) == MODEL(held_out).argmax(1)).double().mean())
+    assert same >= 0.8

@@ -278,15 +278,12 @@ def test_an_instance_norm_that_updates_its_statistics_is_not_constant() -> None:
     assert torch.equal(gm.mean, before), "nor is it changed by trying"
 
 
-def test_a_table_in_the_type_of_a_value_is_a_constant() -> None:
-    class Table(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.scale = nn.Conv2d(4, 4, 1), nn.Parameter(torch.rand(4, 1, 1))
+@pytest.mark.parametrize("what", ["dtype", "device"])
+def test_a_table_in_the_type_or_on_the_device_of_a_value_is_a_constant(what: str) -> None:
+    def build(g: fx.Graph) -> fx.Node:
+        x = g.placeholder("x")
+        table = g.call_method("to", (g.get_attr("w"), g.call_function(getattr, (x, what))))
+        return g.call_method("add", (x, g.call_method("exp", (table,))))
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return y * self.scale.to(y.dtype).to(y.device).exp()
-
-    graph = check_trace(double(Table()), X)
-    assert "exp" not in [str(n.target) for n in graph.graph.nodes]
+    gm = graph_of(build, w=torch.ones(3))
+    assert fold_constants(gm) == 1 and "exp" not in names(gm)
