@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -265,3 +266,21 @@ def test_a_channel_that_hardly_varies_gets_no_weight_that_float32_can_not_carry(
     op = FitGroup(c.span.entry, depthwise, (c,)).fit(x, {c.span.output: y}, quick)[c.key]
     small = LinearOp(op.weight.float(), op.bias.float(), op.stride, op.padding, op.dilation, op.groups)
     assert float((small(x).double() - op(x)).abs().max()) <= 1e-4
+
+
+def test_fits_that_would_need_too_large_a_matrix_together_are_made_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = toy().double(), images(8).double()
+    spans = spans_of(net, data[:1])
+    (base,) = fits(spans, kernel_size=(3, 3), groups=1, all_convs=("blocks.0.conv1", "blocks.0.conv2"))[:1]
+    assert base.conv is not None and base.conv.stride == (1, 1)
+    shapes = {(1, 5): ((0, 0), (2, 2)), (5, 1): ((2, 2), (0, 0)), (3, 3): ((1, 1), (1, 1))}
+    made = [replace(base, conv=replace(base.conv, kernel_size=k, padding=p)) for k, p in shapes.items()]
+    values = record_batches(spans.network.gm, Calibration((data,)), {base.span.entry, base.span.output})
+    x, ys = values[base.span.entry], {base.span.output: values[base.span.output]}
+    (group,) = fit_groups(spans.network, [base])
+    alone = {c.key: replace(group, candidates=(c,)).fit(x, ys)[c.key] for c in made}
+    monkeypatch.setattr("lmfx.calibration.fitting.MAX_UNKNOWNS", 9 * 8 + 1)  # of one; their union has 25 pixels
+    found = replace(group, candidates=tuple(made)).fit(x, ys)
+    assert found.keys() == alone.keys()
+    for key, op in found.items():
+        assert relative_error(alone[key](x), op(x)) < 1e-6

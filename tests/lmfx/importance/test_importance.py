@@ -365,3 +365,40 @@ def test_a_candidate_whose_arithmetic_overflows_gets_no_row(made: Made, monkeypa
 
     monkeypatch.setattr(Scorer, "value", value)
     assert set(Reconstruction().score(made.spans, [first, second], made.data)) == {second.key}
+
+
+class Unactivated(nn.Module):
+    """A residual block whose branch ends without an activation, and one after it: the sum is where one is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = 2 * (x + self.b(torch.relu(self.a(x))))
+        return self.head(torch.relu(self.d(self.c(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("after", ["relu6", None])
+def test_an_activation_that_is_added_after_the_merged_conv_is_a_part_of_what_is_judged(after: str | None) -> None:
+    torch.manual_seed(0)
+    model = Unactivated().double().eval()
+    made = make(model, DATA.double(), realize=("compose",), activation_after=after)
+    chosen = [c for c in made.wanted if c.realization == "compose" and len(c.all_convs) == 2 and not c.exact]
+    assert {("a", "b")} <= {c.kept for c in chosen}
+    scores = Reconstruction(exact=True, surrogate="identity").score(made.spans, chosen, made.data)
+    cheap = Reconstruction(exact=False, surrogate="identity", probes=400).score(made.spans, chosen, made.data)
+    plain = Reconstruction(exact=True, surrogate="identity")
+    other = make(model, DATA.double(), realize=("compose",))
+    for candidate in chosen:
+        plan = MergePlan((candidate,), fingerprint(made.graph), activation_after=after)
+        expected = divergence(made, rewrite(made.graph, plan))
+        assert -scores[candidate.key] == pytest.approx(expected, rel=1e-6)
+        assert 0.3 < cheap[candidate.key] / scores[candidate.key] < 3
+        if after and candidate.kept == ("a", "b"):
+            (same,) = [c for c in other.wanted if c.key == candidate.key]
+            assert -plain.score(other.spans, [same], made.data)[same.key] != pytest.approx(expected, rel=0.05)

@@ -525,3 +525,21 @@ def test_a_value_times_anothers_sigmoid_stays_a_product() -> None:
 
     gm = trace(Gate().double().eval(), torch.randn(1, 3, 5, 5, dtype=torch.float64))
     assert "mul" in ops_of(gm) and "SiLU" not in ops_of(gm)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
+    + [torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout],
+    ids=lambda f: f.__name__,
+)
+def test_a_dropout_function_is_gone_in_eval_mode(function: Any) -> None:
+    class Drops(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(function(self.conv(x), 0.5, self.training))
+
+    check_trace(double(Drops()), torch.randn(2, 3, 5, 6, dtype=torch.float64), ["Conv2d", "ReLU"])
