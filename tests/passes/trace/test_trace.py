@@ -527,19 +527,31 @@ def test_a_value_times_anothers_sigmoid_stays_a_product() -> None:
     assert "mul" in ops_of(gm) and "SiLU" not in ops_of(gm)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout]
-    + [torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout],
-    ids=lambda f: f.__name__,
-)
-def test_a_dropout_function_is_gone_in_eval_mode(function: Any) -> None:
+DROPOUTS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "dropout": (F.dropout, (5, 6)),
+    "dropout1d": (F.dropout1d, (5,)),
+    "dropout2d": (F.dropout2d, (5, 6)),
+    "dropout3d": (F.dropout3d, (3, 4, 5)),
+    "alpha_dropout": (F.alpha_dropout, (5, 6)),
+    "feature_alpha_dropout": (F.feature_alpha_dropout, (5, 6)),
+    "torch.dropout": (torch.dropout, (5, 6)),
+    "torch.alpha_dropout": (torch.alpha_dropout, (5, 6)),
+    "torch.feature_dropout": (torch.feature_dropout, (5, 6)),
+    "torch.feature_alpha_dropout": (torch.feature_alpha_dropout, (5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_a_dropout_function_is_gone_in_eval_mode(name: str) -> None:
+    function, size = DROPOUTS[name]
+
     class Drops(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
+            self.conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1](3, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.relu(function(self.conv(x), 0.5, self.training))
 
-    check_trace(double(Drops()), torch.randn(2, 3, 5, 6, dtype=torch.float64), ["Conv2d", "ReLU"])
+    gm = check_trace(double(Drops()), torch.randn(2, 3, *size, dtype=torch.float64))
+    assert len(ops_of(gm)) == 2 and ops_of(gm)[1] == "ReLU"
