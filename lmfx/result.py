@@ -9,6 +9,7 @@ from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
+from lmfx.environment.effort import Effort
 from lmfx.latency import CalibrationLine
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
@@ -59,6 +60,7 @@ class Result:
     input_size: tuple[int, ...] = field(default=(), metadata={"optional": True})
     alternatives: tuple[Alternative, ...] = field(default=(), metadata={"optional": True})
     # Not saved with the network:
+    effort: Effort | None = field(default=None, compare=False, repr=False)
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from lmfx import stages
 from lmfx.budget import Budget
 from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
 from lmfx.calibration.refitting import refit as refit_layers
+from lmfx.environment.effort import StageClock
 from lmfx.importance import Estimator, ImportanceTable, Reconstruction
 from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
@@ -65,9 +66,11 @@ class Compression:
         self, model: nn.Module, example_input: Any, wanted: Budget | None, share: float | None, calibration: Any
     ) -> fx.GraphModule:
         """The compressed network with its result; `share` is what it must keep, where it takes the budget's place."""
-        estimator, quality = self.estimator, self.quality
-        graph = stages.trace(model, example_input)
-        spans = stages.spans(graph, **self.options)
+        estimator, quality, clock = self.estimator, self.quality, StageClock()
+        with clock.stage("trace"):
+            graph = stages.trace(model, example_input)
+        with clock.stage("spans"):
+            spans = stages.spans(graph, **self.options)
         source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
         if isinstance(self.latency, LatencyTable):
             source = self.latency
@@ -91,49 +94,60 @@ class Compression:
                 "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
             )
         keeps: Judge | None = None  # what says how much is kept, where that chose the plan
-        found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
+        with clock.stage("profile"):
+            found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
         same = MergePlan((), fingerprint(graph))
         if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
             unchanged = stages.rewrite(graph, same, spans=spans)
-            return _finish(graph, unchanged, spans, wanted, source, self.merge, None, images, share)
+            return _finish(graph, unchanged, spans, wanted, source, self.merge, None, images, share, clock)
         if not any(c.realization != "keep" for c in spans):
             raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
         if found is None:
-            table = profiled(spans)
+            with clock.stage("profile"):
+                table = profiled(spans)
             session = None
-            if judging is not None and isinstance(estimator, Reconstruction):
-                session = estimator.session(spans, stages.worth_scoring(spans, table), images)
-            scores = self.scores(graph, session or estimator, images, spans, table, wanted)
-            frontier = stages.solve(graph, table, scores, spans=spans, surrogate=self.surrogate)
+            with clock.stage("score"):
+                if judging is not None and isinstance(estimator, Reconstruction):
+                    session = estimator.session(spans, stages.worth_scoring(spans, table), images)
+                scores = self.scores(graph, session or estimator, images, spans, table, wanted)
+            with clock.stage("solve"):
+                frontier = stages.solve(graph, table, scores, spans=spans, surrogate=self.surrogate)
             judged = None
-            if session is not None and judging is not None:
-                judged = Judged(spans, table, scores, session, images, judging, self.surrogate, self.progress)
-            if wanted is None:
-                assert judged is not None and share is not None
-                found = _that_keeps(judged, frontier, share, source, example_input)
-                keeps = keeping_judge(judged)
-            elif isinstance(source, LatencyTable):
-                found = predict_plan(frontier, wanted)
-                if judged is not None:
-                    found = judged.better_predicted(found, wanted.resolve(frontier.original))
-            else:
-                found = find_plan(graph, frontier, wanted, source, example_input, self.progress)
-                if judged is not None:
-                    found = judged.better(found, source, example_input, wanted.resolve(found.original) / found.original)
-        student = stages.rewrite(graph, found.plan, calibration=images.roles().fit, spans=spans, progress=self.progress)
+            with clock.stage("judge plans"):
+                if session is not None and judging is not None:
+                    judged = Judged(spans, table, scores, session, images, judging, self.surrogate, self.progress)
+                if wanted is None:
+                    assert judged is not None and share is not None
+                    found = _that_keeps(judged, frontier, share, source, example_input)
+                    keeps = keeping_judge(judged)
+                elif isinstance(source, LatencyTable):
+                    found = predict_plan(frontier, wanted)
+                    if judged is not None:
+                        found = judged.better_predicted(found, wanted.resolve(frontier.original))
+                else:
+                    found = find_plan(graph, frontier, wanted, source, example_input, self.progress)
+                    if judged is not None:
+                        part = wanted.resolve(found.original) / found.original
+                        found = judged.better(found, source, example_input, part)
+        with clock.stage("rewrite"):
+            fit = images.roles().fit
+            student = stages.rewrite(graph, found.plan, calibration=fit, spans=spans, progress=self.progress)
         lossy = any(not c.exact for c in found.plan.candidates)
         if self.refit and judging is not None and lossy:
-            roles, made = images.roles(), made_of(student)
-            choosing = Choosing(Judge(graph, roles.choose), judging)
-            assert made is not None  # its plan says which channels stay
-            mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress)
-            # A lower loss may come with another arg-max here and there, and the share was promised.
-            if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
-                student = mended
+            with clock.stage("refit"):
+                roles, made = images.roles(), made_of(student)
+                choosing = Choosing(Judge(graph, roles.choose), judging)
+                assert made is not None  # its plan says which channels stay
+                mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress)
+                # A lower loss may come with another arg-max here and there, and the share was promised.
+                if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
+                    student = mended
         if self.recover is not None and lossy:
-            recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
-        net = stages.merge(student) if self.merge else student
-        return _finish(graph, net, spans, wanted, source, self.merge, found, images, share)
+            with clock.stage("recover"):
+                recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
+        with clock.stage("merge"):
+            net = stages.merge(student) if self.merge else student
+        return _finish(graph, net, spans, wanted, source, self.merge, found, images, share, clock)
 
     def scores(
         self,
@@ -237,7 +251,8 @@ def _finish(
     merged: bool,
     found: Found | Predicted | None,
     images: Calibration,
-    keep: float | None = None,
+    keep: float | None,
+    clock: StageClock,
 ) -> fx.GraphModule:
     """Attach the result, and drop what only the compiler needed."""
     made = made_of(net)
@@ -247,6 +262,8 @@ def _finish(
     network = spans.network
     every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
     convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
+    with clock.stage("judge the result"):
+        quality = _quality(graph, net.train(False), images)
     result = Result(
         plan=plan,
         budget=budget,
@@ -264,8 +281,9 @@ def _finish(
         line=found.frontier.line if found else None,
         inputs=noted(graph).inputs,
         frontier=found.frontier if found else None,
-        quality=_quality(graph, net.train(False), images),
+        quality=quality,
         keep=keep,
+        effort=clock.effort(),
     )
     note(net, noted(graph).of_result())
     set_made_of(net, replace(made, result=result))

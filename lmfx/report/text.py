@@ -12,6 +12,7 @@ from torch import fx
 
 from lmfx.environment.bounded_reading import in_one_line, printable
 from lmfx.environment.caller_state import entry
+from lmfx.environment.effort import Effort
 from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.ir import Candidate, ConvConfig, Realization, Refusal
 from lmfx.passes.model.size_limits import limits_of
@@ -110,9 +111,18 @@ def _head(result: Result) -> str:
         lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
     if result.checked:
         lines.append(f"  checked    {result.checked}")
+    if result.effort is not None:
+        lines.append(f"  effort     {_effort(result.effort)}")
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
     lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
+
+
+def _effort(effort: Effort) -> str:
+    """CPU seconds in all and of the stages that took a tenth of them, and the peak of memory."""
+    large = [f"{name} {seconds:.3g}" for name, seconds in effort.stages if seconds >= effort.seconds / 10]
+    peak = "" if effort.peak is None else f"; the process at its largest {effort.peak / 1e9:.2g} GB"
+    return f"{effort.seconds:.3g} s of CPU time ({', '.join(large)}){peak}"
 
 
 def _quality(result: Result) -> list[str]:
