@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,4 +61,5 @@ def test_it_is_not_saved_and_tells_no_two_results_apart(tmp_path: Path) -> None:
     lmfx.save(net, tmp_path / "net")
     again = lmfx.load(tmp_path / "net", model)
     assert lmfx.result_of(again).effort is None
-    assert lmfx.result_of(again) == lmfx.result_of(net)
+    one, two = (replace(lmfx.result_of(n), line=None) for n in (again, net))  # the line holds NaN, equal to nothing
+    assert one == two
