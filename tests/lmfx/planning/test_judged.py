@@ -77,8 +77,10 @@ def test_plans_are_judged_on_the_images_that_choose_and_made_from_those_that_fit
         changed = IMAGES.clone()
         changed[places] = 5 + 3 * changed[places].flip(-1)
         judged = misled_by("alike", changed).judged
-        some = [c for c in judged.session.candidates if c.realization == realization and len(c.all_convs) == 2]
-        losses.append(judged.loss(lmfx.MergePlan(tuple(some[:1]), fingerprint(judged.analysis.graph))))
+        spans = lmfx.spans(judged.analysis.graph)
+        some = [c for c in spans if c.realization == realization and len(c.all_convs) == 2]
+        plan = lmfx.MergePlan(tuple(some[:1]), fingerprint(judged.analysis.graph), surrogate="affine")
+        losses.append(judged.loss(plan))
     plain, judging, choosing, fitting = losses
     assert judging == pytest.approx(plain, rel=1e-4)
     assert choosing != pytest.approx(plain, rel=1e-2) and fitting != pytest.approx(plain, rel=1e-2)
