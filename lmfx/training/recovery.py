@@ -7,7 +7,7 @@
     start      what the student is worth
     trials     short trainings from the same start: the rate, the kind of step, whose statistics   1/4 of the time
                norms use
-    training   goes on from the best of them; judged at each eighth: the student, and its average
+    training   goes on from the best of them; judged at each eighth: the average of its steps, the student
     result     the best of start, students and averages
 
 What is minimised is in `recovery_objective`, what is shown in `shown_images`, a step in `recovery_trainer`; what was

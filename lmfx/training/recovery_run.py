@@ -3,7 +3,8 @@
     begin    the start is judged; a first step says what a step takes, and how many images it may have
     search   trials from the start, each a short training with a whole cosine; the smallest held-out loss decides:
              the rate, then the kind of step, then whose statistics norms use
-    train    from the best trial on, in eight parts; after each the student and the average of its last steps are judged
+    train    from the best trial on, in eight parts; after each the average of its last steps is judged, and the student
+             where that is not the best so far, or at the end
     setback  where both are worse than the start, or the loss runs away: back to the best, at a third of the rate
 
 The best state is kept from the start on, so whatever happens there is one to return.
@@ -151,12 +152,12 @@ class RecoveryRun:
             bar.update(1 if self.clock.steps is not None else max(round(self.clock.elapsed()) - bar.n, 0))
         if self.done and not numbers and self.rate <= LOWEST_RATE:
             raise InputError("the loss is no number at any rate: check the weights of the student, and the images")
-        self._judged()
+        self._judged(both=True)
 
     def stop(self) -> None:
         """Ends the training early: what was reached since the last judging counts."""
         if self.done:
-            self._judged()
+            self._judged(both=True)
 
     def _fraction(self) -> float:
         return agreed(self.clock.fraction(self.done), self.runner)
@@ -244,14 +245,17 @@ class RecoveryRun:
             self.best_net.load_state_dict(net.state_dict())
         return found
 
-    def _judged(self) -> bool:
-        """Whether the student or its average is better than the start. Both stay as they are."""
-        now = self.trainer.weights()
+    def _judged(self, both: bool = False) -> bool:
+        """Whether the average or the student is better than the start; both stay as they are. The student is not judged
+        on the way where the average is the best so far: judging is dear."""
+        now, best = self.trainer.weights(), self.best
         found = math.inf
-        for state in (now, self.average.module.state_dict()):
+        for state in (self.average.module.state_dict(), now):
             self.student.load_state_dict(state)
             self.trainer.settle(self.student)
             found = min(found, self._offered(self.student))
+            if found < best and not both:
+                break
         self.student.load_state_dict(now)
         return found <= self.start
 

@@ -122,6 +122,23 @@ def test_a_rate_that_is_too_high_is_lowered_on_the_way(
     assert student.meta["lmfx_recovery"].after < student.meta["lmfx_recovery"].before
 
 
+def test_the_student_is_judged_beside_its_average_only_where_that_says_little(
+    student: fx.GraphModule, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []  # steps that were done by then
+    offered = recovery_run.RecoveryRun._offered
+
+    def counted(self: Any, net: Any) -> float:
+        judged.append(self.done)
+        # Each is better than all before, except what is judged first after half of the steps.
+        self.value = lambda _: 1.0 if self.done == 20 and judged.count(20) == 1 else 0.5 - 1e-3 * len(judged)
+        return offered(self, net)
+
+    monkeypatch.setattr(recovery_run.RecoveryRun, "_offered", counted)
+    recover(student, model, steps=40)
+    assert judged == [5, 10, 15, 20, 20, 25, 30, 35, 40, 40]
+
+
 def test_the_rate_and_the_norms_are_found_on_images_that_no_step_saw(
     student: fx.GraphModule, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
