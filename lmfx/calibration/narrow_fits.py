@@ -234,7 +234,12 @@ class _CutReader:
     @property
     def usual(self) -> float:
         """The damping where none is searched."""
-        return usual_damping(len(self.columns), max(self.system.sums.n, 1.0))
+        return max(usual_damping(len(self.columns), max(self.system.sums.n, 1.0)), self.least)
+
+    @property
+    def least(self) -> float:
+        """The least damping: of the rounding of the sums."""
+        return float((self.system.least / self.system.scale).max())
 
     def fitted(self, units: frozenset[int], damping: float) -> _Refitted:
         """The layer that reads some units only."""
@@ -247,7 +252,7 @@ class _CutReader:
             return self.usual
         rows = tuple(stays.nonzero()[:, 0].tolist())
         rest, held = (_system(_aimed(s, self.columns), self.module, rows) for s in (self.sums.rest, self.sums.held))
-        return search_damping(rest, held, "", self.columns[stays][None], GRID)
+        return max(search_damping(rest, held, "", self.columns[stays][None], GRID), self.least)
 
     def layer(self, after: Tensor, stays: Tensor) -> _Refitted:
         """The layer with other columns on the rows that stay."""

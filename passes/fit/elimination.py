@@ -29,7 +29,7 @@ __all__ = ["Left", "compensated", "eliminate"]
 
 LARGE = 600  # rows from which on units go several at a time
 ROUNDING = 1e-12  # of the mean variance, by which a singular Gram is made regular
-MORE = (1.0, 1e2, 1e4, 1e6, 1e8)
+MORE = tuple(10.0**e for e in range(0, 14, 2))
 
 
 @dataclass(frozen=True)

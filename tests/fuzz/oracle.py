@@ -6,19 +6,25 @@ input. The input is random and large enough for such pixels, whatever the size o
 
 from __future__ import annotations
 
+import copy
+import random
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lmfx.passes.algebra.linear_span import LinearSpan
-from lmfx.passes.ir import Candidate, Layer
+from lmfx.passes.graph import ops
+from lmfx.passes.ir import Candidate, Layer, MergePlan
+from lmfx.passes.rewrite.narrowed import with_units
 from lmfx.passes.rewrite.span_modules import build_span
+from lmfx.passes.rewrite.trainable import rewrite
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.pruning import is_dropped
 from tests.fuzz.compare import Wrong
 
-__all__ = ["check_span"]
+__all__ = ["check_span", "narrowed_twice"]
 
 MOST_VALUES = 200_000
 
@@ -115,3 +121,23 @@ def _join(network: Network, layer: Layer, kept: frozenset[str], x: Tensor, bare:
     for value in values[1:]:
         total = total - value if parallel.join == "sub" else total + value
     return total
+
+
+def narrowed_twice(network: Network, candidate: Candidate, rng: random.Random) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Two ways to take random channels away: the graph with nothing read of them, and the narrowed network of it."""
+    cuts = []
+    gm = copy.deepcopy(network.gm)
+    for cut in candidate.cuts:
+        private = network.narrowing.of(cut)
+        assert private is not None
+        space = private.space
+        units = frozenset(rng.sample(range(space.units), cut.width // space.per_unit))
+        cuts.append(with_units(private, cut, units))
+        for name in (space.reader, *space.gates):
+            source = network.nodes[name].all_input_nodes[0].name
+            gone = [i for i, unit in enumerate(space.labels[source]) if unit not in units]
+            layer: Any = gm.get_submodule(str(network.nodes[name].target))
+            rows = (slice(None), gone) if not isinstance(layer, ops.TRANSPOSED) else (gone,)
+            with torch.no_grad():
+                layer.weight[rows] = 0
+    return gm, rewrite(gm, MergePlan((replace(candidate, cuts=tuple(cuts)),)))

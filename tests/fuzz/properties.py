@@ -28,7 +28,7 @@ from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
 from tests.fuzz.compare import Wrong, call, check_same, check_untouched, clones, leaves, noise_of, state_of, structure
 from tests.fuzz.keys import check_keys
-from tests.fuzz.oracle import check_span
+from tests.fuzz.oracle import check_span, narrowed_twice
 from tests.fuzz.program import Program
 
 __all__ = ["Outcome", "Shares", "check"]
@@ -186,7 +186,8 @@ def _check_message(error: LmfxError) -> None:
 
 
 def _options(rng: random.Random) -> SpanOptions:
-    realize: Any = rng.choice([("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",)])
+    some = [("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",), ("narrow",)]
+    realize: Any = rng.choice([*some, ("compose", "fit", "narrow")])
     return SpanOptions(realize=realize, max_kernel_size=rng.choice([7, None, 9, 3]), **_method(rng, realize))
 
 
@@ -231,12 +232,27 @@ def _check_plans(
                 raise Wrong("a rewritten network", f"{structure(expected)} became {structure(merged)}")
             check_same("merged is not trainable", trained, merged, 1e-12, _Noise(student, example))
         outcome.merges += sum(c.realization in ("compose", "fit") for c in plan.candidates)
+        outcome.events += ["narrowed"] * any(c.cuts for c in plan.candidates)
         if rng.random() < 0.3:
             _check_trained(student, x, rng, outcome)
     composed = [c for c in spans if c.realization == "compose"]
     for candidate in rng.sample(composed, min(4, len(composed))):
         with _only_lmfx_errors("oracle"):
             outcome.note("oracle" if check_span(spans.network, candidate) else "no oracle")
+
+    thinner = [c for c in spans if c.cuts]
+    for candidate in rng.sample(thinner, min(4, len(thinner))):
+        with _only_lmfx_errors("narrow"):
+            whole, narrow = narrowed_twice(spans.network, candidate, rng)
+        for example, _ in inputs:
+            with _only_lmfx_errors("a narrowed network"):
+                expected, result = call(whole, example), call(narrow, example)
+            if structure(expected) != structure(result):
+                raise Wrong("a narrowed network", f"{structure(expected)} became {structure(result)}")
+            check_same(
+                "narrowed is not the network without these channels", expected, result, 1e-12, _Noise(whole, example)
+            )
+        outcome.note("narrowed alone")
 
 
 def _check_simplify(
@@ -316,6 +332,7 @@ def _compress(
     # Small bounds: what is tested is that all that is offered works, not how good it is.
     options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **_method(rng), **options}
     options["surrogate"] = rng.choice(["affine", "identity"])
+    options.setdefault("realize", rng.choice([("compose", "fit"), ("compose", "fit", "narrow")]))
     return lmfx.compress(
         model, x, budget, latency="roofline", importance="magnitude", cache_dir=folder, progress=False, **options
     )
