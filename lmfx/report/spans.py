@@ -7,7 +7,7 @@ from typing import Any
 
 from lmfx.environment.bounded_reading import in_one_line
 from lmfx.passes.graph.conv_configs import module_config
-from lmfx.passes.ir import Candidate, Refusal
+from lmfx.passes.ir import Candidate, Layer, Refusal
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.report.text import group_refusals, short, size, table
@@ -31,6 +31,10 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
     elif candidate.realization == "drop":
         width = network.shape(span.entry)[1]
         kernel, stride, groups, channels = (1,) * ndim, (1,) * ndim, width, (width, width)
+    elif candidate.cuts:
+        geometry = network.series_geometry(network.series[span.series], _layers(candidate, network))
+        kernel, stride, groups = (), () if geometry is None else geometry.stride, 1
+        channels = network.shape(span.entry)[1], network.shape(span.output)[1]
     elif len(candidate.convs) == 1:  # kept, and not to be merged: shared with another call, say
         conv: Any = network.gm.get_submodule(candidate.convs[0])
         found = module_config(conv, 0, 0)
@@ -55,7 +59,13 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         "depthwise": groups > 1 and groups == channels[0] == channels[1],
         "in_channels": channels[0],
         "out_channels": channels[1],
+        "cuts": [{"conv": cut.conv, "reader": cut.reader, "of": cut.of, "width": cut.width} for cut in candidate.cuts],
     }
+
+
+def _layers(candidate: Candidate, network: Network) -> tuple[Layer, ...]:
+    span = candidate.span
+    return network.series[span.series].layers[span.start : span.stop]
 
 
 def spans_table(spans: SpanSet) -> str:
@@ -65,6 +75,8 @@ def spans_table(spans: SpanSet) -> str:
     for d in found:
         grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
         shape = size(d["kernel_size"]) + grouping
+        if d["cuts"]:
+            shape = " and ".join(f"{cut['of']} to {cut['width']}" for cut in d["cuts"])
         stride = f"1/{size(d['upscale'])}" if d["upscale"] else size(d["stride"])
         key = (f"{d['series']}:{d['start']}-{d['stop']}", short(d["convs"]), stride)
         ways = grouped.setdefault(key, {})
