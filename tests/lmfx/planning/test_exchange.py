@@ -44,7 +44,7 @@ def plans(candidates: list[Candidate]) -> list[list[Candidate]]:
 
 
 def test_exchanges_end_at_the_best_plan_or_near_it(found: Found) -> None:
-    spans, table, joint, narrow = found
+    _spans, table, joint, narrow = found
     single = [c for c in narrow if len(c.cuts) == 1]
     for c in single:
         joint.change(c)
