@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lmfx.calibration.derivatives import has_no_derivative
 from lmfx.calibration.divergence import Divergence, Judging
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.joint_fit import CHUNK, PASSES, JointFit, metric_of
@@ -129,7 +130,13 @@ class _Refit:
         joint = JointFit(self.student, start, Divergence(self.graph, self.images, CHUNK), self.metrics)
         with progress_bar(steps, "setting layers together", progress) as bar:
             for _ in range(steps):
-                before, best = best, joint.step(best, lambda: self.judge.loss(judged.outputs()))
+                before = best
+                try:
+                    best = joint.step(best, lambda: self.judge.loss(judged.outputs()))
+                except RuntimeError as error:  # before anything was set: the layers stay as each was set alone
+                    if not has_no_derivative(error):
+                        raise
+                    break
                 bar.update(1)
                 if not best < before * (1 - LEAST_GAIN):
                     break

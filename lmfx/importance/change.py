@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.calibration.bounded import Bounded
+from lmfx.calibration.derivatives import has_no_derivative
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
@@ -40,6 +41,7 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.rewrite.span_modules import build_span, span_sides
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.moved_norms import moved_norm
+from lmfx.passes.trace.tracers import first_line
 
 __all__ = ["Scorer", "ScorerOptions"]
 
@@ -205,9 +207,7 @@ class Scorer:
             gradients: dict[str, list[Tensor]] = {n: [] for n in ordered}
             for probe in range(self.options.probes):
                 v = torch.randint(0, 2, z.shape, generator=generator).to(z.device, z.dtype) * 2 - 1
-                found = torch.autograd.grad(
-                    z, [values[n] for n in ordered], v, retain_graph=probe + 1 < self.options.probes, allow_unused=True
-                )
+                found = _gradients(z, [values[n] for n in ordered], v, probe + 1 < self.options.probes)
                 for name, g in zip(ordered, found, strict=True):
                     gradients[name].append(torch.zeros_like(values[name]) if g is None else g)
         return Part({n: v.detach() for n, v in values.items()}, gradients, z.detach())
@@ -360,6 +360,18 @@ class Scorer:
                 "image, or use importance='magnitude'"
             )
         return float((output.double() - wanted).square().sum())
+
+
+def _gradients(z: Tensor, values: list[Tensor], v: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(z, values, v, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if not has_no_derivative(error):
+            raise
+        raise ModelError(
+            f"an op of the model has no derivative ({first_line(error)}), which the second-order estimate needs: pass "
+            "lmfx.importance.Reconstruction(exact=True), which runs the network instead"
+        ) from error
 
 
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]) -> dict[str, FittedOp]:

@@ -53,6 +53,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     drop_dead(gm)
     changed += group_formulas(gm)
     changed += pads_before(gm)
+    changed += _written_copies(gm)
     changed += channels_first(gm)
     changed += slice_pixels(gm)
     changed += select_channels(gm)
@@ -79,6 +80,27 @@ def _module(gm: fx.GraphModule, node: fx.Node) -> bool:
         node.args, node.kwargs = tuple(node.kwargs.values()), {}
         return True
     return False
+
+
+def _written_copies(gm: fx.GraphModule) -> int:
+    """Make of torch.export's `copy(into, value)`, which has no derivative, the value in the other one's form."""
+    found = 0
+    for node in list(gm.graph.nodes):
+        if node.target is not torch.ops.aten.copy.default or len(node.args) != 2 or node.kwargs:
+            continue
+        into, value = node.args
+        if not isinstance(into, fx.Node) or not isinstance(value, fx.Node):
+            continue
+        if same_kind(value, node):
+            node.replace_all_uses_with(value)
+            gm.graph.erase_node(node)
+        else:
+            with gm.graph.inserting_before(node):
+                cast = gm.graph.call_method("type_as", (value, into))
+            note_like(cast, node, shape=shape_of(value))
+            node.op, node.target, node.args = "call_method", "expand_as", (cast, into)
+        found += 1
+    return found
 
 
 def _rank(node: fx.Node) -> int | None:

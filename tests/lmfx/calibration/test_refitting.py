@@ -18,6 +18,7 @@ from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import find_sites
 from lmfx.calibration.refitting import refit
+from lmfx.importance import Reconstruction
 from tests.helpers import double
 
 
@@ -354,3 +355,34 @@ def test_a_divergence_counts_each_output_in_its_own_unit() -> None:
     assert 1e-4 < judge.loss(wrong) < 1e2
     assert 1e-4 < judge.loss(other) < 1e2
     assert judge.loss([(a * float("nan"), b) for a, b in pieces]) == float("inf")
+
+
+class Gamma(nn.Module):
+    """Ends in an op that has no derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+        self.register_buffer("above", torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.igamma(1 + self.b(torch.relu(self.a(x))).abs(), self.above)
+
+
+def test_layers_before_an_op_without_a_derivative_are_set_one_by_one() -> None:
+    graph, x = traced(Gamma, 3, 8, 8, images=64)
+    student = wrecked(graph, "a")
+    found = refit(student, graph, calibrated(x))
+    assert divergence(found, graph, x) < 1e-8
+    with pytest.raises(RuntimeError, match="derivative"):
+        torch.autograd.grad(graph(x).sum(), graph.a.weight)
+
+
+def test_an_estimate_that_needs_a_derivative_says_so_and_another_one_does_without(tmp_path: Path) -> None:
+    graph, x = traced(Gamma, 3, 8, 8, images=32)
+    spans = lmfx.spans(graph)
+    table = lmfx.profile(graph, "roofline", spans=spans, progress=False)
+    options: dict[str, Any] = {"latency": table, "calibration": x, "spans": spans, "progress": False}
+    with pytest.raises(lmfx.ModelError, match=r"igamma.*Reconstruction\(exact=True\)"):
+        lmfx.score(graph, Reconstruction(exact=False), cache_dir=tmp_path, **options)
+    assert len(lmfx.score(graph, Reconstruction(exact=True), cache_dir=tmp_path, **options)) > 2

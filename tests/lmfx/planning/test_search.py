@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +183,21 @@ def test_a_plan_that_changes_nothing_has_the_latency_that_was_measured(
     graph, frontier = solved
     found = find_plan(graph, frontier, Budget.parse("5s"), Skewed(), [X])
     assert found.plan.latency == pytest.approx(found.original) and found.plan.importance == 0
+
+
+@pytest.mark.parametrize("shortest, repeats", [(50.0, FINAL_REPEATS), (10.0, 25)])
+def test_a_backend_that_runs_short_networks_for_a_time_anyway_is_not_asked_more_often(
+    solved: tuple[fx.GraphModule, Frontier], shortest: float, repeats: int
+) -> None:
+    graph, frontier = solved
+    taken: list[int] = []
+
+    class Long(Skewed):
+        sampling = SimpleNamespace(min_ms=shortest)  # of each run
+
+        def measure_interleaved(self, modules: Sequence[Any], repeats: int = 5) -> list[list[float]]:
+            taken.append(repeats)
+            return super().measure_interleaved(modules, repeats)
+
+    find_plan(graph, frontier, Budget.parse(0.6), Long(), [X])
+    assert taken[-1] == repeats

@@ -147,3 +147,27 @@ def test_functional_norms_of_permuted_maps_are_modules() -> None:
         gm = trace(Last().double().eval(), X, tracers=(tracer,))
         kinds = [type(gm.get_submodule(str(n.target))).__name__ for n in gm.graph.nodes if n.op == "call_module"]
         assert {"GroupNorm"} < set(kinds)
+
+
+def test_what_is_written_into_a_slice_has_a_derivative_at_every_size() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            y[:, 0] = 2.0  # a number for each pixel
+            y[:, 1:3, :, 2:] = x[:, :2, :, 2:]
+            y[:, 3] = x[:, 0].float()  # of another type
+            y[:, 4:] = x.mean((1, 2, 3), keepdim=True)
+            return self.b(torch.relu(y))
+
+    model = double(Writes())
+    graph = trace(model, X)
+    assert "copy" not in [getattr(n.target, "__name__", "") for n in graph.graph.nodes]
+    for size in ((2, 4, 8, 12), (3, 4, 5, 9)):
+        x = torch.randn(*size, dtype=torch.float64)
+        assert torch.equal(run(graph, x), run(model, x))
+        found, wanted = (torch.autograd.grad(net(x).square().sum(), net.a.weight)[0] for net in (graph, model))
+        torch.testing.assert_close(found, wanted)
