@@ -6,10 +6,10 @@
     /tmp/mutation/bin/python benchmarks/promises/mutation.py --map map.jsonl --sample 150 --results mutation.jsonl
 
 Mutants are those of mutmut (`+` for `-`, `<=` for `<`, another number, an argument left out, ...), drawn evenly over
-all that there are in `SOURCES`. Words for a person (a text with a blank) are left out: no behaviour hangs on them. Each
-is written into a copy of the tree, and the tests that run the changed statement, as the map of an earlier run says, run
-there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for `--budget` CPU
-seconds at most. A mutant is `killed` by a failing test or a time-out, and has `survived` otherwise. A line of JSON each
+all that there are in `SOURCES`. Words for a person (a text with a blank) and `__all__` are left out: no behaviour hangs
+on them. Each is written into a copy of the tree, and the tests that run the changed statement, as the map of an earlier
+run says, run there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for
+`--budget` CPU seconds at most. A mutant is `killed` by a failing test or a time-out, and has `survived` otherwise. A line of JSON each
 is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and place in the file's
 list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import json
@@ -87,13 +88,24 @@ def mutant_of(file: str, index: int, text: str, module: Any, change: Any) -> tup
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     place = next((line.split()[1] for line in diff if line.startswith("@@")), "-1")  # @@ -12,2 +12,3 @@
     line = int(place[1:].partition(",")[0])
-    return None if _prose(diff) or not diff else (Mutant(file, index, digest, "\n".join(diff), line), new)
+    return (
+        None
+        if _prose(diff) or not diff or line in _public_names(text)
+        else (Mutant(file, index, digest, "\n".join(diff), line), new)
+    )
+
+
+@functools.cache
+def _public_names(text: str) -> range:
+    """The lines of a file's `__all__`, which nothing but a star import reads."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    return range(0)
 
 
 def _prose(diff: list[str]) -> bool:
-    """Whether only a text with a blank in it, or a list of public names, was changed."""
-    if any("__all__" in line for line in diff):
-        return True
+    """Whether only a text with a blank in it was changed."""
     return any("XX" in line and " " in line.partition("XX")[2].partition("XX")[0] for line in diff) or any(
         line.startswith("+") and line[1:].strip().strip("frb\"'").isupper() and " " in line.strip() for line in diff
     )

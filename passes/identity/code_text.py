@@ -87,7 +87,7 @@ def library_name(item: Any) -> str | None:
     else:
         owner = getattr(item, "__objclass__", None)  # of a method descriptor
         module = getattr(item, "__module__", None) or getattr(owner, "__module__", None) or ""
-        name = _dispatched().get(id(item)) or str(getattr(item, "__qualname__", getattr(item, "__name__", "")))
+        name = _dispatched().get(id(item)) or str(item.__qualname__)
     top = str(module).partition(".")[0]
     if not module and isinstance(item, types.BuiltinFunctionType):
         top, module = "torch", "torch"  # a method of a class in C

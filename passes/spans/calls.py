@@ -220,8 +220,6 @@ class Calls:
                 return type(value).__name__, tuple(plain(v) for v in value)
             if isinstance(value, dict):
                 return tuple((k, plain(v)) for k, v in value.items())
-            if isinstance(value, slice):
-                return "slice", plain(value.start), plain(value.stop), plain(value.step)
             return type(value).__name__, repr(value)
 
         what: Hashable = node.target if node.op == "call_function" else str(node.target)
@@ -229,8 +227,6 @@ class Calls:
             module = self.network.module(node.name)
             shape = shape_of(node)
             what = module_text(module), shape is not None and ops.normalizes(module, shape)
-        elif node.op == "get_attr":
-            what = id(operator.attrgetter(str(node.target))(self.network.gm))
         return node.op, what, plain(node.args), plain(node.kwargs), self._value(node)
 
     def _value(self, node: fx.Node) -> Hashable:
