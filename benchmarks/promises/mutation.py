@@ -9,9 +9,9 @@ Mutants are those of mutmut (`+` for `-`, `<=` for `<`, another number, an argum
 all that there are in `SOURCES`. Words for a person (a text with a blank) and `__all__` are left out: no behaviour hangs
 on them. Each is written into a copy of the tree, and the tests that run the changed statement, as the map of an earlier
 run says, run there with `-x`: those of the folder that mirrors the file first, quick ones before slow ones, for
-`--budget` CPU seconds at most. A mutant is `killed` by a failing test or a time-out, and has `survived` otherwise. A line of JSON each
-is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and place in the file's
-list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
+`--budget` CPU seconds at most. A mutant is `killed` by a failing test or a time-out, and has `survived` otherwise. A
+line of JSON each is appended to the results, so a run that was stopped goes on; a mutant is known by file, text and
+place in the file's list, so results stay good while the file is as it was. docs/testing.md names the survivors and why.
 
 The tests run in a fork of a process that has imported torch and not lmfx, so that a mutant costs no import of torch.
 """
