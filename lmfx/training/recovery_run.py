@@ -132,6 +132,7 @@ class RecoveryRun:
         if self.rate is None:
             self._begin()
             self._search()
+            part = int(self._fraction() * PARTS)
         assert self.rate is not None
         watch, since, numbers = Watch(), self.done, False
         while (fraction := self._fraction()) < 1 and self.rate > LOWEST_RATE:
@@ -215,7 +216,8 @@ class RecoveryRun:
                 other = trial(self.rate)
                 helps = other < min(reached, self.start)
                 trainer.kind, reached = ("adam", other) if helps else ("orthogonal", reached)
-        if self.choices.norms is None and trainer.norms and trainer.batch >= BATCHES[-1] and math.isfinite(reached):
+        room = most == TRIALS and trainer.batch >= BATCHES[-1]
+        if self.choices.norms is None and trainer.norms and room and math.isfinite(reached):
             trainer.trained = True
             trainer.trained = trial(self.rate) < reached
         # Where a trial helped it is the beginning of the training, so most of the search's time is not lost.

@@ -12,9 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.real import estimates, exported, mosaics, packages, pruned, real, real_report, text_lines, variants
+from benchmarks.real import (
+    estimates,
+    exported,
+    mosaics,
+    packages,
+    pruned,
+    real,
+    real_report,
+    recovered,
+    text_lines,
+    variants,
+)
 from benchmarks.real.rows import Key, Rows
 from benchmarks.real.subjects import Outputs, Subject, agreement, divergence
+from lmfx.training import recovery_clock
 from tests.helpers import one_thread as one_thread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +109,24 @@ def test_channels_are_pruned_to_a_measured_latency(arguments: list[str], tmp_pat
     row = Rows(tmp_path / "rows.jsonl").whole(Key("stand-in", "torch-pruning", 0.6))
     assert 0 < row["channels"] < 1 and row["importance"] == min(row["errors"], key=row["errors"].get)
     assert row["ratio"] < 1
+
+
+def test_recovered_says_what_a_network_was_worth_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(student: Any, model: nn.Module, images: Tensor, *, minutes: str, progress: bool) -> None:
+        assert minutes == "1.5s" and len(images) == 64
+        for parameter in student.parameters():
+            parameter.data.zero_()
+        student.meta["lmfx_recovery"] = "none"
+
+    monkeypatch.setattr(recovered.lmfx, "recover", spoil)
+    monkeypatch.setattr(recovered, "NETWORKS", {"stand-in": stand_in})
+    monkeypatch.setattr(recovery_clock, "now", recovery_clock.now)  # it is put back after the test
+    recovered.main(["stand-in:0.6", "--seconds", "1.5", "--images", "64"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["original"]["agreement"] == 1 and told["recovery"] == "none"
+    assert told["before"]["height"] > told["after"]["height"] == 0
 
 
 def test_recovery_trains_the_same_for_all(

@@ -236,6 +236,22 @@ def test_the_search_takes_a_share_of_the_time_and_a_short_one_does_without(
     assert told.seconds == pytest.approx(250, abs=1.5)
 
 
+def test_nothing_is_judged_again_as_soon_as_the_search_has_ended(
+    student: fx.GraphModule, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Ticks(monkeypatch)
+    judged: list[int] = []
+    decide = recovery_run.RecoveryRun._judged
+
+    def counted(self: Any, both: bool = False) -> bool:
+        judged.append(self.done)
+        return decide(self, both)
+
+    monkeypatch.setattr(recovery_run.RecoveryRun, "_judged", counted)
+    recover(student, model, steps=None, lr=None, norms=None, minutes="160s")  # three trials of twelve seconds
+    assert len(judged) <= 7 and min(judged) >= 2
+
+
 def test_a_batch_leaves_time_for_some_hundred_steps(
     first: fx.GraphModule, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
