@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from benchmarks.real.pruned import Missed, best_pruned
 from benchmarks.real.subjects import Subject
 from lmfx.importance import ImportanceTable
 from lmfx.latency.profiling import digest
+from lmfx.passes.ir import Realization
 
 __all__ = ["RECOVERED", "VARIANTS", "Made", "Work", "make", "uses_planning"]
 
@@ -83,9 +84,9 @@ class _Scaled(nn.Module):
         return self.net(nn.functional.interpolate(x, size=self.shape, mode="bilinear", antialias=True))
 
 
-def lmfx_itself(work: Work, budget: float) -> Made:
-    """What `lmfx.compress` gives."""
-    student = _compressed(work, budget, calibration=work.calibration)
+def lmfx_itself(work: Work, budget: float, realize: tuple[Realization, ...] = ("compose", "fit", "narrow")) -> Made:
+    """What `lmfx.compress` gives with some realizations."""
+    student = _compressed(work, budget, calibration=work.calibration, realize=realize)
     found = lmfx.result_of(student)
     assert found.quality is not None
     facts = {"reported": found.ratio, "spans": len(found.plan.candidates), "kept": found.quality.kept}
@@ -159,6 +160,8 @@ def uniform(work: Work, budget: float) -> Made:
 
 VARIANTS: dict[str, Callable[[Work, float], Made]] = {
     "lmfx": lmfx_itself,
+    "lmfx depth": partial(lmfx_itself, realize=("compose", "fit")),
+    "lmfx width": partial(lmfx_itself, realize=("narrow",)),
     "smaller input": smaller_input,
     "torch-pruning": torch_pruning,
     "uniform": uniform,
@@ -167,7 +170,7 @@ VARIANTS: dict[str, Callable[[Work, float], Made]] = {
 
 def uses_planning(variant: str) -> bool:
     """Whether a newer lmfx makes another network of it; the other rows stay."""
-    return variant.removesuffix(RECOVERED) == "lmfx"
+    return variant.startswith("lmfx")
 
 
 def make(work: Work, variant: str, budget: float) -> Made:
