@@ -11,7 +11,10 @@ from torch import Tensor
 
 import lmfx
 from lmfx.importance import ImportanceTable
+from tests.helpers import one_thread as one_thread
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL, compress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FRESH = torch.randn(24, 3, 12, 10, generator=torch.Generator().manual_seed(5))
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
+from tests.helpers import one_thread as one_thread
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL, compress
 from tests.toys import images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scaled(x: Tensor, *size: int) -> Tensor:
