@@ -39,7 +39,7 @@ def compress(
     calibration: Any = None,
     latency: str | Backend | LatencyTable | None = None,
     importance: str | Estimator | ImportanceTable = "reconstruction",
-    realize: tuple[Realization, ...] = ("compose", "fit"),
+    realize: tuple[Realization, ...] = ("compose", "fit", "narrow"),
     max_kernel_size: int | None = 7,
     max_span_convs: int | None = 12,
     surrogate: Surrogate = "affine",

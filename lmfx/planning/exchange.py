@@ -11,6 +11,9 @@ changes of the outputs do to each other:
 All pairs of moves that hold the latency are compared by this; the best few by the loss itself. Candidates whose change
 is not known take part once they are neighbours of the plan: a step narrower or wider, or the first step of a span that
 is kept. So few networks are run, and the search goes on from where it got.
+
+Among thousands of pairs some are better on a few dozen images by chance. So a step must gain more than the standard
+error of its gain over the images.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lmfx.importance.joint import JointLoss, overlap
 from lmfx.latency import LatencyTable
@@ -31,6 +35,7 @@ __all__ = ["exchanged", "neighbours"]
 STEPS = 40  # exchanges at most
 TRIED = 6  # pairs whose loss is computed in one step
 LEAST_GAIN = 1e-3  # of the loss, for which a step is made
+SURE = 1.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def exchanged(
 class _Exchange:
     def __init__(self, plan: Sequence[Candidate], joint: JointLoss, table: LatencyTable, limit: float) -> None:
         self.plan, self.joint, self.limit = list(plan), joint, limit
-        self.loss = joint.loss(self.plan)
+        self.losses = joint.losses(self.plan)
+        self.loss = float(self.losses.mean())
         self.known = [c for key, c in joint.candidates.items() if key in table]
         self.place = {c.key: i for i, c in enumerate(self.known)}
         us = torch.stack([joint.vectors[c.key] for c in self.known]).double()
@@ -132,13 +138,21 @@ class _Exchange:
                 continue
             tried.add(now)
             plan = [self.known[i] for i in now]
-            loss = self.joint.loss(plan)
-            if loss < self.loss * (1 - LEAST_GAIN) and (best is None or loss < best[0]):
+            losses = self.joint.losses(plan)
+            loss = float(losses.mean())
+            if self._surely(losses) and (best is None or loss < best[0]):
                 best = loss, plan
         if best is None:
             return False
         self.loss, self.plan = best
+        self.losses = self.joint.losses(self.plan)
         return True
+
+    def _surely(self, losses: Tensor) -> bool:
+        """Whether losses on the images are less than the plan's by more than chance."""
+        gain = self.losses - losses
+        error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else 0.0
+        return float(gain.mean()) > max(LEAST_GAIN * self.loss, SURE * error)
 
     def _apart(self, moves: list[_Move]) -> NDArray[np.bool_]:
         """Which pairs of moves cannot be made together: they put what overlaps, or take the same away."""

@@ -201,3 +201,12 @@ def test_frontiers_have_both_and_a_plan_without_channels_gets_them() -> None:
     student = lmfx.rewrite(graph, plan, calibration=x, spans=spans)
     assert not any(cut.channels for c in plan.candidates for cut in c.cuts)
     assert student(x).shape == (32, 5)
+
+
+def test_a_narrowed_network_is_recovered(tmp_path: Path) -> None:
+    net, x = model(), images(48)
+    student = compress(net, x[:1], 0.85, calibration=x, realize=("narrow",), merge=False)
+    before = float((student(x) - net(x)).detach().square().mean())
+    lmfx.recover(student, net, x, minutes=0.03, progress=False)
+    assert float((student(x) - net(x)).detach().square().mean()) <= before * 1.01
+    lmfx.export_onnx(lmfx.merge(student), x[:1], tmp_path / "net.onnx")
