@@ -6,6 +6,9 @@ reader reads the same channels, one pixel an image: its weight is made up for wh
 
 The damping is the one with which half of the channels do best on images that it was not made from.
 
+Where a kernel has so many unknowns that its Gram would take long, each tap makes up for what is gone by itself, from
+the channels of one pixel, which are few.
+
     y = W'x + b   ->   W_S'x_S + b_S        b_S = b + W'm - W_S'm_S        m: the mean of what is read
 
 All this is of the original network, so it serves every plan; a refit (`lmfx.calibration.refitting`) sets the same
@@ -14,6 +17,7 @@ layers to what they read in a plan's network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -217,6 +221,7 @@ class _CutReader:
     labels: Tensor
     sums: _Parts
     system: System
+    taps: int  # that are outputs of their own
 
     @classmethod
     def of(cls, network: Network, cut: PrivateCut, name: str, sums: Mapping[str, _Parts]) -> _CutReader:
@@ -224,8 +229,12 @@ class _CutReader:
         source = network.nodes[name].all_input_nodes[0].name
         columns = feature_rows.columns_of(module)[0]
         labels = torch.tensor(cut.space.labels[source])
+        taps = 1
+        if _by_pixel(module):
+            taps, out = len(columns) // len(labels), columns.shape[1]
+            columns = columns.reshape(taps, -1, out).transpose(0, 1).reshape(-1, taps * out)
         labels = labels.repeat(len(columns) // len(labels))
-        return cls(name, module, columns, labels, sums[name], _system(sums[name].total, module))
+        return cls(name, module, columns, labels, sums[name], _system(sums[name].total, module), taps)
 
     def stays(self, units: frozenset[int]) -> Tensor:
         """The rows of some units (bool)."""
@@ -258,6 +267,9 @@ class _CutReader:
         """The layer with other columns on the rows that stay."""
         mean = self.system.mean[0]
         bias = mean @ self.columns - mean[stays] @ after
+        if self.taps > 1:
+            bias = bias.reshape(self.taps, -1).sum(0)
+            after = after.reshape(len(after), self.taps, -1).transpose(0, 1).flatten(0, 1)
         if self.module.bias is not None:
             bias = bias + self.module.bias.detach().double()
         return _Refitted(after.to(self.module.weight.dtype), bias.to(self.module.weight.dtype))
@@ -298,7 +310,19 @@ def _set(module: Any, layer: _Refitted, rows: list[int] | None) -> None:
 
 
 def _bytes(network: Network, cut: PrivateCut) -> int:
-    return 8 * feature_rows.unknowns_of(network.module(cut.space.reader)) ** 2
+    return 16 * _rows_of(network.module(cut.space.reader)) ** 2
+
+
+def _by_pixel(layer: Any) -> bool:
+    """Whether a layer has so many unknowns that its taps are outputs of their own, of the channels of one pixel."""
+    taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+    return taps > 1 and feature_rows.unknowns_of(layer) > AUTO_UNKNOWNS
+
+
+def _rows_of(layer: Any) -> int:
+    """The rows of a layer's Gram."""
+    unknowns = feature_rows.unknowns_of(layer)
+    return unknowns // math.prod(layer.kernel_size) if _by_pixel(layer) else unknowns
 
 
 def _system(sums: Sums, layer: Any, rows: tuple[int, ...] | None = None) -> System:
@@ -325,10 +349,12 @@ class _Reading(fx.Interpreter):
         layer: Any = self.network.module(name)
         if len(x) == self.images:
             x = x[: self.counts[name] - self.done]
-        shape = self.network.shape(name)
-        sizes = () if isinstance(layer, nn.Linear) else shape[2:]
+        whole = not _by_pixel(layer)
+        sizes = () if isinstance(layer, nn.Linear) else self.network.shape(name)[2:] if whole else x.shape[2:]
         positions = sample_positions(sizes, len(x), self.each[name], self.generator).to(x.device)
-        rows = feature_rows.features(layer, x, positions)
+        rows = (
+            feature_rows.features(layer, x, positions) if whole else feature_rows.values_at(layer, x, positions)[None]
+        )
         rows = torch.nn.functional.pad(rows if rows.dtype == torch.float64 else rows.float(), (0, 1), value=1.0)
         if not bool(rows.isfinite().all()):
             raise InputError("calibration features have NaN or infinite values; check the model and its input")
@@ -356,7 +382,7 @@ def _sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) 
     each: dict[str, int] = {}
     for name in (n for cut in cuts for n in (cut.space.reader, *cut.space.gates)):
         layer: Any = network.module(name)
-        want = min(max(SAMPLES_AN_UNKNOWN * feature_rows.unknowns_of(layer), LEAST_SAMPLES), MOST_SAMPLES)
+        want = min(max(SAMPLES_AN_UNKNOWN * _rows_of(layer), LEAST_SAMPLES), MOST_SAMPLES)
         pixels = max(feature_rows.pixels_of(layer, network.shape(name)), 1)
         counts[name] = min(len(images), max(LEAST_IMAGES, -(-want // pixels)))
         each[name] = -(-want // counts[name])
