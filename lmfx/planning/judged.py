@@ -36,6 +36,7 @@ from lmfx.quality import Judge, QualityName
 __all__ = ["Finalist", "Judged"]
 
 FINALISTS = 5  # proposals that are built
+ROUNDS = 3  # of proposals, where the best of them measure over the budget
 NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
 
 
@@ -103,18 +104,30 @@ class Judged:
         return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
 
     def better(self, found: Found, backend: Backend, example_input: Any, fraction: float) -> Found:
-        """The plan of best quality that measures within the budget, `fraction` of the original; `found` does."""
+        """The plan of best quality that measures within the budget, `fraction` of the original; `found` does.
+
+        Where the best plans measure over the budget, it looks again among plans of so much less latency.
+        """
         limit = max(self._sum_at(found, ACCEPT * fraction), self._sum(found))
-        for finalist in self.finalists(limit, [self._proposal(found)]):
-            plan = finalist.proposal.plan
-            if plan.candidates == found.plan.candidates:
-                return found
-            ratio = measure_plan(self.analysis, plan, backend, example_input, found.original)
-            if ratio <= fraction:
+        best, loss, own = found, self.loss(found.plan), self._proposal(found)
+        for _ in range(ROUNDS):
+            over = 1.0  # the most that a plan measured over what its rows promise
+            for finalist in self.finalists(limit, [own]):
+                plan = finalist.proposal.plan
+                if plan.candidates == best.plan.candidates or finalist.loss > loss:
+                    break
+                ratio = measure_plan(self.analysis, plan, backend, example_input, found.original)
                 predicted = found.frontier.line(finalist.proposal.sum)
-                plan = replace(plan, latency=predicted)
-                return replace(found, plan=plan, predicted=predicted, measured=ratio * found.original, ratio=ratio)
-        return found
+                if ratio <= fraction:
+                    plan, loss = replace(plan, latency=predicted), finalist.loss
+                    measured = ratio * found.original
+                    best = replace(found, plan=plan, predicted=predicted, measured=measured, ratio=ratio)
+                    break
+                over = max(over, ratio * found.original / predicted)
+            limit = self._sum_at(found, ACCEPT * fraction / over)
+            if over == 1 or limit < float(found.frontier.raw.latency[0]):
+                break
+        return best
 
     def better_predicted(self, found: Predicted, limit_ms: float) -> Predicted:
         """The same with a table that was measured elsewhere: what is predicted within the budget of `limit_ms`."""

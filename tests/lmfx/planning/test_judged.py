@@ -107,3 +107,19 @@ class Slower(RooflineBackend):
 
 def test_a_better_plan_that_measures_over_the_budget_is_not_taken(case: Case) -> None:
     assert case.better(Slower()).plan == case.found.plan
+
+
+class Dearer(RooflineBackend):
+    """Measures that every network but the original takes half as much again as its rows promise."""
+
+    def measure_interleaved(self, modules: Sequence[Any], repeats: int = 5) -> list[list[float]]:
+        first, *others = super().measure_interleaved(modules, repeats)
+        return [first, *([1.5 * t for t in row] for row in others)]
+
+
+def test_where_the_best_plans_measure_over_the_budget_faster_ones_are_looked_for(case: Case) -> None:
+    """Half as much again is more than any plan of the first round has to spare."""
+    found = case.better(Dearer())
+    assert found.ratio <= BUDGET
+    assert found.plan != case.found.plan
+    assert case.judged.loss(found.plan) < 0.95 * case.judged.loss(case.found.plan)
