@@ -193,7 +193,8 @@ class NarrowFits:
             space = cut.space
             reader = _CutReader.of(self.network, cut, space.reader, sums)
             counts = [w // space.per_unit for w in cut.widths]
-            found = eliminate(reader.system.matrix[0], reader.columns, reader.labels, counts, reader.usual)
+            stay = space.indispensable(reader.worth(space.units))
+            found = eliminate(reader.system.matrix[0], reader.columns, reader.labels, counts, reader.usual, stay)
             half = frozenset(found[len(found) // 2].units)
             for name in (space.reader, *space.gates):
                 one = reader if name == space.reader else _CutReader.of(self.network, cut, name, sums)
@@ -239,6 +240,11 @@ class _CutReader:
     def stays(self, units: frozenset[int]) -> Tensor:
         """The rows of some units (bool)."""
         return torch.isin(self.labels, torch.tensor(sorted(units))).to(self.columns.device)
+
+    def worth(self, units: int) -> list[float]:
+        """What each unit adds to the variance of what the layer gives, were it alone."""
+        added = self.columns.square().sum(1) * self.system.matrix[0].diagonal()
+        return torch.zeros(units, dtype=added.dtype, device=added.device).index_add_(0, self.labels, added).tolist()
 
     @property
     def usual(self) -> float:

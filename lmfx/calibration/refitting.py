@@ -36,6 +36,7 @@ from lmfx.passes.graph.node_facts import shape_of
 from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.model_copy import deep_copy
 from lmfx.passes.rewrite.regrouped_sums import regrouped
+from lmfx.passes.spans.globs import Globs
 
 __all__ = ["LEAST_IMAGES", "refit", "split_to_judge"]
 
@@ -65,12 +66,13 @@ def refit(
     judge: Judging | None = None,
     plan: MergePlan | None = None,
     progress: bool = False,
+    globs: Globs | None = None,
 ) -> fx.GraphModule:
     """A copy of `student`, the trainable form of a plan for `graph`, whose layers fit the values that they now get.
 
     `judge` has images apart from those of `calibration`; without one, a part of `calibration` judges
     (`split_to_judge`), by the divergence. With fewer than eight images nothing is changed. `plan` is that of the
-    student, if its `meta` does not have it.
+    student, if its `meta` does not have it. What `globs` exclude or do not include stays as it is.
     """
     made = made_of(student)
     plan = made.plan if plan is None and made is not None else plan
@@ -81,7 +83,7 @@ def refit(
     if judge is None:
         calibration, held = split_to_judge(calibration)
         judge = Divergence(graph, held)
-    _Refit(student, graph, calibration, judge, plan).run(progress)
+    _Refit(student, graph, calibration, judge, plan, globs).run(progress)
     return student
 
 
@@ -95,8 +97,9 @@ class _Refit:
         calibration: Calibration,
         judge: Judging,
         plan: MergePlan | None,
+        globs: Globs | None = None,
     ) -> None:
-        self.sites = find_sites(student, graph, plan)
+        self.sites = [s for s in find_sites(student, graph, plan) if globs is None or not _left_alone(s, graph, globs)]
         self.ours, self.theirs = Lockstep(student, calibration), Lockstep(graph, calibration)
         self.judged, self.judge = Lockstep(student, judge.images), judge
         self.generator = torch.Generator().manual_seed(0)
@@ -217,6 +220,13 @@ class _Refit:
         if not bool(features.isfinite().all() & now.isfinite().all() & goal.isfinite().all()):
             return None
         return Rows(features, now, goal, site.scale, sum(len(p[1]) for p in held))
+
+
+def _left_alone(site: Site, graph: fx.GraphModule, globs: Globs) -> bool:
+    """Whether the original's node of a site is one that was to stay as it is."""
+    if all(n.name != site.node.name for n in graph.graph.nodes):
+        return False  # merged, which only what is included and not excluded is
+    return globs.excluded(site.node.name) is not None or globs.omitted(site.node.name) is not None
 
 
 def _work(gm: fx.GraphModule, node: fx.Node) -> float:

@@ -33,6 +33,7 @@ from lmfx.passes.ir import MergePlan, Surrogate
 from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.globs import Globs
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
@@ -138,7 +139,8 @@ class Compression:
                 roles, made = images.roles(), made_of(student)
                 choosing = Choosing(Judge(graph, roles.choose), judging)
                 assert made is not None  # its plan says which channels stay
-                mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress)
+                globs = Globs(graph, self.options.get("include", ()), self.options.get("exclude", ()))
+                mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress, globs)
                 # A lower loss may come with another arg-max here and there, and the share was promised.
                 if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
                     student = mended

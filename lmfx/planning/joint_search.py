@@ -125,5 +125,7 @@ def propose(
         if better.loss >= best.loss:
             break
         best = better
-    search.exchange(best, [c for c in spans if c.cuts and c.key in table])
+    steps = [c for c in spans if c.cuts and c.key in table]
+    if steps:
+        search.exchange(best, steps)
     return sorted(search.found.values(), key=lambda p: (p.loss, p.sum))

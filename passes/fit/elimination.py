@@ -17,7 +17,7 @@ cheapest, whose own blocks stay exact, as long as none outside of them was cheap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +42,19 @@ class Left:
     cost: float
 
 
-def eliminate(gram: Tensor, columns: Tensor, labels: Tensor, counts: Sequence[int], damping: float = 0.0) -> list[Left]:
+def eliminate(
+    gram: Tensor,
+    columns: Tensor,
+    labels: Tensor,
+    counts: Sequence[int],
+    damping: float = 0.0,
+    stay: Collection[int] = (),
+) -> list[Left]:
     """What is left at each of some numbers of units, in the order of `counts`.
 
     `gram` (rows, rows) is centred, `columns` (rows, out), `labels` (rows,) the unit of each row, counted from 0.
-    `damping` is relative to the mean variance. All in float64; nothing of what is given is changed. Raises `InputError`
-    where the Gram cannot be inverted with any damping.
+    `damping` is relative to the mean variance. The units `stay` never go, and no count is below their number. All in
+    float64; nothing of what is given is changed. Raises `InputError` where the Gram is not finite.
     """
     units = int(labels.max()) + 1
     left: dict[int, Left] = {}
@@ -55,7 +62,7 @@ def eliminate(gram: Tensor, columns: Tensor, labels: Tensor, counts: Sequence[in
         left[units] = Left(tuple(range(units)), columns.clone(), 0.0)
     wanted = sorted((c for c in set(counts) if c < units), reverse=True)
     if wanted:
-        state = _State(_inverse(gram, damping), columns.clone(), labels.clone())
+        state = _State(_inverse(gram, damping), columns.clone(), labels.clone(), frozenset(stay))
         for count in wanted:
             state.reduce(count)
             left[count] = state.left()
@@ -72,8 +79,8 @@ def compensated(gram: Tensor, columns: Tensor, rows: Tensor, damping: float) -> 
 
 
 class _State:
-    def __init__(self, inverse: Tensor, columns: Tensor, labels: Tensor) -> None:
-        self.p, self.w, self.labels = inverse, columns, labels
+    def __init__(self, inverse: Tensor, columns: Tensor, labels: Tensor, stay: frozenset[int]) -> None:
+        self.p, self.w, self.labels, self.stay = inverse, columns, labels, stay
         self.units = list(range(int(labels.max()) + 1))  # that are left
         self.cost = 0.0
         self._index()
@@ -87,6 +94,7 @@ class _State:
             raise InputError(f"units of {int(sizes.min())} to {self.size} rows cannot be compared")
         self.rows = place.argsort(stable=True).reshape(len(self.units), self.size).to(self.p.device)
         self.alive = torch.ones(len(self.units), dtype=torch.bool)
+        self.fixed = torch.tensor([u in self.stay for u in self.units], device=self.p.device)
 
     def costs(self) -> Tensor:
         """What each unit would cost; infinite for those that are gone."""
@@ -98,6 +106,7 @@ class _State:
         else:
             blocks, w = self.p[rows[:, :, None], rows[:, None, :]], self.w[rows]
             found[alive] = (w * torch.linalg.solve(blocks, w)).flatten(1).sum(1)
+        found[self.fixed] = torch.inf
         return found
 
     def reduce(self, count: int) -> None:
@@ -117,7 +126,7 @@ class _State:
         small, w = self.p[rows][:, rows].clone(), self.w[rows].clone()
         b = self.size
         gone: list[int] = []
-        free = torch.ones(len(near), dtype=torch.bool, device=rows.device)
+        free = costs[near].isfinite()
         for _ in range(most):
             blocks = small.reshape(len(near), b, len(near), b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             wb = w.reshape(len(near), b, -1)
@@ -129,7 +138,7 @@ class _State:
             )
             own = torch.where(free, own, torch.inf)
             j = int(own.argmin())
-            if gone and float(own[j]) > outside:
+            if gone and (float(own[j]) > outside or not bool(free.any())):
                 break
             at = slice(j * b, (j + 1) * b)
             pivot = torch.linalg.inv(small[at, at])
@@ -177,6 +186,12 @@ def _cholesky(matrix: Tensor, scale: float) -> Tensor:
         raised = matrix.clone()
         raised.diagonal().add_(more * ROUNDING * (scale or 1.0))
         factor, info = torch.linalg.cholesky_ex(raised)
+        if not int(info):
+            return factor
+    if bool(matrix.isfinite().all()):  # nothing but rounding, which may have any sign
+        values, vectors = torch.linalg.eigh(matrix)
+        raised = vectors * values.abs().clamp_min(float(values.abs().max()) * ROUNDING or 1.0) @ vectors.T
+        factor, info = torch.linalg.cholesky_ex((raised + raised.T) / 2)
         if not int(info):
             return factor
     raise InputError("the sums over calibration features cannot be factorised: look for values that are not finite")

@@ -61,7 +61,7 @@ class Narrowed:
 
 
 def _index(channels: list[int] | None) -> Tensor | None:
-    return None if channels is None else torch.tensor(channels)
+    return None if channels is None else torch.tensor(channels, dtype=torch.long)
 
 
 def narrowed(network: Network, candidate: Candidate) -> Narrowed:
@@ -107,6 +107,8 @@ def chosen_units(network: Network, private: PrivateCut, cut: Cut) -> frozenset[i
             f"the plan's channels for {cut.reader} are not {cut.width} of its {space.of} in order and in whole groups: "
             "restore the plan from a copy, or solve again"
         )
+    if any(not units & part for part in space.parts):
+        raise PlanError(f"the plan leaves a layer before {cut.reader} no channels: solve again")
     return units
 
 
@@ -121,7 +123,9 @@ def _largest(network: Network, private: PrivateCut, count: int) -> frozenset[int
     labels = torch.tensor(private.space.labels[private.space.source], device=columns.device)
     norms = torch.zeros(private.space.units, dtype=torch.float64, device=columns.device)
     norms.index_add_(0, labels.repeat(len(columns) // len(labels)), columns)
-    return frozenset(norms.argsort(descending=True, stable=True)[:count].tolist())
+    stay = private.space.indispensable(norms.tolist())
+    others = [u for u in norms.argsort(descending=True, stable=True).tolist() if u not in stay]
+    return stay | frozenset(others[: count - len(stay)])
 
 
 def put_narrowed(gm: fx.GraphModule, nodes: dict[str, fx.Node], network: Network, candidate: Candidate) -> None:

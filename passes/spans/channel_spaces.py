@@ -69,6 +69,21 @@ class Space:
         """All that sees the channels, in the order of the graph but for the convs that read them."""
         return (*self.labels, self.reader, *self.gates)
 
+    @property
+    def parts(self) -> tuple[frozenset[int], ...]:
+        """The units of each value that has only some of them, as the operands of a concatenation do. One of each part
+        must stay, or a conv would make nothing."""
+        every = {frozenset(units) for units in self.labels.values()}
+        return tuple(sorted((p for p in every if len(p) < self.units), key=min))
+
+    def indispensable(self, worth: Sequence[float]) -> frozenset[int]:
+        """One unit of each part: of those that are worth most, as few as are in all parts."""
+        found: set[int] = set()
+        for part in sorted(self.parts, key=len):
+            if not found & part:
+                found.add(max(part, key=lambda unit: worth[unit]))
+        return frozenset(found)
+
     def kept(self, name: str, units: frozenset[int]) -> list[int]:
         """The channels of a node's value that stay with these units."""
         return [i for i, unit in enumerate(self.labels[name]) if unit in units]

@@ -84,7 +84,8 @@ class Narrowing:
         role = self.network.calls.role(series, start, stop)
         if role != "whole":
             return Refusal("not narrowed: the layers are called elsewhere as well", ends)
-        widths = widths_of(space.of, space.per_unit)
+        least = max(1, len(space.parts))
+        widths = tuple(w for w in widths_of(space.of, space.per_unit) if w >= least * space.per_unit)
         if not widths:
             return Refusal(f"not narrowed: {space.units} groups of channels are too few", ends)
         return PrivateCut(space, series, start, stop, widths)

@@ -113,6 +113,7 @@ FIELDS = {
     "all_convs",
     "kept",
     "calls",
+    "cuts",
     "kernel_size",
     "stride",
     "upscale",
@@ -126,6 +127,7 @@ FIELDS = {
 def test_spans_prints_one_json_object_a_candidate(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "spans", "toy_models:factory", *SMALL, "--json")
     assert all(set(row) == FIELDS for row in found)
+    assert all(bool(row["cuts"]) is (row["realization"] == "narrow") for row in found)
     assert len({row["key"] for row in found}) == len(found)
     assert {row["realization"] for row in found} == {"keep", "compose", "fit", "drop"}
     assert all(row["convs"] for row in found), "a kept layer without a convolution is no row"

@@ -97,6 +97,32 @@ def test_several_at_a_time_are_as_exact_and_no_worse_than_one_by_one(monkeypatch
         assert fast.cost < 1.1 * slow.cost
 
 
+@pytest.mark.parametrize("large", [8, 600])
+def test_units_that_must_stay_do_however_cheap_they_are(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "LARGE", large)
+    _, gram, columns = system(40)
+    columns[[3, 17]] = 0  # would go first
+    labels = torch.arange(40)
+    counts = [39, 20, 5, 2]
+    assert all({3, 17} & set(left.units) == set() for left in eliminate(gram, columns, labels, counts[1:], 0.01))
+    for left in eliminate(gram, columns, labels, counts, 0.01, (3, 17)):
+        assert {3, 17} <= set(left.units)
+        rows = torch.isin(labels, torch.tensor(left.units))
+        assert left.cost == pytest.approx(loss_of(damped_by(gram, 0.01), columns, rows), rel=1e-8)
+
+
+def damped_by(gram: Tensor, damping: float) -> Tensor:
+    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+
+
+def test_sums_that_are_nothing_but_rounding_are_taken_as_they_are() -> None:
+    noise = 1e-13 * torch.tensor([[-1.0, 2.0, 0.0], [2.0, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    columns = torch.randn(3, 2, dtype=torch.float64)
+    for gram in (noise, torch.zeros_like(noise)):
+        (left,) = eliminate(gram, columns, torch.arange(3), [2], 1e-9)
+        assert len(left.units) == 2 and bool(left.columns.isfinite().all())
+
+
 def test_units_of_different_sizes_and_sums_that_are_not_finite_are_refused() -> None:
     _, gram, columns = system(5)
     with pytest.raises(InputError, match="cannot be compared"):

@@ -15,7 +15,7 @@ from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 from tests.helpers import double, spans_of
-from tests.passes.spans.test_narrowing import Gated, conv
+from tests.passes.spans.test_narrowing import Gated, SideBySide, conv
 
 
 class Wide(nn.Module):
@@ -156,4 +156,20 @@ def test_half_a_group_is_refused() -> None:
     cut = c.cuts[0]
     wrong = replace(c, cuts=(replace(cut, channels=tuple(range(1, cut.width + 1))),))
     with pytest.raises(PlanError, match="whole groups"):
+        rewrite(spans.network.gm, plan_of(spans, wrong))
+
+
+def test_no_conv_beside_another_loses_all_of_its_channels() -> None:
+    model = double(SideBySide(1)).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model.few.weight.data.mul_(1e-6)  # the first to go by any measure
+    model.head.weight.data[:, 16:] *= 1e-6
+    spans = narrow(model, x)
+    for c in (c for c in spans if c.cuts):
+        student = rewrite(spans.network.gm, plan_of(spans, c))
+        assert student.get_submodule("few").out_channels == 1
+        assert student(x).shape == model(x).shape
+    (c, *_) = (c for c in spans if c.cuts)
+    wrong = replace(c, cuts=(replace(c.cuts[0], channels=tuple(range(c.cuts[0].width))),))
+    with pytest.raises(PlanError, match="no channels"):
         rewrite(spans.network.gm, plan_of(spans, wrong))

@@ -176,3 +176,26 @@ def test_widths_are_on_the_grid_of_runtimes() -> None:
     assert widths_of(144) == (16, 32, 56, 72, 88, 112, 128)
     assert widths_of(16) == (4, 8, 12) and widths_of(4) == (1, 2, 3) and widths_of(2) == (1,)
     assert widths_of(64, 16) == (16, 32, 48) and widths_of(1) == () and widths_of(12, 12) == ()
+
+
+class SideBySide(nn.Module):
+    """Two convs whose channels lie side by side, of which one makes a single channel."""
+
+    def __init__(self, few: int) -> None:
+        super().__init__()
+        self.wide, self.few, self.head = conv(3, 16), conv(3, few), conv(16 + few, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.wide(x), self.few(x)], 1).relu())
+
+
+@pytest.mark.parametrize("few", [1, 2])
+def test_every_conv_whose_channels_lie_beside_others_keeps_one(few: int) -> None:
+    spans = found(SideBySide(few))
+    (cut,) = spans.network.narrowing.cuts.values()
+    assert len(cut.space.parts) == 2 and min(cut.widths) >= 2
+    alone = frozenset(range(16, 16 + few))
+    for worth in ([0.0] * cut.space.units, [float(u) for u in range(cut.space.units)]):
+        stay = cut.space.indispensable(worth)
+        assert len(stay & alone) == 1 and len(stay - alone) == 1
+    assert max(cut.space.indispensable([float(u == 5) for u in range(cut.space.units)]) - alone) == 5
