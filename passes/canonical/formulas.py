@@ -160,12 +160,20 @@ def _module(gm: fx.GraphModule, value: fx.Node, members: list[fx.Node]) -> Point
                 _inline(module, source, steps, parts)
             else:
                 steps.append((PART, (len(parts), source), ()))
-                parts.append(module)
+                parts.append(_held(module))
         else:
             args = tuple(names[a] if isinstance(a, fx.Node) else a for a in node.args)
             steps.append((op_name(node), args, tuple(sorted(node.kwargs.items()))))
         names[node] = f"%{len(steps)}"
     return Pointwise(steps, parts).train(False)
+
+
+def _held(module: nn.Module) -> nn.Module:
+    """The module as a part of a formula, with the same tensors: the formula may get its place inside the module."""
+    part = copy.copy(module)
+    for name in ("_modules", "_parameters", "_buffers"):
+        part.__dict__[name] = getattr(module, name).copy()
+    return part
 
 
 def _inline(formula: Pointwise, source: str, steps: list[Step], parts: list[nn.Module]) -> None:

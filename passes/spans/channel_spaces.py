@@ -221,6 +221,8 @@ class _SpaceFinder:
             written = list(node.args[1]) if isinstance(node.args[1], (list, tuple)) else list(node.args[1:])
             if len(written) < 2 or (isinstance(written[1], int) and written[1] != -1) or node.kwargs:
                 return self.mixed(node, [source])
+        elif name == "squeeze" and len(node.args) < 2:
+            return self.mixed(node, [source])  # it would take a single channel that is left for a dimension to go
         elif node.kwargs and name != "flatten":
             return self.mixed(node, [source])
         if after[0] != before[0] or after[1] % max(before[1], 1) or prod(after) != prod(before):

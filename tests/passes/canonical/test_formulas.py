@@ -14,6 +14,7 @@ import lmfx
 from lmfx.export.emit import emit
 from lmfx.latency.workload import signature
 from lmfx.passes.graph.pointwise import Pointwise
+from lmfx.passes.trace.tracing import fingerprint
 from tests.helpers import check_rewrite, check_trace, double, pick
 
 X = torch.randn(2, 3, 7, 9, dtype=torch.float64)
@@ -192,3 +193,25 @@ def test_a_copy_of_a_formula_computes_the_same_and_shares_nothing() -> None:
         for p in copied.parameters():
             p.zero_()
         assert torch.equal(graph(X), lmfx.trace(net(lambda x: x * torch.sin(2 * x + 1)), X)(X))
+
+
+class Ends(nn.Module):
+    """A formula that ends with a module that it also has its place in."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.first, self.act = nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.act(self.first(y) + y)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.PReLU(4)], ids=["relu", "prelu"])
+def test_no_module_is_a_part_of_itself_where_a_formula_ends_with_it(act: nn.Module) -> None:
+    model = double(Ends(act))
+    graph = lmfx.trace(model, X)
+    assert len(list(graph.named_modules(remove_duplicate=False))) < 12  # in a circle it would never end
+    student = lmfx.rewrite(graph, lmfx.MergePlan((), fingerprint(graph)))
+    torch.testing.assert_close(student(X), model(X), rtol=1e-12, atol=1e-12)
+    assert sum(p.numel() for p in student.parameters()) == sum(p.numel() for p in model.parameters())

@@ -199,3 +199,20 @@ def test_every_conv_whose_channels_lie_beside_others_keeps_one(few: int) -> None
         stay = cut.space.indispensable(worth)
         assert len(stay & alone) == 1 and len(stay - alone) == 1
     assert max(cut.space.indispensable([float(u == 5) for u in range(cut.space.units)]) - alone) == 5
+
+
+class Squeezed(nn.Module):
+    """A head after a squeeze, of all dimensions of one or of those that are written."""
+
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.dims = conv(3, 8), conv(8, 8), nn.Linear(8, 2), dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu()).relu().mean((2, 3), keepdim=True)
+        return self.head(y.squeeze(-1).squeeze(-1) if self.dims else y.squeeze())
+
+
+def test_a_squeeze_without_dimensions_would_take_the_last_channel_too() -> None:
+    assert set(cuts(found(Squeezed(-1)))) == {"b", "head"}
+    assert set(cuts(found(Squeezed()))) == {"b"}
