@@ -17,7 +17,6 @@ layers to what they read in a plan's network.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,28 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lmfx.calibration.cut_sums import PartSums, by_pixel, can_search, rows_of, sums_of, system_of
 from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import arguments_of, batches_for
-from lmfx.passes.errors import InputError
+from lmfx.calibration.narrowed_span import NarrowedSpan
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import GRID
-from lmfx.passes.fit.closed_form import AUTO_UNKNOWNS, search_damping
+from lmfx.passes.fit.closed_form import search_damping
 from lmfx.passes.fit.elimination import compensated, eliminate
-from lmfx.passes.fit.gram import sample_positions
 from lmfx.passes.fit.normal_equations import Sums, System, usual_damping
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.narrowed import chosen_units, narrowed, with_units
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.narrowing import PrivateCut
 
-__all__ = ["NarrowFits", "NarrowedSpan"]
+__all__ = ["NarrowFits"]
 
-SAMPLES_AN_UNKNOWN, LEAST_SAMPLES, MOST_SAMPLES, LEAST_IMAGES = 8, 4096, 20000, 96
-BATCH = 16
-HOLD_OUT_EVERY = 4  # images, to choose damping by
 GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
-FLOAT32_ROUNDING = 1e-6  # see `Gram`
+LOSSLESS = 1e-16  # of a variance, below which channels are linear combinations of others
 
 
 @dataclass(frozen=True)
@@ -55,56 +50,6 @@ class _Refitted:
 
     columns: Tensor
     bias: Tensor
-
-
-@dataclass(frozen=True)
-class NarrowedSpan:
-    """A narrowed candidate, its channels chosen, with the modules of the nodes that change."""
-
-    network: Network
-    candidate: Candidate
-    modules: Mapping[str, nn.Module]
-
-    @torch.no_grad()
-    def __call__(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The value at the end of the span, before the kept activation, from what enters it (by node name)."""
-        span, nodes = self.candidate.span, self.network.nodes
-        runner = fx.Interpreter(self.network.gm, garbage_collect_values=False)
-        env: dict[fx.Node, Any] = {}
-        for node in span_nodes(self.network, self.candidate):
-            for source in node.all_input_nodes:
-                if source not in env:
-                    env[source] = runner.run_node(source) if source.op == "get_attr" else values[source.name]
-            if node.name in self.modules:
-                (source,) = node.all_input_nodes
-                env[node] = self.modules[node.name](env[source])
-            else:
-                runner.env = env
-                env[node] = runner.run_node(node)
-        result: Tensor = env[nodes[span.output]]
-        return result
-
-
-def span_nodes(network: Network, candidate: Candidate) -> list[fx.Node]:
-    """What is computed between the ends of a span, in the order of the graph."""
-    span = candidate.span
-    layers = network.series[span.series].layers[span.start : span.stop]
-    inside = {n for layer in layers for n in layer.all_nodes()}
-    inside |= {n for layer in layers if layer.parallel is not None for n in layer.parallel.inner}
-    wanted, queue = set[fx.Node](), [network.nodes[span.output]]
-    while queue:
-        node = queue.pop()
-        if node not in wanted and node.name in inside:
-            wanted.add(node)
-            queue += node.all_input_nodes
-    return [n for n in network.nodes.values() if n in wanted]
-
-
-def span_reads(network: Network, candidate: Candidate) -> set[str]:
-    """The nodes outside of a narrowed span whose values it reads."""
-    inside = span_nodes(network, candidate)
-    reads = {v for n in inside for v in n.all_input_nodes if v.op != "get_attr"}
-    return {v.name for v in reads.difference(inside)}
 
 
 class NarrowFits:
@@ -188,7 +133,7 @@ class NarrowFits:
 
     @torch.no_grad()
     def _choose(self, cuts: Sequence[PrivateCut]) -> None:
-        sums = _sums_of(self.network, self.images, cuts)
+        sums = sums_of(self.network, self.images, cuts)
         for cut in cuts:
             space = cut.space
             reader = _CutReader.of(self.network, cut, space.reader, sums)
@@ -207,7 +152,7 @@ class NarrowFits:
     @torch.no_grad()
     def _fit(self, cut: PrivateCut, units: frozenset[int]) -> dict[str, _Refitted]:
         """The reader and the gates of a cut for other units than would be chosen."""
-        sums = _sums_of(self.network, self.images, [cut])
+        sums = sums_of(self.network, self.images, [cut])
         readers = [_CutReader.of(self.network, cut, name, sums) for name in (cut.space.reader, *cut.space.gates)]
         return {one.name: one.fitted(units, one.damping(one.stays(units))) for one in readers}
 
@@ -220,22 +165,22 @@ class _CutReader:
     module: Any
     columns: Tensor
     labels: Tensor
-    sums: _Parts
+    sums: PartSums
     system: System
     taps: int  # that are outputs of their own
 
     @classmethod
-    def of(cls, network: Network, cut: PrivateCut, name: str, sums: Mapping[str, _Parts]) -> _CutReader:
+    def of(cls, network: Network, cut: PrivateCut, name: str, sums: Mapping[str, PartSums]) -> _CutReader:
         module: Any = network.module(name)
         source = network.nodes[name].all_input_nodes[0].name
         columns = feature_rows.columns_of(module)[0]
         labels = torch.tensor(cut.space.labels[source])
         taps = 1
-        if _by_pixel(module):
+        if by_pixel(module):
             taps, out = len(columns) // len(labels), columns.shape[1]
             columns = columns.reshape(taps, -1, out).transpose(0, 1).reshape(-1, taps * out)
         labels = labels.repeat(len(columns) // len(labels))
-        return cls(name, module, columns, labels, sums[name], _system(sums[name].total, module), taps)
+        return cls(name, module, columns, labels, sums[name], system_of(sums[name].total, module), taps)
 
     def stays(self, units: frozenset[int]) -> Tensor:
         """The rows of some units (bool)."""
@@ -263,11 +208,23 @@ class _CutReader:
 
     def damping(self, stays: Tensor) -> float:
         """With which these rows, fitted to the whole layer on the other images, do best on held-out ones."""
-        if self.sums.held is None or self.sums.rest is None or len(self.columns) > AUTO_UNKNOWNS:
+        if self.sums.held is None or self.sums.rest is None or not can_search(len(self.columns)):
             return self.usual
+        if self.lost(stays, self.least) < LOSSLESS:
+            return self.least
         rows = tuple(stays.nonzero()[:, 0].tolist())
-        rest, held = (_system(_aimed(s, self.columns), self.module, rows) for s in (self.sums.rest, self.sums.held))
+        rest, held = (system_of(_aimed(s, self.columns), self.module, rows) for s in (self.sums.rest, self.sums.held))
         return max(search_damping(rest, held, "", self.columns[stays][None], GRID), self.least)
+
+    def lost(self, stays: Tensor, damping: float) -> float:
+        """Of the variance of what the layer gives on held-out images, the share that these rows, fitted to the others,
+        do not make up for."""
+        assert self.sums.held is not None and self.sums.rest is not None
+        rest, held = (system_of(s, self.module).matrix[0] for s in (self.sums.rest, self.sums.held))
+        change = self.columns.clone()
+        change[stays] -= compensated(rest, self.columns, stays, damping)
+        whole = float((self.columns * (held @ self.columns)).sum())
+        return float((change * (held @ change)).sum()) / whole if whole > 0 else 1.0
 
     def layer(self, after: Tensor, stays: Tensor) -> _Refitted:
         """The layer with other columns on the rows that stay."""
@@ -279,20 +236,6 @@ class _CutReader:
         if self.module.bias is not None:
             bias = bias + self.module.bias.detach().double()
         return _Refitted(after.to(self.module.weight.dtype), bias.to(self.module.weight.dtype))
-
-
-@dataclass
-class _Parts:
-    """Sums over what a layer reads: of every fourth image apart, if there are four."""
-
-    rest: Sums | None = None
-    held: Sums | None = None
-
-    @property
-    def total(self) -> Sums:
-        """Of all images."""
-        parts = [s for s in (self.rest, self.held) if s is not None]
-        return parts[0] if len(parts) == 1 else parts[0].plus(parts[1])
 
 
 def _aimed(sums: Sums, columns: Tensor) -> Sums:
@@ -316,87 +259,4 @@ def _set(module: Any, layer: _Refitted, rows: list[int] | None) -> None:
 
 
 def _bytes(network: Network, cut: PrivateCut) -> int:
-    return 16 * _rows_of(network.module(cut.space.reader)) ** 2
-
-
-def _by_pixel(layer: Any) -> bool:
-    """Whether a layer has so many unknowns that its taps are outputs of their own, of the channels of one pixel."""
-    taps = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
-    return taps > 1 and feature_rows.unknowns_of(layer) > AUTO_UNKNOWNS
-
-
-def _rows_of(layer: Any) -> int:
-    """The rows of a layer's Gram."""
-    unknowns = feature_rows.unknowns_of(layer)
-    return unknowns // math.prod(layer.kernel_size) if _by_pixel(layer) else unknowns
-
-
-def _system(sums: Sums, layer: Any, rows: tuple[int, ...] | None = None) -> System:
-    rounding = 0.0 if layer.weight.dtype == torch.float64 else FLOAT32_ROUNDING
-    return System.of(sums, 1, tuple(range(sums.xx.shape[1] - 1)) if rows is None else rows, True, True, rounding)
-
-
-class _Reading(fx.Interpreter):
-    """Runs the graph and sums up what some layers read."""
-
-    def __init__(self, network: Network, counts: Mapping[str, int], each: Mapping[str, int]) -> None:
-        super().__init__(network.gm)
-        self.network, self.counts, self.each = network, counts, each
-        self.sums: dict[str, _Parts] = {}
-        self.done, self.images = 0, 0  # images that have run, and that run now
-        self.generator = torch.Generator().manual_seed(0)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.name in self.counts and self.done < self.counts[n.name]:
-            self.add(n.name, self.env[n.all_input_nodes[0]])
-        return super().run_node(n)
-
-    def add(self, name: str, x: Tensor) -> None:
-        layer: Any = self.network.module(name)
-        if len(x) == self.images:
-            x = x[: self.counts[name] - self.done]
-        whole = not _by_pixel(layer)
-        sizes = () if isinstance(layer, nn.Linear) else self.network.shape(name)[2:] if whole else x.shape[2:]
-        positions = sample_positions(sizes, len(x), self.each[name], self.generator).to(x.device)
-        rows = (
-            feature_rows.features(layer, x, positions) if whole else feature_rows.values_at(layer, x, positions)[None]
-        )
-        rows = torch.nn.functional.pad(rows if rows.dtype == torch.float64 else rows.float(), (0, 1), value=1.0)
-        if not bool(rows.isfinite().all()):
-            raise InputError("calibration features have NaN or infinite values; check the model and its input")
-        images = (torch.arange(len(x)) * self.images // len(x) + self.done).repeat_interleave(positions.shape[1])
-        apart = images % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
-        parts = self.sums.setdefault(name, _Parts())
-        for part, mask in (("rest", ~apart), ("held", apart)):
-            if bool(mask.any()):
-                self._add(parts, part, rows[:, mask.to(rows.device)], len(images[mask].unique()))
-
-    @staticmethod
-    def _add(parts: _Parts, part: str, rows: Tensor, images: int) -> None:
-        sums = getattr(parts, part)
-        if sums is None:
-            sums = Sums.zeros(1, rows.shape[2], {}, rows.device)
-            setattr(parts, part, sums)
-        sums.add(rows, {})
-        sums.n += float(rows.shape[1])
-        sums.images += images
-
-
-def _sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) -> dict[str, _Parts]:
-    """The sums over what the readers and gates of some cuts read."""
-    counts: dict[str, int] = {}
-    each: dict[str, int] = {}
-    for name in (n for cut in cuts for n in (cut.space.reader, *cut.space.gates)):
-        layer: Any = network.module(name)
-        want = min(max(SAMPLES_AN_UNKNOWN * _rows_of(layer), LEAST_SAMPLES), MOST_SAMPLES)
-        pixels = max(feature_rows.pixels_of(layer, network.shape(name)), 1)
-        counts[name] = min(len(images), max(LEAST_IMAGES, -(-want // pixels)))
-        each[name] = -(-want // counts[name])
-    reading = _Reading(network, counts, each)
-    for batch in batches_for(network.gm, images, BATCH):
-        if reading.done >= max(counts.values()):
-            break
-        reading.images = len(batch[0])
-        reading.run(*arguments_of(network.gm, batch, images.names), enable_io_processing=False)
-        reading.done += len(batch[0])
-    return reading.sums
+    return 16 * rows_of(network.module(cut.space.reader)) ** 2

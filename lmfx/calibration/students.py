@@ -22,7 +22,8 @@ from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.narrow_fits import NarrowedSpan, NarrowFits
+from lmfx.calibration.narrow_fits import NarrowFits
+from lmfx.calibration.narrowed_span import NarrowedSpan
 from lmfx.calibration.plan_fits import fit_student, set_fitted
 from lmfx.calibration.recording import batches_for, record_batches
 from lmfx.calibration.surrogates import affine_surrogates

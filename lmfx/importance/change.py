@@ -21,7 +21,8 @@ from lmfx.calibration.derivatives import has_no_derivative
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.narrow_fits import NarrowedSpan, NarrowFits, span_reads
+from lmfx.calibration.narrow_fits import NarrowFits
+from lmfx.calibration.narrowed_span import NarrowedSpan, span_reads
 from lmfx.calibration.recording import (
     Replaced,
     batches_for,
@@ -33,10 +34,11 @@ from lmfx.calibration.recording import (
 )
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance.added_activations import After
-from lmfx.importance.parts import Part, batch_statistics, changed_by
+from lmfx.importance.parts import Part, batch_statistics
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.errors import InputError, ModelError
+from lmfx.passes.graph.raw_nodes import dependents
 from lmfx.passes.ir import Candidate
 from lmfx.passes.rewrite.span_modules import build_span, span_sides
 from lmfx.passes.spans.enumeration import SpanSet
@@ -121,7 +123,7 @@ class Scorer:
         """The nodes whose values are read after a candidate's span, and are not changed by it."""
         outputs = frozenset(self.network.nodes[s.output] for s in c.spans)
         if outputs not in self._crossings:
-            after = changed_by(outputs)
+            after = dependents(outputs)
             reads = {i for n in after for i in n.all_input_nodes}
             self._crossings[outputs] = {i.name for i in reads - after if i.op != "get_attr"}
         return self._crossings[outputs]
@@ -326,7 +328,7 @@ class Scorer:
                 key = " ".join(span.output for span, _ in calls)
                 if key not in part.renewed:
                     # A call that depends on another one has its value anew, too.
-                    later = changed_by(user for out in outputs for user in out.users)
+                    later = dependents(user for out in outputs for user in out.users)
                     same = known | {out: part.values[out.name] for out in outputs - later}
                     part.renewed[key] = flat_output(resume(self.gm, same), images, self.rows)
                 wanted = part.renewed[key]

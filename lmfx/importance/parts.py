@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Part", "batch_statistics", "changed_by"]
+from lmfx.passes.graph.raw_nodes import dependents
+
+__all__ = ["Part", "batch_statistics"]
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,9 @@ class Part:
 
     def beside(self, nodes: Mapping[str, fx.Node], outputs: Iterable[fx.Node]) -> dict[fx.Node, Any]:
         """The values that stay as they are when those of `outputs` change."""
-        changed = changed_by(outputs)
+        changed = dependents(outputs)
         held = ((nodes[name], value) for name, value in self.values.items())
         return {node: value for node, value in held if node not in changed and node.op != "output"}
-
-
-def changed_by(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """Some nodes, and all that depend on them."""
-    queue = list(outputs)
-    found = set(queue)
-    while queue:
-        for user in queue.pop().users:
-            if user not in found:
-                found.add(user)
-                queue.append(user)
-    return found
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from ..graph.graph_edit import place
 from ..graph.node_facts import is_floating, same_kind, shape_of
 from ..graph.pointwise import FUNCTIONS, NONLINEAR, PART, TAKES_KEYWORDS, Pointwise, Step, is_operand
 from ..graph.raw_nodes import op_name
+from ..model.model_copy import shared_copy
 
 __all__ = ["group_formulas"]
 
@@ -160,20 +161,12 @@ def _module(gm: fx.GraphModule, value: fx.Node, members: list[fx.Node]) -> Point
                 _inline(module, source, steps, parts)
             else:
                 steps.append((PART, (len(parts), source), ()))
-                parts.append(_held(module))
+                parts.append(shared_copy(module))  # the formula may get its place inside the module
         else:
             args = tuple(names[a] if isinstance(a, fx.Node) else a for a in node.args)
             steps.append((op_name(node), args, tuple(sorted(node.kwargs.items()))))
         names[node] = f"%{len(steps)}"
     return Pointwise(steps, parts).train(False)
-
-
-def _held(module: nn.Module) -> nn.Module:
-    """The module as a part of a formula, with the same tensors: the formula may get its place inside the module."""
-    part = copy.copy(module)
-    for name in ("_modules", "_parameters", "_buffers"):
-        part.__dict__[name] = getattr(module, name).copy()
-    return part
 
 
 def _inline(formula: Pointwise, source: str, steps: list[Step], parts: list[nn.Module]) -> None:

@@ -58,7 +58,7 @@ def channels_first(gm: fx.GraphModule) -> int:
 
 
 def _islands(gm: fx.GraphModule, maps: frozenset[str]) -> int:
-    found = UnionFind()  # the values of islands
+    found = UnionFind[fx.Node]()  # the values of islands
     spoiled: list[fx.Node] = []  # values with a reader that is not understood
     for node in gm.graph.nodes:
         members = [n for n in node.all_input_nodes if n in found]

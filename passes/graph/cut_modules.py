@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..model.model_copy import shared_copy
 from . import ops
 from .pointwise import Pointwise
 
@@ -41,7 +42,7 @@ def cut_module(module: nn.Module, inputs: Tensor | None, outputs: Tensor | None)
         return module
     if isinstance(module, ops.ChannelSelect):
         return _cut_select(module, inputs, outputs)
-    new: Any = _copy(module)
+    new: Any = shared_copy(module)
     if isinstance(module, Pointwise):
         for name, part in module.named_children():
             new._modules[name] = cut_module(part, outputs, outputs)
@@ -96,18 +97,6 @@ def _set_counts(new: Any, outputs: Tensor | None) -> None:
         new.num_parameters = len(outputs)
     elif hasattr(new, "num_features"):
         new.num_features = len(outputs)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A module of its own with the same tensors."""
-    new: Any = object.__new__(type(module))
-    new.__dict__.update(module.__dict__)
-    for name, value in vars(module).items():
-        if isinstance(value, dict):
-            new.__dict__[name] = type(value)(value) if type(value) is not dict else dict(value)
-        elif isinstance(value, set):
-            new.__dict__[name] = set(value)
-    return new
 
 
 def _taken(value: Tensor | None, index: Tensor | None, dim: int) -> Tensor | None:

@@ -44,7 +44,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def spatial_maps(gm: fx.GraphModule) -> frozenset[str]:
     """The names of the values that are channels-first maps with at least one spatial dimension."""
-    alike = UnionFind()  # values of one layout
+    alike = UnionFind[fx.Node]()  # values of one layout
     seeds: list[fx.Node] = []
     for node in gm.graph.nodes:
         if not is_map(node) or len(tensor_shape(node)) < 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from . import ops
 from .node_facts import shape_of
 
-__all__ = ["NotConstant", "argument", "bind", "constant", "op_name", "tensor_of"]
+__all__ = ["NotConstant", "argument", "bind", "constant", "dependents", "op_name", "tensor_of"]
 
 _ALIASES = {"truediv": "div", "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub"}
 
@@ -46,6 +47,18 @@ def bind(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any] | None:
             return None
         bound[key] = value
     return bound
+
+
+def dependents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Some nodes, and all that depend on them."""
+    queue = list(nodes)
+    found = set(queue)
+    while queue:
+        for user in queue.pop().users:
+            if user not in found:
+                found.add(user)
+                queue.append(user)
+    return found
 
 
 def tensor_of(gm: fx.GraphModule, value: Any) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .computed_weights import evaluate_weights
 
-__all__ = ["deep_copy", "eval_copy", "leaf_copy", "unwrapped"]
+__all__ = ["deep_copy", "eval_copy", "leaf_copy", "shared_copy", "unwrapped"]
 
 
 def eval_copy(model: nn.Module) -> nn.Module:
@@ -61,6 +61,14 @@ def leaf_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         else:
             clone.__dict__[name] = value.copy() if isinstance(value, (list, set)) else value
     return clone
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A module of its own with the same tensors and children: what is put into one is not in the other."""
+    new: nn.Module = object.__new__(type(module))
+    for name, value in vars(module).items():
+        new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
+    return new
 
 
 def _is_simple(module: nn.Module) -> bool:

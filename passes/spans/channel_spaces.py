@@ -26,8 +26,9 @@ from torch import fx, nn
 
 from ..graph import ops
 from ..graph.node_facts import shape_of, tensor_shape
-from ..graph.raw_nodes import argument, op_name
+from ..graph.raw_nodes import argument, dependents, op_name
 from ..graph.reduction import join_of, operands_of
+from ..graph.union_find import UnionFind
 from ..ir import Refusal
 
 __all__ = ["Space", "find_spaces"]
@@ -97,32 +98,12 @@ def find_spaces(gm: fx.GraphModule) -> tuple[list[Space], list[Refusal]]:
     return finder.result()
 
 
-class _Classes:
-    """Disjoint classes of whole numbers."""
-
-    def __init__(self) -> None:
-        self.above: list[int] = []
-
-    def new(self, count: int) -> list[int]:
-        first = len(self.above)
-        self.above += range(first, first + count)
-        return list(range(first, first + count))
-
-    def root(self, i: int) -> int:
-        while self.above[i] != i:
-            self.above[i] = i = self.above[self.above[i]]
-        return i
-
-    def unite(self, numbers: Sequence[int]) -> None:
-        for i in numbers[1:]:
-            self.above[self.root(i)] = self.root(numbers[0])
-
-
 class _SpaceFinder:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.labels: dict[fx.Node, list[int]] = {}
-        self.units, self.spaces = _Classes(), _Classes()
+        self.units, self.spaces = UnionFind[int](), UnionFind[int]()
+        self.count = 0  # of channels that were made
         self.made: dict[fx.Node, list[int]] = {}  # convs that make channels
         self.reads: list[tuple[fx.Node, fx.Node]] = []  # (conv, what it reads)
         self.blocked: list[tuple[int, Refusal]] = []
@@ -172,8 +153,8 @@ class _SpaceFinder:
             return
         if labels is not None:
             self.reads.append((node, source))
-        self.made[node] = self.units.new(tensor_shape(node)[1])
-        self.spaces.new(len(self.made[node]))
+        first, self.count = self.count, self.count + tensor_shape(node)[1]
+        self.made[node] = list(range(first, self.count))
         self.give(node, self.made[node])
 
     def function(self, node: fx.Node, sources: list[fx.Node]) -> None:
@@ -249,8 +230,8 @@ class _SpaceFinder:
                 return self.mixed(node, sources, reason)
             found.append(labels)
         for row in zip(*found, strict=True):
-            self.units.unite(row)
-            self.spaces.unite(row)
+            _unite(self.units, row)
+            _unite(self.spaces, row)
         if found:
             self.give(node, found[0])
         return None
@@ -266,12 +247,12 @@ class _SpaceFinder:
 
     def give(self, node: fx.Node, labels: list[int]) -> None:
         self.labels[node] = labels
-        self.spaces.unite(labels)
+        _unite(self.spaces, labels)
 
     def together(self, labels: list[int], groups: int) -> None:
         size = len(labels) // groups
         for g in range(groups):
-            self.units.unite(labels[g * size : (g + 1) * size])
+            _unite(self.units, labels[g * size : (g + 1) * size])
 
     def mixed(self, node: fx.Node, sources: list[fx.Node], reason: str = "") -> None:
         what = type(self.gm.get_submodule(str(node.target))).__name__ if node.op == "call_module" else op_name(node)
@@ -305,9 +286,14 @@ class _SpaceFinder:
                 found.append(space)
         return found, refusals
 
+    @staticmethod
+    def feeds(node: fx.Node, targets: list[fx.Node]) -> bool:
+        """Whether one of some nodes depends on another node."""
+        return not dependents(node.users).isdisjoint(targets)
+
     def space(self, seen: list[fx.Node], reads: list[tuple[fx.Node, fx.Node]]) -> Space | Refusal:
         producers = [n for n in seen if n in self.made]
-        gates = [(r, s) for r, s in reads if prod(tensor_shape(s)[2:]) == 1 and self.leads(r, producers)]
+        gates = [(r, s) for r, s in reads if prod(tensor_shape(s)[2:]) == 1 and self.feeds(r, producers)]
         main = [(r, s) for r, s in reads if (r, s) not in gates]
         if len(main) != 1:
             names = tuple(dict.fromkeys(r.name for r, _ in main or reads))
@@ -336,15 +322,8 @@ class _SpaceFinder:
             counts[0],
         )
 
-    @staticmethod
-    def leads(node: fx.Node, targets: list[fx.Node]) -> bool:
-        """Whether one of some nodes depends on another node."""
-        queue, wanted, known = [node], set(targets), {node}
-        while queue:
-            for user in queue.pop().users:
-                if user in wanted:
-                    return True
-                if user not in known:
-                    known.add(user)
-                    queue.append(user)
-        return False
+
+def _unite(classes: UnionFind[int], numbers: Sequence[int]) -> None:
+    """Make one class of all of them."""
+    for number in numbers[1:]:
+        classes.unite(number, numbers[0])

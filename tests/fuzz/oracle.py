@@ -131,7 +131,9 @@ def narrowed_twice(network: Network, candidate: Candidate, rng: random.Random) -
         private = network.narrowing.of(cut)
         assert private is not None
         space = private.space
-        units = frozenset(rng.sample(range(space.units), cut.width // space.per_unit))
+        stay = space.indispensable([rng.random() for _ in range(space.units)])
+        others = sorted(set(range(space.units)) - stay)
+        units = stay | frozenset(rng.sample(others, cut.width // space.per_unit - len(stay)))
         cuts.append(with_units(private, cut, units))
         for name in (space.reader, *space.gates):
             source = network.nodes[name].all_input_nodes[0].name

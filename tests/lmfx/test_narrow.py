@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.calibration import narrow_fits
+from lmfx.calibration import cut_sums
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.narrow_fits import NarrowFits
 from lmfx.calibration.places import find_sites
@@ -80,7 +80,7 @@ def test_channels_that_depend_on_others_go_without_a_loss() -> None:
 @pytest.mark.parametrize("most", [2500, 30])
 def test_a_kernel_of_many_unknowns_makes_up_tap_by_tap(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Copies of channels go without a loss either way, with padding and a stride."""
-    monkeypatch.setattr(narrow_fits, "AUTO_UNKNOWNS", most)
+    monkeypatch.setattr(cut_sums, "AUTO_UNKNOWNS", most)
     torch.manual_seed(0)
     net = double(nn.Sequential(conv(3, 16, bias=False), nn.ReLU(), nn.Conv2d(16, 4, 3, 2, 1), nn.Tanh(), conv(4, 3)))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_kernel_of_many_unknowns_makes_up_tap_by_tap(monkeypatch: pytest.Monke
     plan = MergePlan((cut_of(spans, "2", 8),), fingerprint(spans.network.gm))
     student = lmfx.rewrite(spans.network.gm, plan, calibration=x)
     with torch.no_grad():
-        torch.testing.assert_close(student(x), net(x), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(student(x), net(x), rtol=1e-10, atol=1e-10)
 
 
 def test_fitted_readers_are_better_than_what_is_left_of_their_weights() -> None:

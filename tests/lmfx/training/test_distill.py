@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from lmfx.training.checkpoints import CHECKPOINT
 from lmfx.training.losses import StudentLoss, shared_layers
 from lmfx.training.processes import elsewhere
 from tests.helpers import one_thread as one_thread
+from tests.lmfx.training.two_processes import weights_of_both
 from tests.toys import compress as roofline_compress
 from tests.toys import images, toy
 
@@ -439,23 +439,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_share_the_batches_and_end_with_the_same_weights(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    (tmp_path / "two.py").write_text(TWO)
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    from safetensors.torch import load_file
-
-    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    one, other = weights_of_both(TWO, tmp_path, 29631)
     parameters = [name for name in one if "running" not in name and "batches" not in name]
     assert parameters
     assert all(torch.equal(one[name], other[name]) for name in parameters)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from lmfx.training.checkpoints import CHECKPOINT
 from lmfx.training.recovery_clock import Clock, cosine, seconds_of
 from tests.helpers import assert_unchanged, snapshot
 from tests.helpers import one_thread as one_thread
+from tests.lmfx.training.two_processes import weights_of_both
 from tests.toys import TwoInputs, compress, images, toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -406,23 +404,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_decide_alike_and_end_with_the_same_weights(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    (tmp_path / "two.py").write_text(TWO)
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29633"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    from safetensors.torch import load_file
-
-    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    one, other = weights_of_both(TWO, tmp_path, 29633)
     assert same(one, other)
 
 
