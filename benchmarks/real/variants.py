@@ -93,6 +93,23 @@ def lmfx_itself(work: Work, budget: float, realize: tuple[Realization, ...] = ("
     return Made(lmfx.merge(student), work.subject.example, facts, student)
 
 
+def lmfx_sizes(work: Work, budget: float) -> Made:
+    """The same with a smaller input as well: the one that alone takes what lies between the budget and the original.
+
+    Raises `Missed` where the network takes no such size.
+    """
+    between = {size: ratio for size, ratio in work.ratios.items() if budget < ratio < 1} if work.subject.smaller else {}
+    if not between:
+        raise Missed(1.0)
+    size = min(between, key=lambda s: abs(between[s] - budget**0.5))
+    student = _compressed(work, budget, calibration=work.calibration, input_sizes=(size,))
+    found = lmfx.result_of(student)
+    example = work.subject.images("cal", 1, found.input_size[0])
+    assert found.quality is not None
+    facts = {"reported": found.ratio, "size": found.input_size[0], "kept": found.quality.kept}
+    return Made(lmfx.merge(student), example, facts, _Scaled(student, example.shape[2:]))
+
+
 def _compressed(work: Work, budget: float, **options: Any) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lmfx.QualityWarning)  # the table says what is left
@@ -161,6 +178,7 @@ def uniform(work: Work, budget: float) -> Made:
 VARIANTS: dict[str, Callable[[Work, float], Made]] = {
     "lmfx": lmfx_itself,
     "lmfx depth": partial(lmfx_itself, realize=("compose", "fit")),
+    "lmfx sizes": lmfx_sizes,
     "lmfx width": partial(lmfx_itself, realize=("narrow",)),
     "smaller input": smaller_input,
     "torch-pruning": torch_pruning,

@@ -75,14 +75,10 @@ class JointLoss:
 
     def loss(self, candidates: Iterable[Candidate]) -> float:
         """The predicted loss of a plan."""
-        return float(self.losses(candidates).mean())
-
-    def losses(self, candidates: Iterable[Candidate]) -> Tensor:
-        """The predicted loss of a plan on each image, (images,)."""
         total = torch.zeros_like(self.space.reference)
         for c in candidates:
             total += self.change(c)
-        return self.space.losses(total)
+        return self.space.loss(total)
 
     def seen_from(self, plan: Iterable[Candidate]) -> dict[str, float]:
         """Importances of all candidates whose change is known, in the context of a plan."""

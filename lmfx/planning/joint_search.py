@@ -6,13 +6,11 @@ several times, each answer is judged by its joint loss, and only candidates of i
     truth       the importances, those that were run replaced by what they lose alone, until a plan has no other
     draws       the same with every one multiplied by a random factor
     descent     the importances as they are seen from the best plan so far, until they propose nothing better
-    exchanges   one or two places of the best plan at a time (`exchange`), among all that was run and the widths of
-                narrowed spans that are a step from it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,16 +18,14 @@ import numpy as np
 from lmfx.importance import ImportanceTable
 from lmfx.importance.joint import JointLoss
 from lmfx.latency import LatencyTable
-from lmfx.passes.ir import Candidate, MergePlan, Surrogate
+from lmfx.passes.ir import MergePlan, Surrogate
 from lmfx.passes.spans.enumeration import SpanSet
-from lmfx.planning.exchange import exchanged, neighbours
 from lmfx.planning.frontier import solve_spans
 
 __all__ = ["Proposal", "propose"]
 
 DRAWS, SPREAD = 12, 0.6  # random factors are exp(SPREAD * normal)
-TRUTH, DESCENT, EXCHANGES = 10, 8, 6  # rounds at most
-MOST_STEPS_RUN = 160  # candidates that are run because they are a step from the best plan
+TRUTH, DESCENT = 10, 8  # rounds at most
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,6 @@ class _JointSearch:
             self.found[key] = Proposal(plan, float(frontier.raw.latency[index]), self.joint.loss(plan.candidates))
         return self.found[key]
 
-    def exchange(self, best: Proposal, steps: Sequence[Candidate]) -> None:
-        """Improve the best plan step by step; of `steps` those next to it are run."""
-        left = MOST_STEPS_RUN
-        for _ in range(EXCHANGES):
-            for c in neighbours(best.plan.candidates, steps):
-                if c.key not in self.joint.changes and left > 0:
-                    self.joint.change(c)
-                    left -= 1
-            candidates, loss = exchanged(best.plan.candidates, self.joint, self.table, self.limit)
-            if not loss < best.loss:
-                break
-            order = {name: i for i, name in enumerate(self.spans.network.nodes)}
-            candidates.sort(key=lambda c: order[c.span.exit])
-            plan = replace(best.plan, candidates=tuple(candidates), importance=None)
-            best = Proposal(plan, self.table.total(plan), loss)
-            self.found[tuple(c.key for c in candidates)] = best
-
 
 def propose(
     spans: SpanSet,
@@ -125,7 +104,4 @@ def propose(
         if better.loss >= best.loss:
             break
         best = better
-    steps = [c for c in spans if c.cuts and c.key in table]
-    if steps:
-        search.exchange(best, steps)
     return sorted(search.found.values(), key=lambda p: (p.loss, p.sum))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lmfx.calibration.recording import mean_square_distance
 from lmfx.quality.judge import Judge
-from lmfx.quality.measures import LEAST_PROBABILITY, scaled_kl_rows
+from lmfx.quality.measures import LEAST_PROBABILITY, scaled_kl
 from lmfx.quality.outputs import Output
 
 __all__ = ["LossSpace"]
@@ -74,17 +74,12 @@ class LossSpace:
 
     def loss(self, change: Tensor) -> float:
         """The loss of the network whose outputs differ from the original's by `change`, (images, features)."""
-        return float(self.losses(change).mean())
-
-    def losses(self, change: Tensor) -> Tensor:
-        """The same for each image, (images,)."""
-        total = torch.zeros(len(change), dtype=torch.float64, device=change.device)
+        total = 0.0
         for part, z, d in self._split(change):
             if part.classes:
-                rows = scaled_kl_rows(self._logits(part, z), self._logits(part, z + d))
-                total += rows.reshape(len(change), -1).mean(1)
+                total += scaled_kl(self._logits(part, z), self._logits(part, z + d))
             else:
-                total += d.square().sum(1) / part.variance
+                total += float(d.square().sum(1).mean()) / part.variance
         return total
 
     def vectors(self, change: Tensor) -> Tensor:

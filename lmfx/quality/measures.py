@@ -163,22 +163,13 @@ def _agreement(y: Tensor, z: Tensor) -> float:
 
 def scaled_kl(y: Tensor, z: Tensor) -> float:
     """The least KL of `z` over some temperatures, 1 among them."""
-    return float(scaled_kl_rows(y, z).mean())
-
-
-def scaled_kl_rows(y: Tensor, z: Tensor) -> Tensor:
-    """The KL of each row at the temperature of `scaled_kl`."""
-    return min((_kl_rows(y, z / t) for t in TEMPERATURES), key=lambda rows: float(rows.mean()))
+    return min(_kl(y, z / t) for t in TEMPERATURES)
 
 
 def _kl(y: Tensor, z: Tensor) -> float:
-    return float(_kl_rows(y, z).mean())
-
-
-def _kl_rows(y: Tensor, z: Tensor) -> Tensor:
     p, q = y.log_softmax(-1), z.log_softmax(-1)
     rows = (p.exp() * (p - q)).sum(-1)
-    return torch.nan_to_num(rows, nan=MOST_KL, posinf=MOST_KL).clamp(0, MOST_KL)
+    return float(torch.nan_to_num(rows, nan=MOST_KL, posinf=MOST_KL).clamp(0, MOST_KL).mean())
 
 
 def _psnr(y: Tensor, z: Tensor) -> float:
