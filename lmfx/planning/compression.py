@@ -48,6 +48,19 @@ WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second bu
 
 
 @dataclass(frozen=True)
+class _Case:
+    """What is compressed: a traced model, its spans, where latencies come from, and the images."""
+
+    graph: fx.GraphModule
+    spans: SpanSet
+    source: Backend | LatencyTable
+    images: Calibration
+    example: Any
+    judging: QualityName | None  # what plans are judged by; None where they are not
+    clock: StageClock
+
+
+@dataclass(frozen=True)
 class Compression:
     """What `compress` was asked for, but for the model, its images and the budget; `options` are those of spans."""
 
@@ -103,53 +116,65 @@ class Compression:
             return _finish(graph, unchanged, spans, wanted, source, self.merge, None, images, share, clock)
         if not any(c.realization != "keep" for c in spans):
             raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
+        case = _Case(graph, spans, source, images, example_input, judging, clock)
         if found is None:
             with clock.stage("profile"):
                 table = profiled(spans)
-            session = None
-            with clock.stage("score"):
-                if judging is not None and isinstance(estimator, Reconstruction):
-                    session = estimator.session(spans, stages.worth_scoring(spans, table), images)
-                scores = self.scores(graph, session or estimator, images, spans, table, wanted)
-            with clock.stage("solve"):
-                frontier = stages.solve(graph, table, scores, spans=spans, surrogate=self.surrogate)
-            judged = None
-            with clock.stage("judge plans"):
-                if session is not None and judging is not None:
-                    judged = Judged(spans, table, scores, session, images, judging, self.surrogate, self.progress)
-                if wanted is None:
-                    assert judged is not None and share is not None
-                    found = _that_keeps(judged, frontier, share, source, example_input)
-                    keeps = keeping_judge(judged)
-                elif isinstance(source, LatencyTable):
-                    found = predict_plan(frontier, wanted)
-                    if judged is not None:
-                        found = judged.better_predicted(found, wanted.resolve(frontier.original))
-                else:
-                    found = find_plan(graph, frontier, wanted, source, example_input, self.progress)
-                    if judged is not None:
-                        part = wanted.resolve(found.original) / found.original
-                        found = judged.better(found, source, example_input, part)
+            found, keeps = self.planned(case, table, wanted, share)
         with clock.stage("rewrite"):
             fit = images.roles().fit
             student = stages.rewrite(graph, found.plan, calibration=fit, spans=spans, progress=self.progress)
         lossy = any(not c.exact for c in found.plan.candidates)
         if self.refit and judging is not None and lossy:
             with clock.stage("refit"):
-                roles, made = images.roles(), made_of(student)
-                choosing = Choosing(Judge(graph, roles.choose), judging)
-                assert made is not None  # its plan says which channels stay
-                globs = Globs(graph, self.options.get("include", ()), self.options.get("exclude", ()))
-                mended = refit_layers(student, graph, roles.fit, choosing, made.plan, self.progress, globs)
-                # A lower loss may come with another arg-max here and there, and the share was promised.
-                if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
-                    student = mended
+                student = self.refitted(case, student, share, keeps)
         if self.recover is not None and lossy:
             with clock.stage("recover"):
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         with clock.stage("merge"):
             net = stages.merge(student) if self.merge else student
         return _finish(graph, net, spans, wanted, source, self.merge, found, images, share, clock)
+
+    def planned(
+        self, case: _Case, table: LatencyTable, wanted: Budget | None, share: float | None
+    ) -> tuple[Found | Predicted, Judge | None]:
+        """The plan, and what says how much of the original is kept where that chose it."""
+        session, judged = None, None
+        with case.clock.stage("score"):
+            if case.judging is not None and isinstance(self.estimator, Reconstruction):
+                session = self.estimator.session(case.spans, stages.worth_scoring(case.spans, table), case.images)
+            scores = self.scores(case.graph, session or self.estimator, case.images, case.spans, table, wanted)
+        with case.clock.stage("solve"):
+            frontier = stages.solve(case.graph, table, scores, spans=case.spans, surrogate=self.surrogate)
+        with case.clock.stage("judge plans"):
+            if session is not None and case.judging is not None:
+                judged = Judged(
+                    case.spans, table, scores, session, case.images, case.judging, self.surrogate, self.progress
+                )
+            if wanted is None:
+                assert judged is not None and share is not None
+                return _that_keeps(judged, frontier, share, case.source, case.example), keeping_judge(judged)
+            if isinstance(case.source, LatencyTable):
+                known = predict_plan(frontier, wanted)
+                limit = wanted.resolve(frontier.original)
+                return known if judged is None else judged.better_predicted(known, limit), None
+            found = find_plan(case.graph, frontier, wanted, case.source, case.example, self.progress)
+            part = wanted.resolve(found.original) / found.original
+            return found if judged is None else judged.better(found, case.source, case.example, part), None
+
+    def refitted(
+        self, case: _Case, student: fx.GraphModule, share: float | None, keeps: Judge | None
+    ) -> fx.GraphModule:
+        """The student with its layers refitted; as it was where a promised share would be lost."""
+        roles, made, options = case.images.roles(), made_of(student), case.spans.options
+        assert made is not None and case.judging is not None  # its plan says which channels stay
+        choosing = Choosing(Judge(case.graph, roles.choose), case.judging)
+        globs = Globs(case.graph, options.include, options.exclude)
+        mended = refit_layers(student, case.graph, roles.fit, choosing, made.plan, self.progress, globs)
+        # A lower loss may come with another arg-max here and there, and the share was promised.
+        if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
+            return mended
+        return student
 
     def scores(
         self,
