@@ -282,7 +282,8 @@ class Gram:
             if min(axis) < 0 or max(axis) >= big or any(pixel % own for pixel in pixels):
                 raise OptionError(
                     f"kernel {tuple(kernel_size)}, padding before {tuple(before)}, dilation {tuple(steps)} reaches "
-                    f"outside of kernel {self.kernel_size}, padding {self.padding}"
+                    f"outside of kernel {self.kernel_size}, padding {self.padding}, dilation {self.dilation}, or "
+                    "between its taps"
                 )
             axes.append(axis)
         index = {tap: i for i, tap in enumerate(self.taps)}

@@ -24,7 +24,7 @@ from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 from tests.helpers import double
-from tests.passes.spans.test_narrowing import Gated, conv
+from tests.passes.spans.test_narrowing import Gated, SideBySide, conv
 from tests.toys import compress, images
 
 
@@ -91,6 +91,19 @@ def test_a_kernel_of_many_unknowns_makes_up_tap_by_tap(monkeypatch: pytest.Monke
     student = lmfx.rewrite(spans.network.gm, plan, calibration=x)
     with torch.no_grad():
         torch.testing.assert_close(student(x), net(x), rtol=1e-10, atol=1e-10)
+
+
+def test_a_conv_of_which_nothing_is_read_keeps_a_channel_beside_the_others() -> None:
+    net = double(SideBySide(2))
+    with torch.no_grad():
+        net.head.weight[:, 16:] = 0
+    x = images(24).double()
+    spans = spans_of(net, x)
+    for width in {cut.width for c in spans for cut in c.cuts}:
+        plan = MergePlan((cut_of(spans, "head", width),), fingerprint(spans.network.gm))
+        student = lmfx.rewrite(spans.network.gm, plan, calibration=x)
+        assert student.get_submodule("few").weight.shape[0] == 1
+        assert student.get_submodule("wide").weight.shape[0] == width - 1
 
 
 def test_fitted_readers_are_better_than_what_is_left_of_their_weights() -> None:

@@ -19,6 +19,7 @@ from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import find_sites
 from lmfx.calibration.refitting import refit
 from lmfx.importance import Reconstruction
+from lmfx.passes.spans.globs import Globs
 from tests.helpers import double
 
 
@@ -154,6 +155,18 @@ def test_what_the_judge_finds_worse_is_taken_back() -> None:
     found = refit(student, graph, calibrated(x), Contrary())
     for name, value in student.state_dict().items():
         assert torch.equal(value, found.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("globs", [{"include": ("conv1",)}, {"exclude": ("stem", "conv2", "head")}])
+def test_what_was_to_stay_as_it_is_is_not_refitted(globs: dict[str, tuple[str, ...]]) -> None:
+    graph, x = traced(Block, 3, 9, 7)
+    student = wrecked(graph, "stem", "conv1", "conv2", "head")
+    found = refit(student, graph, calibrated(x), globs=Globs(graph, **globs))
+    for name in ("stem", "conv1", "conv2", "head"):
+        same = torch.equal(student.get_submodule(name).weight, found.get_submodule(name).weight)
+        assert same == (name != "conv1"), name
+    everything = refit(student, graph, calibrated(x), globs=Globs(graph))
+    assert not torch.equal(student.stem.weight, everything.stem.weight)
 
 
 def test_the_student_that_is_given_is_not_changed() -> None:

@@ -111,6 +111,14 @@ def test_units_that_must_stay_do_however_cheap_they_are(large: int, monkeypatch:
         assert left.cost == pytest.approx(loss_of(damped_by(gram, 0.01), columns, rows), rel=1e-8)
 
 
+def test_units_that_must_stay_do_where_several_go_at_a_time_and_few_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "LARGE", 8)
+    _, gram, columns = system(96, samples=500)
+    columns[:90] = 0  # cheaper than all that may go
+    for left in eliminate(gram, columns, torch.arange(96), [93, 90], 0.01, range(90)):
+        assert set(range(90)) <= set(left.units)
+
+
 def damped_by(gram: Tensor, damping: float) -> Tensor:
     return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 

@@ -152,6 +152,27 @@ def test_any_convolution_is_judged_from_the_sums_alone() -> None:
     assert torch.allclose(seen, (wide(x) - y).square().mean((0, 2, 3)))
 
 
+@pytest.mark.parametrize(("kernel", "pads", "before"), [(5, (4, 4), 2), (4, (3, 4), 3), (5, (1, 7), 1)])
+def test_dilated_sums_hold_smaller_kernels_of_their_dilation(kernel: int, pads: tuple[int, int], before: int) -> None:
+    x, weight, bias = randn(6, 3, 30), randn(4, 3, 3, seed=1), randn(4, seed=2)
+    inner = ((before, sum(pads) - 2 * (kernel - 3) - before),)
+    y = LinearOp(weight, bias, (1,), inner, (2,))(x)
+    sums = Gram(3, (kernel,), (1,), (pads,), {"y": 4}, dilation=(2,))
+    sums.update(x, {"y": y})
+    assert sums.padding_of((3,)) == inner
+    found = solve(sums, "y", (3,), damping=0.0)
+    torch.testing.assert_close(found.weight, weight, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("before", "dilation"), [(3, 2), (4, 1), (2, 3)])
+def test_a_kernel_with_taps_between_those_of_dilated_sums_is_refused(before: int, dilation: int) -> None:
+    x, y = randn(6, 3, 30), randn(6, 4, 30, seed=1)
+    sums = Gram(3, (5,), (1,), ((4, 4),), {"y": 4}, dilation=(2,))
+    sums.update(x, {"y": y})
+    with pytest.raises(OptionError, match="between its taps"):
+        sums.sub((2,), (before,), (dilation,))
+
+
 def test_damping_pulls_the_weight_to_the_prior_and_leaves_the_bias_free() -> None:
     x, y = noisy()
     sums = summed(x, y, (3, 3), ONES)

@@ -56,6 +56,13 @@ def test_a_conv_that_a_pool_follows_may_keep_its_own_reach_and_no_more() -> None
     assert max(d[0] * (k[0] - 1) + 1 for k, d in fit_kernels(with_pool, conv((32,)), None)) <= 32
 
 
+def test_no_kernel_is_larger_than_what_the_span_sees_though_its_conv_is() -> None:
+    for window in ((9, 1), (1, 1), (12, 5)):
+        found = fit_kernels(conv(window), conv((31, 31)), None)
+        for kernel, dilation in found if window != (1, 1) else found[4:]:
+            assert all(d * (k - 1) < w for k, d, w in zip(kernel, dilation, window, strict=True))
+
+
 @pytest.mark.parametrize("dilation", [1, 2, 3])
 @pytest.mark.parametrize("window", [9, 12, 64])
 def test_every_kernel_that_is_tried_fits_into_the_window_and_follows_its_size_rule(window: int, dilation: int) -> None:
@@ -106,6 +113,30 @@ def test_a_dilated_fit_finds_a_dilated_convolution_again(ndim: int) -> None:
     (group,) = fit_groups(spans.network, [other])
     far = group.fit(images, {fit.span.output: target})[other.key].like(images)(images)
     assert float((far - target).square().mean()) > 0.1 * float(target.square().mean())
+
+
+def test_kernels_of_other_dilations_are_fitted_from_sums_of_their_own() -> None:
+    """9 taps by twos are 5, by threes 3: what they add to the size of the map less their taps is the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 5, 9, padding=4), nn.ReLU(), nn.Conv1d(5, 4, 1)).double().eval()
+    images = torch.randn(32, 3, 40, dtype=torch.float64)
+    spans = lmfx.spans(lmfx.trace(model, images[:1]), realize=("fit",))
+    fits = [c for c in spans if c.conv and c.conv.dilation[0] in (2, 3) and c.conv.kernel_size[0] in (5, 3)]
+    values = {c.span.output: model[:2](images).detach() for c in fits}
+    groups = fit_groups(spans.network, fits)
+    assert len(fits) == len(groups) == 2
+    for group in groups:
+        (c,) = group.candidates
+        assert c.conv is not None
+        op = group.fit(images, values)[c.key]
+        config = c.conv
+        patches = torch.nn.functional.pad(images, config.padding[0])
+        reads = [config.dilation[0] * t for t in range(config.kernel_size[0])]
+        x = torch.cat([patches[:, :, t : t + 40] for t in reads], 1).transpose(1, 2).flatten(0, 1)
+        y = values[c.span.output].transpose(1, 2).flatten(0, 1)
+        whole = torch.nn.functional.pad(x, (0, 1), value=1.0)
+        best = float((whole @ torch.linalg.lstsq(whole, y).solution - y).square().mean())
+        assert float((op.like(images)(images) - values[c.span.output]).square().mean()) < 1.1 * best
 
 
 def _with(fit: Candidate, dilation: int, kernel: int) -> Candidate:

@@ -201,6 +201,22 @@ def test_every_conv_whose_channels_lie_beside_others_keeps_one(few: int) -> None
     assert max(cut.space.indispensable([float(u == 5) for u in range(cut.space.units)]) - alone) == 5
 
 
+class ManySides(nn.Module):
+    """Eight convs of two channels each, side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides, self.head = nn.ModuleList(conv(3, 2) for _ in range(8)), conv(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([side(x) for side in self.sides], 1).relu())
+
+
+def test_no_width_is_below_the_number_of_convs_whose_channels_lie_beside_others() -> None:
+    (cut,) = found(ManySides()).network.narrowing.cuts.values()
+    assert widths_of(16) == (4, 8, 12) and cut.widths == (8, 12)
+
+
 class Squeezed(nn.Module):
     """A head after a squeeze, of all dimensions of one or of those that are written."""
 
