@@ -314,6 +314,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     options: dict[str, Any] = {"loss": F.cross_entropy, "distillation": None, "checkpoint": tmp_path, "epochs": 1}
     distill(student_of(toy()), None, pairs(), **options)
     before = (tmp_path / CHECKPOINT).read_bytes()
+    other = student_of(toy())  # before nothing can be written: its rows go into the store
 
     def broken(*_: Any) -> None:
         raise OSError("no space left")
@@ -321,7 +322,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     monkeypatch.setattr("lmfx.training.checkpoints.os.replace", broken)
     (tmp_path / "other").mkdir()
     with pytest.raises(OSError, match="no space"):
-        distill(student_of(toy()), None, pairs(), **{**options, "checkpoint": tmp_path / "other"})
+        distill(other, None, pairs(), **{**options, "checkpoint": tmp_path / "other"})
     assert not (tmp_path / "other" / CHECKPOINT).exists()
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
