@@ -40,7 +40,7 @@ from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.frontier import solve_spans
 from lmfx.store.shared_rows import alone
 
-__all__ = ["calibrate_table", "measure_wholes", "random_plans", "timing_form"]
+__all__ = ["calibrate_table", "measure_wholes", "random_plans", "share_taken", "timing_form"]
 
 PLANS = 12
 HELD_OUT = 3  # every third
@@ -84,7 +84,7 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
     targets = rng.permutation((np.arange(count) + rng.random(count)) / count)
     result = []
     for target in targets:
-        cost = np.array([_taken(c) for c in changing]) * np.exp(rng.normal(size=len(changing)))
+        cost = np.array([share_taken(c) for c in changing]) * np.exp(rng.normal(size=len(changing)))
         scores = ImportanceTable({c.key: -float(v) for c, v in zip(changing, cost, strict=True)}, {})
         frontier = solve_spans(spans, table, scores)
         sums = frontier.raw.latency
@@ -94,7 +94,7 @@ def random_plans(spans: SpanSet, table: LatencyTable, count: int, seed: int = 0)
     return result
 
 
-def _taken(c: Candidate) -> float:
+def share_taken(c: Candidate) -> float:
     """Roughly how much of a network a candidate takes away."""
     share = 1 - prod(cut.width / cut.of for cut in c.cuts) if c.cuts else 1.0
     return (len(c.all_convs) + 0.5) * share
