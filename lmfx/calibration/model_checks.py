@@ -84,6 +84,10 @@ def check_model(model: Any, example_input: Any) -> None:
         raise ModelError(f"the model is a {type(model).__name__}, not a torch.nn.Module{hint}")
     if any(base.__name__ == "ScriptModule" for base in type(model).__mro__):
         raise ModelError("the model is TorchScript, which torch.fx cannot trace: pass the eager model")
+    if isinstance(model, fx.GraphModule) and "eval" in vars(model):
+        raise ModelError(
+            "the model is what ExportedProgram.module() gives, which has no eval mode: pass the ExportedProgram itself"
+        )
     if model.training:
         raise ModelError("the model is in training mode: call model.eval() first, so that its norms are constants")
     for name, module in model.named_modules():

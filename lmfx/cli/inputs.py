@@ -1,6 +1,6 @@
 """Makes what the command line feeds a model: an example of its inputs, and calibration images.
 
---shape 1,3,224,224             one tensor of standard normal noise
+--shape 1,3,224,224             one tensor of standard normal noise (of a FILE.pt2 by default what it was exported with)
 --example FILE.npy              that array
 --example FILE.npz              several inputs: arr_0, arr_1, ... are positional, other names are keywords
 --example package.module:name   a tensor, tuple or dict, or a function that returns one
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lmfx.calibration.images import MAX_IMAGES, Calibration, as_calibration
-from lmfx.cli.models import call, imported, load_model
+from lmfx.cli.models import PROGRAM, call, imported, load_model, load_program
 from lmfx.passes.errors import InputError
+from lmfx.passes.trace.programs import example_of_program
 
 __all__ = ["calibration_option", "example", "images", "model_and_example", "model_options", "size_list"]
 
@@ -48,7 +49,9 @@ def size_list(text: str) -> tuple[tuple[int, int], ...]:
 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, its weights and its input."""
-    parser.add_argument("model", metavar="MODEL", help="torchvision:NAME, timm:NAME or package.module:factory")
+    parser.add_argument(
+        "model", metavar="MODEL", help="torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
+    )
     parser.add_argument("--weights", metavar="FILE", help="safetensors file with the weights (default: as it is made)")
     shown = ",".join(map(str, SHAPE))
     given = parser.add_mutually_exclusive_group()
@@ -76,7 +79,11 @@ def calibration_option(parser: argparse.ArgumentParser) -> None:
 
 
 def example(args: argparse.Namespace) -> Any:
-    """The example: noise of --shape, or what --example says. Raises `InputError`."""
+    """The example: noise of --shape, what --example says, or a program's own. Raises `InputError`."""
+    if args.example is None and args.shape is None and args.model.endswith(PROGRAM):
+        positional, keyword = example_of_program(load_program(args.model))
+        if not (positional and keyword):
+            return keyword or positional
     if args.example is None:
         return torch.randn(args.shape or SHAPE, generator=torch.Generator().manual_seed(SEED))
     return _read(args.example, "--example", "the example")

@@ -3,6 +3,7 @@
 torchvision:NAME          torchvision's builder, random weights
 timm:NAME                 timm's, random weights
 package.module:factory    anything importable, also from the current folder, that gives an nn.Module
+FILE.pt2                  what torch.export.save wrote; its example is the default one
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from lmfx.environment.caller_state import one_line
 from lmfx.passes.errors import MissingExtra, ModelError
+from lmfx.passes.model.quiet import quiet
+from lmfx.passes.trace.programs import module_of_program
 
-__all__ = ["call", "imported", "load_model"]
+__all__ = ["PROGRAM", "call", "imported", "load_model", "load_program"]
 
-FORMS = "write torchvision:NAME, timm:NAME, or package.module:factory"
+FORMS = "write torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
+PROGRAM = ".pt2"
 
 
 def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -36,6 +42,11 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     Raises `ModelError` for a name that leads to no model (with the closest ones) and for weights that do not fit,
     `MissingExtra` if torchvision or timm is not installed.
     """
+    if spec.endswith(PROGRAM):
+        model: nn.Module = module_of_program(load_program(spec))
+        if weights is not None:
+            _load_weights(model, Path(weights), spec)
+        return model
     library, colon, name = spec.partition(":")
     if not (library and colon and name):
         raise ModelError(f"the model {spec!r} is not understood: {FORMS}")
@@ -48,6 +59,18 @@ def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.M
     if weights is not None:
         _load_weights(model, Path(weights), spec)
     return model.eval()
+
+
+def load_program(path: str) -> torch.export.ExportedProgram:
+    """The exported program in a file. Raises `ModelError`."""
+    try:
+        with quiet():
+            return torch.export.load(path)
+    except Exception as error:  # what torch says of a file that is none, or of another version, is of many kinds
+        raise ModelError(
+            f"cannot read the exported program {path} ({type(error).__name__}: {one_line(error)}): give a file that "
+            "torch.export.save wrote with this version of torch"
+        ) from error
 
 
 def _torchvision(name: str) -> nn.Module:

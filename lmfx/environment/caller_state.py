@@ -12,6 +12,8 @@ all runs in one thread, and who asks for more is refused (`check_threads`).
 The default dtype stays the caller's, because the caller's forward may ask for it. What belongs to the process is kept
 when the first thread comes in and put back when the last one leaves; a thread that is alone puts back its own.
 
+A `torch.export.ExportedProgram` among the arguments is a model: the function gets the module that it is.
+
 An error of another library is raised again as an `LmfxError` that names the op at fault, with the cause chained. What
 the caller's own code raises (a loader, `train`, `evaluate`, a loss) is passed on as it is: whatever lmfx called that is
 no part of the network.
@@ -40,6 +42,7 @@ from torch.utils import _pytree as pytree
 
 from lmfx.passes.errors import DeviceError, LmfxError, ModelError
 from lmfx.passes.model.autocast import no_autocast
+from lmfx.passes.trace.programs import is_program, module_of_program
 
 __all__ = ["check_threads", "entry", "is_entry", "neutral", "one_line", "ordinary"]
 
@@ -53,10 +56,17 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def within(*args: P.args, **kwargs: P.kwargs) -> R:
         with neutral((*args, *kwargs.values())), _own_errors(function.__name__):
+            if any(map(is_program, (*args, *kwargs.values()))):
+                return function(*map(_taken, args), **{k: _taken(v) for k, v in kwargs.items()})
             return function(*args, **kwargs)
 
     within.__lmfx_entry__ = True  # type: ignore[attr-defined]
     return within
+
+
+def _taken(value: Any) -> Any:
+    """The module of an exported program; anything else as it is."""
+    return module_of_program(value) if is_program(value) else value
 
 
 def is_entry(function: Any) -> bool:

@@ -151,7 +151,7 @@ def _function(gm: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if isinstance(module, (*ops.PADS, *ops.MIRRORS)) and not any(module.padding):  # type: ignore[arg-type]
         return bypass(node)
-    place(gm, node, module, name)
+    place(gm, node, as_conv(module) or module, name)
     return True
 
 

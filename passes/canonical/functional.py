@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ..graph import ops
 from ..graph.node_facts import is_floating, shape_of, tensor_shape
 from ..graph.raw_nodes import bind, tensor_of
+from .transposed import transposed_conv
 
 __all__ = ["global_pool", "module_of"]
 
@@ -81,6 +82,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., nn.Module | None], tuple[str, ...]]] = 
     "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
     "sigmoid": (nn.Sigmoid, ()),
     "logsigmoid": (nn.LogSigmoid, ()),
+    "log_sigmoid": (nn.LogSigmoid, ()),
     "tanh": (nn.Tanh, ()),
     "hardswish": (nn.Hardswish, ()),
     "hardsigmoid": (nn.Hardsigmoid, ()),
@@ -119,8 +121,12 @@ def module_of(gm: fx.GraphModule, node: fx.Node, name: str) -> nn.Module | None:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
     if name in ("conv1d", "conv2d", "conv3d"):
         return _conv(gm, node, int(name[4]))
+    if name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+        return transposed_conv(gm, node, int(name[-2]))
     if name == "batch_norm":
         return _batch_norm(gm, node)
+    if name == "instance_norm":
+        return _instance_norm(gm, node)
     if name == "linear":
         return _linear(gm, node)
     if name in ("group_norm", "layer_norm"):
@@ -183,6 +189,29 @@ def _batch_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     norm.running_mean, norm.running_var = tensors["running_mean"], tensors["running_var"]
     if tensors["weight"] is not None and tensors["bias"] is not None:
         norm.weight, norm.bias = _parameter(tensors["weight"]), _parameter(tensors["bias"])
+    return norm
+
+
+def _instance_norm(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """A norm of each map by its own statistics; one by running ones is a batch norm, and is left as it is."""
+    aten = isinstance(node.target, torch._ops.OpOverload) or node.target is torch.instance_norm
+    names = (
+        ("weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled")
+        if aten
+        else ("running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+    )
+    bound, shape = bind(node, names), tensor_shape(node)
+    if bound is None or bound.get("use_input_stats") is False or not 3 <= len(shape) <= 5:
+        return None
+    tensors = {k: tensor_of(gm, bound.get(k)) for k in ("weight", "bias")}
+    if any(bound.get(k) is not None and t is None for k, t in tensors.items()):
+        return None
+    weight, bias = tensors["weight"], tensors["bias"]
+    if (weight is None) != (bias is None):
+        return None
+    norm = ops.INSTANCE_NORMS[len(shape) - 3](shape[1], eps=bound.get("eps", 1e-5), affine=weight is not None)
+    if weight is not None and bias is not None:
+        norm.weight, norm.bias = _parameter(weight), _parameter(bias)
     return norm
 
 

@@ -10,12 +10,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..graph import ops
+from ..graph.raw_nodes import bind, tensor_of
 
-__all__ = ["as_conv"]
+__all__ = ["as_conv", "transposed_conv"]
+
+_ARGS = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+
+
+def transposed_conv(gm: fx.GraphModule, node: fx.Node, ndim: int) -> nn.Module | None:
+    """The module that `F.conv_transpose2d(x, self.weight, ...)` is, None where its tensors are values."""
+    bound = bind(node, _ARGS)
+    weight = tensor_of(gm, bound.get("weight")) if bound else None
+    bias = tensor_of(gm, bound.get("bias")) if bound else None
+    if bound is None or weight is None or (bound.get("bias") is not None and bias is None):
+        return None
+
+    def tup(key: str, default: int) -> Any:
+        value = bound.get(key, default)
+        sizes = (value,) if isinstance(value, int) else tuple(value)
+        return sizes if len(sizes) == ndim else sizes * ndim
+
+    groups = bound.get("groups", 1)
+    geometry = {"stride": tup("stride", 1), "padding": tup("padding", 0), "output_padding": tup("output_padding", 0)}
+    if any(isinstance(n, fx.Node) for sizes in (*geometry.values(), tup("dilation", 1), (groups,)) for n in sizes):
+        return None
+    conv = nn.utils.skip_init(
+        ops.TRANSPOSED[ndim - 1],
+        weight.shape[0],
+        weight.shape[1] * groups,
+        tuple(weight.shape[2:]),
+        dilation=tup("dilation", 1),
+        groups=groups,
+        bias=bias is not None,
+        **geometry,
+    )
+    conv.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        conv.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+    made: nn.Module = conv
+    return made
 
 
 def as_conv(module: nn.Module) -> nn.Module | None:

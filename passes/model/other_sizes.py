@@ -35,7 +35,7 @@ from .interface import Example, bind, plain_output
 from .model_copy import eval_copy
 from .quiet import quiet
 from .size_changes import KINDS, Leaf, Trial, changes_alone, drawn, layouts, resized
-from .size_limits import Limit
+from .size_limits import ConditionError, Limit
 from .trace_facts import SizeKind, SizeState, noted
 
 __all__ = ["Probes", "Verdict"]
@@ -209,6 +209,8 @@ class Probes:
         with torch.no_grad(), quiet(), FullPrecision():
             try:
                 output = binding.call(model, own)
+            except ConditionError:  # this size only
+                return None
             except SizeError:  # a graph of lmfx in it
                 if trial in (Trial.BATCH, Trial.SIZE):
                     self.inherited[trial] = leaves

@@ -4,6 +4,8 @@
         _lmfx_sizes(('x', x, (1, 3, 14, 14), (0,), 'batch'))   # raises SizeError for x of shape (4, 3, 14, 14)
         ...
 
+What an exported program assumes of sizes are conditions (`x.size()[2] % 8 == 0`), which stand there as they are, too.
+
 The check stands in the generated code, so that it goes wherever the graph goes: copies, rewritten and merged networks,
 pickles (whose code torch.fx traces again: the new graph gets the check as well). Interpreters and exporters, which run
 the example's shapes, do not meet it.
@@ -11,6 +13,7 @@ the example's shapes, do not meet it.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,22 @@ from torch import Tensor, fx
 from ..errors import SizeError
 from .trace_facts import SizeKind
 
-__all__ = ["Limit", "LimitedCodeGen", "expect_sizes", "limits_of", "set_limits"]
+__all__ = [
+    "ConditionError",
+    "Limit",
+    "LimitedCodeGen",
+    "conditions_of",
+    "expect_conditions",
+    "expect_sizes",
+    "hand_on",
+    "limits_of",
+    "set_conditions",
+    "set_limits",
+]
+
+
+class ConditionError(SizeError):
+    """Inputs of a size that the exported program excludes; others of the kind are taken."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,7 @@ class LimitedCodeGen(fx.graph.CodeGen):
     """Generates a forward that raises `SizeError` for inputs at which the graph is not known to be right."""
 
     limits: tuple[Limit, ...] = ()
+    conditions: tuple[str, ...] = ()  # over the inputs, in Python
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
         """The signature, and the check."""
@@ -46,15 +65,20 @@ class LimitedCodeGen(fx.graph.CodeGen):
         return text + self.limits_text()
 
     def limits_text(self) -> str:
-        """The line that checks sizes, or nothing."""
-        if not self.limits:
-            return ""
-        rows = ", ".join(f"({v.name!r}, {v.name}, {v.shape!r}, {v.dims!r}, {v.kind!r})" for v in self.limits)
-        return f"\n    _lmfx_sizes({rows})"
+        """The lines that check sizes, or nothing."""
+        text = ""
+        if self.limits:
+            rows = ", ".join(f"({v.name!r}, {v.name}, {v.shape!r}, {v.dims!r}, {v.kind!r})" for v in self.limits)
+            text += f"\n    _lmfx_sizes({rows})"
+        if self.conditions:
+            text += f"\n    _lmfx_conditions({', '.join(f'({v!r}, {v})' for v in self.conditions)})"
+        return text
 
     def additional_globals(self) -> list[tuple[str, Any]]:
         """What the generated code calls."""
-        return [*super().additional_globals(), *([("_lmfx_sizes", expect_sizes)] if self.limits else [])]
+        found: list[tuple[str, Any]] = super().additional_globals()
+        found += [("_lmfx_sizes", expect_sizes)] if self.limits else []
+        return found + ([("_lmfx_conditions", expect_conditions)] if self.conditions else [])
 
 
 def limits_of(gm: Any) -> tuple[Limit, ...]:
@@ -73,6 +97,44 @@ def set_limits(gm: fx.GraphModule, limits: Iterable[Limit]) -> None:
         gm.graph.set_codegen(codegen)
     codegen.limits = tuple(limits)
     gm.recompile()
+
+
+def conditions_of(gm: Any) -> tuple[str, ...]:
+    """The conditions of a graph; none for any other module."""
+    codegen = gm.graph._codegen if isinstance(gm, fx.GraphModule) else None
+    return codegen.conditions if isinstance(codegen, LimitedCodeGen) else ()
+
+
+def set_conditions(gm: fx.GraphModule, conditions: Iterable[str]) -> None:
+    """Give a graph that can have limits these conditions in place of those it has."""
+    codegen = gm.graph._codegen
+    if isinstance(codegen, LimitedCodeGen) and tuple(conditions) != codegen.conditions:
+        codegen.conditions = tuple(conditions)
+        gm.recompile()
+
+
+def hand_on(model: Any, gm: fx.GraphModule) -> None:
+    """Give a graph that was traced from `model` the model's own conditions, which are over the same inputs."""
+    if conditions := conditions_of(model):
+        set_conditions(gm, conditions)
+
+
+def expect_conditions(*rows: tuple[str, Any]) -> None:
+    """Raises `ConditionError` if a condition does not hold: (its text, its value)."""
+    if torch.jit.is_tracing():
+        return
+    proxies = [value for _, value in rows if isinstance(value, fx.Proxy)]
+    if proxies:
+        _pass_on(proxies[0], (), [text for text, _ in rows])
+        for proxy in proxies:
+            _erase(proxy.node)
+        return
+    for text, value in rows:
+        if not value:
+            raise ConditionError(
+                f"the program that this graph comes from was exported for inputs with {text}: give such ones, or "
+                "export the model for the sizes that you need (dynamic_shapes=)"
+            )
 
 
 def expect_sizes(*rows: tuple[str, Any, tuple[int, ...], tuple[int, ...], SizeKind]) -> None:
@@ -101,15 +163,27 @@ def _message(name: str, seen: Sequence[int], shape: Sequence[int], dims: Sequenc
     )
 
 
-def _pass_on(proxy: fx.Proxy, limits: list[Limit]) -> None:
+def _erase(node: fx.Node) -> None:
+    """Erase a node that nobody reads, and what only it read."""
+    sources = node.all_input_nodes
+    if node.op.startswith("call_") and not node.users:
+        node.graph.erase_node(node)
+        for source in sources:
+            _erase(source)
+
+
+def _pass_on(proxy: fx.Proxy, limits: Sequence[Limit], conditions: Sequence[str] = ()) -> None:
     """A graph that is being traced from this one's code has the same limits, if it has no face of its own (a pickle).
 
     `trace` finds them by itself: the model that it is given raises `SizeError` at other sizes.
     """
     graph = proxy.tracer.graph
     placeholders = {str(n.target).lstrip("*") for n in graph.nodes if n.op == "placeholder"}
-    names = {re.split(r"\W", v.name)[0] for v in limits}
-    if type(graph._codegen) is fx.graph.CodeGen and names <= placeholders:
+    names = {re.split(r"\W", v.name)[0] for v in limits} | {
+        n.id for text in conditions for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)
+    }
+    if type(graph._codegen) in (fx.graph.CodeGen, LimitedCodeGen) and names <= placeholders:
         codegen = LimitedCodeGen()
-        codegen.limits = tuple(limits)
+        codegen.limits = (*getattr(graph._codegen, "limits", ()), *limits)
+        codegen.conditions = (*getattr(graph._codegen, "conditions", ()), *conditions)
         graph.set_codegen(codegen)

@@ -19,7 +19,7 @@ gets the model's own face: one placeholder for each argument, and the output in 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ..model.other_sizes import MANY
 from ..model.quiet import quiet
 from .tracers import Traced
 
-__all__ = ["FixedSizes", "trace_export", "trace_free"]
+__all__ = ["FixedSizes", "erase_checks", "name_inputs", "name_paths", "rooted", "trace_export", "trace_free"]
 
 Free = Mapping[int, tuple[int, ...]]  # number of a tensor among those of the example -> dimensions of any size
 
@@ -68,10 +68,7 @@ def trace_free(model: nn.Module, example: Example, free: Free) -> Traced:
         program = torch.export.export(source, tensors, dynamic_shapes=_spec(tensors, free), strict=False)
         exported: Any = program.run_decompositions({}).module()
     graph: fx.Graph = exported.graph
-    for node in reversed(list(graph.nodes)):
-        guards = node.op == "call_module" and "guards" in str(node.target)
-        if guards or (node.op == "call_function" and _is_assertion(node.target)):
-            graph.erase_node(node)
+    erase_checks(graph)
     flat = [n for n in graph.nodes if n.op == "placeholder"]
     if len(flat) != len(tensors):
         raise TraceError(f"torch.export gave a graph of {len(flat)} inputs for {len(tensors)} tensors")
@@ -79,15 +76,15 @@ def trace_free(model: nn.Module, example: Example, free: Free) -> Traced:
     fixed_dims = {d for d, n in sizes if not isinstance(n, torch.SymInt)}
     if fixed_dims := fixed_dims or _decided(getattr(exported, "_guards_fn", None), tensors, free):
         raise FixedSizes(fixed_dims)
-    fixed = _name_inputs(graph, flat, binding.given)
+    fixed = name_inputs(graph, flat, binding.given)
     output = next(n for n in graph.nodes if n.op == "output")
     output.args = (_refill(source.captured.output, iter(output.args[0])),)
     graph.set_codegen(ModelCodeGen(binding, fixed, source.captured.structure))
     graph._tracer_cls = None  # unpickling would trace with it again, without a model
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(m), name) for name, m in source.model.named_modules(remove_duplicate=False)}
-    root = _root(exported, graph, aliases)
-    _name_paths(graph, aliases)
+    root = rooted(exported, graph, aliases)
+    name_paths(graph, aliases)
     return Traced(fx.GraphModule(root, graph, type(model).__name__), {})
 
 
@@ -118,6 +115,14 @@ def _decided(guards: Any, tensors: tuple[Tensor, ...], free: Free) -> set[int]:
 
 
 _META: dict[str, Any] = {"device": "meta"}
+
+
+def erase_checks(graph: fx.Graph) -> None:
+    """Erase what torch.export checks of sizes while a program runs."""
+    for node in reversed(list(graph.nodes)):
+        guards = node.op == "call_module" and "guards" in str(node.target)
+        if guards or (node.op == "call_function" and _is_assertion(node.target)):
+            graph.erase_node(node)
 
 
 def _is_assertion(target: Any) -> bool:
@@ -167,7 +172,7 @@ def _refill(plain: Any, values: Iterator[Any]) -> Any:
     return pytree.tree_map(lambda v: next(values) if v is _HOLE else v, plain)
 
 
-def _name_inputs(graph: fx.Graph, flat: list[fx.Node], given: dict[str, Any]) -> dict[str, Any]:
+def name_inputs(graph: fx.Graph, flat: list[fx.Node], given: dict[str, Any]) -> dict[str, Any]:
     """One placeholder for each argument, with the flat ones read from it; returns the arguments that are constants."""
     fixed: dict[str, Any] = {}
     rest = iter(flat)
@@ -194,7 +199,7 @@ def _item(graph: fx.Graph, holder: fx.Node, path: tuple[Any, ...]) -> fx.Node:
     return holder
 
 
-def _root(exported: nn.Module, graph: fx.Graph, names: dict[str, str]) -> nn.Module:
+def rooted(exported: nn.Module, graph: fx.Graph, names: dict[str, str], prefix: str = "model.") -> nn.Module:
     """A module with the tensors that the graph reads: `model.layer.conv.weight` is `layer.conv.weight` in it.
 
     Constants of a forward are not below the model; a module that two names lead to has one.
@@ -204,7 +209,7 @@ def _root(exported: nn.Module, graph: fx.Graph, names: dict[str, str]) -> nn.Mod
         if node.op != "get_attr":
             continue
         tensor = operator.attrgetter(str(node.target))(exported)
-        owner, _, last = str(node.target).removeprefix("model.").rpartition(".")
+        owner, _, last = str(node.target).removeprefix(prefix).rpartition(".")
         owner = names.get(owner, owner)
         module = root
         for atom in owner.split(".") if owner else ():
@@ -219,8 +224,9 @@ def _root(exported: nn.Module, graph: fx.Graph, names: dict[str, str]) -> nn.Mod
     return root
 
 
-def _name_paths(graph: fx.Graph, names: dict[str, str]) -> None:
+def name_paths(graph: fx.Graph, names: dict[str, str], path_of: Callable[[str], str] | None = None) -> None:
     """Every node has the path of the module that it came from, and knows whether that is a layer of torch's own."""
+    path_of = path_of or _path
     for node in graph.nodes:
         if node.target in _VIEWS:
             _free_view(node)
@@ -228,7 +234,7 @@ def _name_paths(graph: fx.Graph, names: dict[str, str]) -> None:
             node.op, node.target = "call_method", "size"
         stack = node.meta.get("nn_module_stack")
         if stack:
-            paths = {k: (_path(v[0]), v[1]) for k, v in stack.items()}
+            paths = {k: (path_of(v[0]), v[1]) for k, v in stack.items()}
             entries = {k: (names.get(path, path), kind) for k, (path, kind) in paths.items() if path}
             node.meta["nn_module_stack"] = entries
             kinds = [str(kind) for _, kind in entries.values()]

@@ -42,7 +42,7 @@ from ..model.quiet import quiet, tracing
 from ..model.random_ops import random_error
 from ..model.randomness import kept_random_state
 from ..model.size_changes import Trial
-from ..model.size_limits import set_limits
+from ..model.size_limits import hand_on, set_limits
 from ..model.stateful import run_unchanged
 from ..model.trace_facts import SizeKind, TraceFacts, note, noted
 from .annotation import Annotator, annotate, cloned, example_values, spec_of
@@ -51,7 +51,7 @@ from .hidden import HiddenOps
 from .shape_tracer import trace_shapes
 from .tracers import Traced, first_line, trace_symbolic
 
-__all__ = ["TRACERS", "example_arguments", "fingerprint", "trace"]
+__all__ = ["TRACERS", "example_arguments", "fingerprint", "graph_of", "trace"]
 
 TRACERS: dict[str, Callable[[nn.Module, Example], Traced]] = {
     "symbolic": trace_symbolic,
@@ -178,7 +178,7 @@ class _TracerSearch:
                 late.append((name, lambda: traced))
                 return False
             words = _words(traced)
-            gm, hidden = _graph_of(name, traced, self.example, self.reference)
+            gm, hidden = graph_of(name, traced, self.example, self.reference)
             rank = _Rank(hidden.convs, self._sized(gm, name, words), hidden.known)
         except _Differs as error:
             _check_repeats(self.model, self.example, self.reference)  # another tracer would not agree with it either
@@ -215,6 +215,7 @@ class _TracerSearch:
 
     def _found(self) -> fx.GraphModule:
         if self.best is not None:
+            hand_on(self.model, self.best[1])
             return self.best[1]
         detail = "\n  ".join(self.reasons)
         raise TraceError(
@@ -269,7 +270,7 @@ def _holds_convs(traced: Traced) -> bool:
     return any(isinstance(m, _ConvNd) for module in opaque for m in module.modules())
 
 
-def _graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tuple[fx.GraphModule, HiddenOps]:
+def graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tuple[fx.GraphModule, HiddenOps]:
     """(the canonical graph of what a tracer gave, what it hides). Raises what an op raises, or `TraceError`."""
     gm = traced.gm
     gm.train(False)

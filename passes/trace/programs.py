@@ -1,0 +1,318 @@
+"""Makes a module of a `torch.export.ExportedProgram`: a canonical graph under the names of the model it came from.
+
+    program                                                      module
+    %w = placeholder p_layer_conv_weight                         %c = call_module[layer.conv](%x)     nn.Conv2d
+    %c = conv2d(%x, %w, None, [1, 1], [1, 1])           ->       %b = call_module[layer.bn](%c)       nn.BatchNorm2d
+    %b = batch_norm(%c, ..., False, 0.1, 1e-05)
+
+Parameters and buffers are the program's own tensors, not copies. Programs of torch's core ops (`run_decompositions`)
+are put together again (`canonical.decomposed`). The module is compared with the program on the program's own example.
+
+What the program refuses the module refuses as well: sizes that it has as numbers (`size_limits`, raising `SizeError`),
+and what torch.export noted of the others (`x.size()[2] % 8 == 0`, and the ranges of `torch.export.Dim`).
+
+A program that was exported in training mode has no eval mode to go to, and is refused; so is control flow that depends
+on data, and a program that is quantized.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..canonical.decomposed import recompose
+from ..errors import ModelError, TraceError
+from ..model.interface import Binding, Example, ModelCodeGen, strip
+from ..model.quiet import quiet, tracing
+from ..model.size_limits import Limit, set_conditions, set_limits
+from ..model.trace_facts import note
+from .exported import erase_checks, name_inputs, name_paths, rooted
+from .tracers import Traced, first_line
+from .tracing import graph_of
+
+__all__ = ["example_of_program", "is_program", "module_of_program"]
+
+_NORMS = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit"})
+_TRAINING_NORMS = frozenset({"_native_batch_norm_legit_functional", "_batch_norm_with_update"})
+_DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
+_LEAST = 2  # torch.export takes sizes of 0 and 1 for numbers, and says that others start from here
+
+
+def is_program(value: Any) -> TypeGuard[torch.export.ExportedProgram]:
+    """Whether a value is what torch.export.export gives."""
+    kind = type(value)
+    return kind.__name__ == "ExportedProgram" and kind.__module__.startswith("torch.export")
+
+
+def module_of_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The module that computes what `program` computes, in eval mode, with the program's tensors and names.
+
+    Raises `ModelError` for a program that cannot be compressed, `TraceError` if the module is not the same function.
+    """
+    _refuse(program)
+    try:
+        with quiet(), tracing(), torch.no_grad():
+            bare = _without_guards(program)
+            exported: Any = bare.run_decompositions({}).module()
+            reference: Any = bare.module()
+    except Exception as error:  # torch may fail in any way on what it exported, or what an older version saved
+        raise ModelError(
+            f"torch cannot make a module of this exported program ({type(error).__name__}: {first_line(error)}): "
+            "export the model again with this version of torch, or pass the model itself"
+        ) from error
+    example = example_of_program(program)
+    graph: fx.Graph = exported.graph
+    erase_checks(graph)
+    binding = _faced(graph, example, _names(exported), exported._out_spec)
+    recompose(graph)
+    name_paths(graph, {}, str)
+    raw = fx.GraphModule(rooted(exported, graph, {}, ""), graph, _class_name(program))
+    with quiet(), torch.no_grad():
+        args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
+        gm, _ = graph_of("export", Traced(raw, {}), example, reference(*args, **kwargs))
+    gm.train(False)
+    note(gm, None)  # it is a model like any other, that somebody may trace
+    limits, conditions = _sizes(program, binding)
+    set_limits(gm, limits)
+    set_conditions(gm, conditions)
+    return gm
+
+
+def _without_guards(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without its guards: text, from a file perhaps, that torch would run as it stands."""
+    bare = copy.copy(program)
+    if hasattr(bare, "_guards_code"):
+        bare._guards_code = []
+    return bare
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _refuse(program: torch.export.ExportedProgram) -> None:
+    for graph in (m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload):
+                space, _, name = node.target._schema.name.partition("::")
+                if _trains(name, node):
+                    raise ModelError(
+                        f"the program was exported in training mode ({name} of {_place(node)}): "
+                        "export it in eval mode, torch.export.export(model.eval(), ...)"
+                    )
+                if space.startswith("quantized"):
+                    raise ModelError(
+                        f"the program is quantized ({node.name}): compress the floating-point program and quantize the "
+                        "result"
+                    )
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                _refuse_higher(str(node.target), node)
+
+
+def _refuse_higher(name: str, node: fx.Node) -> None:
+    if name == "wrap_with_autocast":
+        raise ModelError(
+            f"the program has an autocast region ({node.name}): export the model without it, and run the result under "
+            "torch.autocast instead"
+        )
+    if name != "wrap_with_set_grad_enabled":
+        raise ModelError(
+            f"the program has control flow of its own ({node.name}, {name}), which no runtime merges: export the part "
+            "of the model without it"
+        )
+
+
+def _place(node: fx.Node) -> str:
+    """The path of the module that a node came from, or the node's own name."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return (stack[-1][0] if stack else "") or node.name
+
+
+def _trains(name: str, node: fx.Node) -> bool:
+    """Whether a node is what only a model in training mode computes."""
+    if name in _TRAINING_NORMS:
+        return True
+    if name in _NORMS:  # a norm without running statistics uses the batch's in eval mode, too
+        return len(node.args) > 5 and node.args[5] is True and node.args[3] is not None
+    p: Any = node.args[1] if name in _DROPOUTS and len(node.args) > 1 else 0
+    return bool(p) and len(node.args) > 2 and node.args[2] is True
+
+
+# --- inputs and outputs -----------------------------------------------------------------------------------------------
+
+
+def example_of_program(program: torch.export.ExportedProgram) -> Example:
+    """What the program was exported with, or noise of that form where a file does not have it."""
+    if program.example_inputs is not None:
+        args, kwargs = program.example_inputs
+        return tuple(args), dict(kwargs)
+    generator = torch.Generator().manual_seed(0)
+    wanted = set(program.graph_signature.user_inputs)
+    leaves = [
+        _drawn(n.meta["val"], generator) for n in program.graph.nodes if n.op == "placeholder" and n.name in wanted
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _drawn(value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    shape = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else _LEAST for n in value.shape]
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype).to(value.device)
+    return torch.zeros(shape, dtype=value.dtype, device=value.device)
+
+
+def _names(exported: Any) -> list[str]:
+    """The names of the arguments, positional ones first."""
+    return list(exported.graph._codegen.pytree_info.orig_args)
+
+
+def _faced(graph: fx.Graph, example: Example, names: list[str], out_spec: Any) -> Binding:
+    """Give a flat graph one placeholder for each argument, and its output in the model's own containers."""
+    args, kwargs = example
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    places = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names[: len(args)]]
+    signature = inspect.Signature([*places, *(inspect.Parameter(n, keyword) for n in names[len(args) :])])
+    given = dict(zip(names, (*args, *kwargs.values()), strict=True))
+    leaves = pytree.tree_leaves(example)
+    flat = [n for n in graph.nodes if n.op == "placeholder"]
+    if len(flat) != len(leaves):
+        raise TraceError(f"torch.export gave a graph of {len(flat)} inputs for {len(leaves)} values")
+    for node, leaf in list(zip(flat, leaves, strict=True)):
+        if not isinstance(leaf, Tensor):
+            if node.users:
+                raise ModelError(
+                    f"the program takes the number {node.name} as an input: export it with this number as a constant"
+                )
+            graph.erase_node(node)
+    tensors = [n for n, leaf in zip(flat, leaves, strict=True) if isinstance(leaf, Tensor)]
+    fixed = name_inputs(graph, tensors, given)
+    output = next(n for n in graph.nodes if n.op == "output")
+    plain, structure = strip(pytree.tree_unflatten(list(output.args[0]), out_spec))
+    output.args = (plain,)
+    binding = Binding(signature, given, given, {})
+    graph.set_codegen(ModelCodeGen(binding, fixed, structure))
+    graph._tracer_cls = None  # unpickling would trace with it again, without a model
+    return binding
+
+
+def _class_name(program: torch.export.ExportedProgram) -> str:
+    """The name of the class that was exported, which its ops came from."""
+    for node in program.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = str(kind).rpartition(".")[2]
+            if not path and name.isidentifier():
+                return name
+    return "ExportedProgram"
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def _sizes(program: torch.export.ExportedProgram, binding: Binding) -> tuple[list[Limit], list[str]]:
+    """The sizes that the program has as numbers, and what it assumes of the others."""
+    wanted = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in wanted]
+    paths = [path for path, _ in pytree.tree_flatten_with_path(binding.given)[0]]
+    limits: list[Limit] = []
+    conditions: list[str] = []
+    first: dict[Any, str] = {}
+    for path, value in zip(paths, values, strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        name = f"{path[0].key}{pytree.keystr(path[1:])}"  # type: ignore[attr-defined]
+        known = [d for d, n in enumerate(value.shape) if isinstance(n, int)]
+        shape = tuple(n if isinstance(n, int) else 0 for n in value.shape)
+        if 0 in known:
+            limits.append(Limit(name, shape, (0,), "batch"))
+        rest = tuple(d for d in known if d)
+        if rest and (len(rest) > 1 or value.dim() < 3):  # one alone is the channels, which the first layer looks at
+            limits.append(Limit(name, shape, rest, "size"))
+        for d, n in enumerate(value.shape):
+            if isinstance(n, int):
+                continue
+            size, expression = f"{name}.size()[{d}]", n.node.expr
+            if expression in first:
+                conditions.append(f"{size} == {first[expression]}")
+                continue
+            first[expression] = size
+            if (found := program.range_constraints.get(expression)) is not None:
+                conditions += [f"{size} >= {found.lower}"] if found.lower > _LEAST else []
+                conditions += [f"{size} <= {found.upper}"] if found.upper.is_number and found.upper < 2**40 else []
+            elif (step := _multiple(expression)) > 1:
+                conditions.append(f"{size} % {step} == 0")
+    for text in getattr(program, "_guards_code", ()) or ():
+        if (said := _condition(str(text), binding)) is not None:
+            conditions.append(said)
+    return limits, list(dict.fromkeys(conditions))
+
+
+def _multiple(expression: Any) -> int:
+    """The whole number that a size is a multiple of: 8 for `8 * s`."""
+    factor, _ = expression.as_coeff_Mul()
+    return int(factor) if factor.is_Integer else 1
+
+
+_PLAIN: tuple[type[ast.AST], ...] = (
+    *(ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Load),
+    *(ast.cmpop, ast.boolop, ast.operator, ast.unaryop),
+)
+
+
+def _condition(text: str, binding: Binding) -> str | None:
+    """A guard as a condition over the inputs by their names; None for what is more than arithmetic with sizes.
+
+    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`. The text may come from a file, and becomes code.
+    """
+    try:
+        tree = _Named(binding).visit(ast.parse(text, mode="eval"))
+    except (SyntaxError, _NotPlain):
+        return None
+    return ast.unparse(tree)
+
+
+class _NotPlain(Exception):
+    """A guard that asks for something else than sizes."""
+
+
+class _Named(ast.NodeTransformer):
+    """`L['x']` becomes `x`; anything but `x.size()[2]`, numbers and arithmetic raises `_NotPlain`."""
+
+    def __init__(self, binding: Binding) -> None:
+        self.names = set(binding.given)
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Subscript):
+            return self._subscript(node)
+        if not isinstance(node, _PLAIN):
+            raise _NotPlain
+        if isinstance(node, ast.Constant) and not isinstance(node.value, int):
+            raise _NotPlain
+        return self.generic_visit(node)
+
+    def _subscript(self, node: ast.Subscript) -> ast.AST:
+        call = node.value
+        index = node.slice
+        if not (isinstance(call, ast.Call) and not call.args and not call.keywords and isinstance(index, ast.Constant)):
+            raise _NotPlain
+        function = call.func
+        if not (isinstance(function, ast.Attribute) and function.attr == "size" and type(index.value) is int):
+            raise _NotPlain
+        function.value = self._input(function.value)
+        return node
+
+    def _input(self, node: ast.AST) -> Any:
+        """An input, or an entry of one."""
+        if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
+            raise _NotPlain
+        if isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value in self.names:
+            return ast.Name(str(node.slice.value), ast.Load())
+        node.value = self._input(node.value)
+        return node
