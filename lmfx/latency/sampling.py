@@ -118,6 +118,7 @@ class CallRunner:
     nbytes: int = 0
     on_close: Callable[[], None] | None = None
     refresh: Callable[[], None] | None = None
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def time(self, repeats: int) -> float:
         return self.clock(self.call, repeats)

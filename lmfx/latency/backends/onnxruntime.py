@@ -25,6 +25,7 @@ from lmfx.environment.host import cpu_name, host_facts
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.latency.backend import TimedBackend
 from lmfx.latency.backends.gpu_state import monitor_of
+from lmfx.latency.backends.int8_models import Int8Models
 from lmfx.latency.backends.roofline import RooflineBackend
 from lmfx.latency.blocked_layout import in_network
 from lmfx.latency.sampling import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
@@ -37,6 +38,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 FILL = 0.01
 LARGE_BYTES = 2**16
 FASTER_THAN_SENTINEL = 2.0  # no op runs at more than this many times the FLOP/s of the sentinel
+INT8_FASTER = 8.0  # the same in 8 bits, on top
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -49,7 +51,8 @@ DTYPES = {
 
 class OnnxRuntimeBackend(TimedBackend):
     """Times workloads in ONNX Runtime. `provider` is "cpu", "cuda" or "tensorrt", the last two with their
-    `provider_options` and a `precision` ("fp32", "fp16"), and without any copy to or from the host in the timed part.
+    `provider_options` and a `precision` ("fp32", "fp16"), and without any copy to or from the host in the timed part. On
+    "cpu" the precision is "fp32" or "int8": with Q/DQ nodes around all that runs faster so (`int8_models`).
 
     Raises `MissingExtra` without onnxruntime, `DeviceError` if this build of it does not have the provider.
     """
@@ -73,8 +76,11 @@ class OnnxRuntimeBackend(TimedBackend):
         if layout not in ("network", "isolated"):
             raise OptionError(f'layout must be "network" or "isolated", not {layout!r}')
         self.gpu = provider != "cpu"
-        if precision not in ("fp32", "fp16") or (precision == "fp16" and not self.gpu):
-            raise OptionError(f'precision is "fp32", or "fp16" on the providers cuda and tensorrt, not {precision!r}')
+        if precision not in ("fp32", "fp16", "int8") or precision == ("int8" if self.gpu else "fp16"):
+            raise OptionError(
+                'precision is "fp32", or "int8" on the provider cpu, or "fp16" on the providers cuda and tensorrt, '
+                f"not {precision!r}"
+            )
         if provider_options and not self.gpu:
             raise OptionError("provider_options go with the providers cuda and tensorrt: leave them out")
         self.ort = _import()
@@ -88,10 +94,13 @@ class OnnxRuntimeBackend(TimedBackend):
         self.threads, self.provider, self.precision = threads, provider, precision
         self.layout = "isolated" if self.gpu else layout  # the blocked layout is the CPU's
         self.provider_options = {str(k): str(v) for k, v in (provider_options or {}).items()}
+        self.int8 = Int8Models(self._optimize, self._int8_runner) if precision == "int8" else None
 
     def identity(self) -> dict[str, Any]:
         """Backend, version, provider and its options, device, threads, clock, layout and the facts of the host."""
         gpu = {"precision": self.precision, "provider_options": self.provider_options} if self.gpu else {}
+        if self.int8 is not None:
+            gpu = {"precision": self.precision}
         if self.gpu:
             gpu |= {"driver": monitor_of(torch.cuda.current_device()).driver}
         return {
@@ -111,21 +120,35 @@ class OnnxRuntimeBackend(TimedBackend):
     def prepare(self, workload: Workload) -> Runner:
         data = self._model(workload)
         if self.layout == "isolated":
-            return self._runner(data)
-        model = in_network(data, self._optimize)
+            return self._runner(data if self.int8 is None else self.int8.whole(data)[0])
+        left: list[str] = []
+        if self.int8 is None:
+            model = in_network(data, self._optimize)
+        else:
+            model, left = self.int8.row(data)
         nbytes = model.ByteSize()
         options = self._options()
         options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         held = self._lend_weights(model, options)
         runner = self._runner(model.SerializeToString(), options)
         runner.nbytes, runner.on_close = nbytes, held.clear
+        if left:
+            runner.conditions = {"stays float": left}
         return runner
 
     def prepare_whole(self, workload: Workload) -> Runner:
-        return self._runner(self._model(workload))
+        data = self._model(workload)
+        return self._runner(data if self.int8 is None else self.int8.whole(data)[0])
 
     def _model(self, workload: Workload) -> bytes:
-        return to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=self.precision)
+        precision = "fp32" if self.int8 is not None else self.precision
+        return to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=precision)
+
+    def _int8_runner(self, data: bytes, optimized: bool) -> CallRunner:
+        options = self._options()
+        if optimized:
+            options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._runner(data, options)
 
     def lower_bound(self, module: nn.Module, workload: Workload, session: Session) -> float:
         """The time of its FLOPs at a rate that no op reaches."""
@@ -134,7 +157,8 @@ class OnnxRuntimeBackend(TimedBackend):
         sentinel = sentinel_workload()
         flat_out = RooflineBackend(1.0, bandwidth_gbs=1e9, overhead_us=0.0)  # at 1 GFLOP/s
         rate = flat_out.ms(sentinel.build(), sentinel.inputs) / session.start()
-        return flat_out.ms(module, workload.inputs) / (FASTER_THAN_SENTINEL * rate)
+        faster = FASTER_THAN_SENTINEL * (INT8_FASTER if self.int8 is not None else 1.0)
+        return flat_out.ms(module, workload.inputs) / (faster * rate)
 
     def session(self) -> Session:
         sentinel = self.prepare_whole(sentinel_workload())
@@ -223,8 +247,11 @@ class OnnxRuntimeBackend(TimedBackend):
             return self._gpu_runner(lambda: run(binding), binding, len(data))
 
         def refresh() -> None:
-            for array in (a for a in inputs if a.dtype.kind == "f"):
-                np.subtract(1.0, array, out=array)
+            for array in inputs:
+                if array.dtype.kind == "f":
+                    np.subtract(1.0, array, out=array)
+                elif array.dtype == np.uint8 and self.int8 is not None:
+                    np.invert(array, out=array)
 
         return CallRunner(lambda: run(binding), cpu_clock if self._cpu_time else wall_clock, len(data), refresh=refresh)
 

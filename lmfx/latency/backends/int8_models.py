@@ -1,0 +1,122 @@
+"""The 8-bit networks that ONNX Runtime is measured with: units of the faster form, and no network slower than in float.
+
+    a row      the units of a workload in the form that is chosen for them between neighbours in 8 bits
+    a whole    of the network of chosen forms, the one with all in 8 bits, and the float one, what runs fastest
+
+Weights and ranges do not matter for the time, so they are made up here; `lmfx.int8.quantize` has the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmfx.int8.forms import FormTimes, Forms, UnitForm, byte_ends_of
+from lmfx.int8.graph_view import GraphView, basic_form
+from lmfx.int8.in_network import conversion_model, in_int8_network
+from lmfx.int8.qdq import with_qdq
+from lmfx.int8.units import SCHEMES, Unit
+from lmfx.latency.blocked_layout import in_network
+from lmfx.latency.sampling import Runner
+
+__all__ = ["ChosenForms", "Int8Models"]
+
+SAMPLES, LEAST_MS = 7, 1.0  # of a unit: the least of so many, each of so many ms
+WHOLE_SAMPLES = 5
+GAIN = 0.99  # an 8-bit network that takes more than this share of the float one's time is not worth what it loses
+
+
+@dataclass(frozen=True)
+class ChosenForms:
+    """What was found for a whole network: the forms of its units, and the ms of each network that was tried."""
+
+    forms: tuple[UnitForm, ...]
+    ms: dict[str, float]  # "int8" (as chosen), "float32"
+    pays: bool
+
+    @property
+    def quantized(self) -> list[Unit]:
+        """The units in 8 bits; none where that does not pay."""
+        return [f.unit for f in self.forms if f.quantized] if self.pays else []
+
+
+class Int8Models:
+    """Makes the models of one backend. `runner` takes model bytes, and whether they are optimised already."""
+
+    def __init__(self, optimize: Callable[[bytes], Any], runner: Callable[[bytes, bool], Runner]) -> None:
+        self.optimize, self.runner = optimize, runner
+        self.scheme = SCHEMES["onnxruntime"]
+        self.forms = Forms(self.scheme, FormTimes(self._float_ms, self._int8_ms, self._conversion_ms))
+
+    def row(self, model: bytes) -> tuple[Any, list[str]]:
+        """(the optimised model of a workload as inside a network, the ops that stay float in it)."""
+        view = view_of(model)
+        ends = byte_ends_of(view)
+        forms = self.forms.choose(view, ends)
+        names = {f.unit.name for f in forms if f.quantized}
+        made = in_int8_network(view, self.scheme, lambda u: u.name in names, ends, self.optimize)
+        return made, [f.unit.op for f in forms if not f.quantized]
+
+    def whole(self, model: bytes) -> tuple[bytes, ChosenForms]:
+        """The model of a whole network that runs fastest, and what was found."""
+        view = view_of(model)
+        forms = self.forms.choose(view)
+        every = [f.unit for f in forms]
+        chosen = [f.unit for f in forms if f.quantized]
+        tried = {"float32": model, "int8": self._with(view, chosen)}
+        if 0 < len(chosen) < len(every):
+            tried["all int8"] = self._with(view, every)
+        ms = self._times(list(tried.values()))
+        times = dict(zip(tried, ms, strict=True))
+        if times.get("all int8", times["int8"]) < times["int8"]:
+            forms = [UnitForm(f.unit, f.int8, f.float32, True) for f in forms]
+            tried["int8"], times["int8"] = tried["all int8"], times["all int8"]
+        pays = bool(chosen) and times["int8"] < GAIN * times["float32"]
+        found = ChosenForms(tuple(forms), {k: times[k] for k in ("int8", "float32")}, pays)
+        return tried["int8" if pays else "float32"], found
+
+    def _with(self, view: GraphView, units: Sequence[Unit]) -> bytes:
+        return bytes(with_qdq(view, units, self.scheme).SerializeToString())
+
+    def _times(self, models: Sequence[bytes]) -> list[float]:
+        runners = [self.runner(m, False) for m in models]
+        try:
+            for r in runners:
+                r.time(1)
+            return [min(times) for times in zip(*([r.time(1) for r in runners] for _ in range(WHOLE_SAMPLES)), strict=True)]
+        finally:
+            for r in runners:
+                r.close()
+
+    def _float_ms(self, model: bytes) -> float:
+        return self._ms(in_network(model, self.optimize))
+
+    def _int8_ms(self, model: bytes) -> float:
+        view = view_of(model)
+        ends = [n for n in (*view.inputs, *view.outputs) if n in view.floating]
+        return self._ms(in_int8_network(view, self.scheme, lambda unit: True, ends, self.optimize))
+
+    def _conversion_ms(self, shape: tuple[int, ...], to_int8: bool) -> float:
+        import onnx
+
+        return self._ms(conversion_model(onnx, shape, to_int8))
+
+    def _ms(self, model: Any) -> float:
+        runner = self.runner(model.SerializeToString(), True)
+        try:
+            once = min(runner.time(1) for _ in range(2))
+            count = max(1, round(LEAST_MS / max(once, 1e-4)))
+            return min(runner.time(count) / count for _ in range(SAMPLES))
+        finally:
+            runner.close()
+
+
+def view_of(model: bytes | Any) -> GraphView:
+    """The view of a model: as lmfx emits it, or else in ONNX Runtime's basic form."""
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    if proto.producer_name != "lmfx":
+        proto = basic_form(model)
+    return GraphView(proto)
