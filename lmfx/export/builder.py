@@ -33,6 +33,7 @@ class Builder:
         self.graph = self.proto.graph
         self.graph.name = "lmfx"
         self.values: dict[fx.Node, str] = {}
+        self.names: dict[str, int] = {}  # of nodes, and how often each was given
         self.pads: dict[fx.Node, list[int]] = {}  # zero pads that the conv after them takes over
         self._shapes: dict[fx.Node, tuple[int, ...]] | None = None
         self.dtype = specs[0][1] if specs else torch.float32

@@ -34,13 +34,22 @@ class Emitter(Builder):
                 returned = node.args[0]
                 results = [self.value(n) for n in (returned if isinstance(returned, (tuple, list)) else (returned,))]
             elif node.op != "placeholder":
+                first = len(self.graph.node)
                 self.values[node] = self.emit(node)
+                self.name(node, first)
         for i, name in enumerate(results):
             self.graph.node.append(helper.make_node("Identity", [name], [f"output_{i}"]))
             self.graph.output.append(
                 helper.make_tensor_value_info(f"output_{i}", onnx_type(self.onnx, self.dtype), None)
             )
         return self.proto
+
+    def name(self, node: fx.Node, first: int) -> None:
+        """Names what was made of a node, from place `first` on, by its module or by itself."""
+        text = str(node.target) if node.op == "call_module" else node.name
+        for made in list(self.graph.node)[first:]:
+            count = self.names[text] = self.names.get(text, 0) + 1
+            made.name = text if count == 1 else f"{text}:{count}"
 
     def emit(self, node: fx.Node) -> str:
         if node.op == "get_attr":
