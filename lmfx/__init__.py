@@ -13,6 +13,8 @@ from lmfx.compress import compress
 from lmfx.export import build_engine, export_onnx
 from lmfx.importance import Finetune, ImportanceTable
 from lmfx.importance.on_demand import OnDemand, score_on_demand
+from lmfx.int8.quantize import quantize
+from lmfx.int8.report import Int8Facts, Quantized
 from lmfx.latency import LatencyTable, Measurement
 from lmfx.passes.errors import (
     BudgetError,
@@ -55,6 +57,7 @@ __all__ = [
     "ImportanceTable",
     "InfeasibleBudget",
     "InputError",
+    "Int8Facts",
     "LatencyTable",
     "LmfxError",
     "Measurement",
@@ -67,6 +70,7 @@ __all__ = [
     "Quality",
     "QualityError",
     "QualityWarning",
+    "Quantized",
     "Refusal",
     "Result",
     "SizeError",
@@ -85,6 +89,7 @@ __all__ = [
     "merge",
     "merge_siblings",
     "profile",
+    "quantize",
     "recover",
     "report",
     "result_of",

@@ -15,6 +15,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable
+from lmfx.latency.chosen_backend import PRECISIONS
 from lmfx.passes.errors import BudgetError, OptionError, QualityError
 from lmfx.passes.ir import Realization, Surrogate
 from lmfx.passes.spans.enumeration import Method, Norm
@@ -54,6 +55,7 @@ def compress(
     quality: QualityName | None = "auto",
     refit: bool = True,
     recover: float | str | None = None,
+    precision: str | None = None,
     input_sizes: Sequence[int | Sequence[int]] = (),
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -96,6 +98,10 @@ def compress(
             what `quality` needs.
         recover: minutes, or a text like "3min" or "90s", of label-free training on the calibration images
             (`lmfx.recover`); what judges the result is not trained on.
+        precision: "fp32", "fp16", "bf16" or "int8": in which the backend runs networks; rows and budget are theirs.
+            In 8 bits the reported quality is that of the Q/DQ file, which `lmfx.export_onnx` writes; layers stay float
+            where that is faster, and the whole network where nothing is gained (`Result.int8` says so). None takes what
+            the backend has, "fp32" by default.
         input_sizes: other sizes that the images may be scaled to, heights or (height, width): the network is compressed
             for each, and the one of best quality against the original at its own size is returned. `Result.input_size`
             says which, `Result.alternatives` what the others keep, and what a smaller input alone would.
@@ -128,6 +134,10 @@ def compress(
         "include": include,
         "exclude": exclude,
     }
+    if precision is not None and precision not in PRECISIONS:
+        raise OptionError(f"precision={precision!r}: use one of {', '.join(map(repr, PRECISIONS))}")
+    if precision == "int8" and not merge:
+        raise OptionError("precision='int8' is for the form to deploy: leave merge=False out, or train in float first")
     span_options(**options)  # said before anything is traced
     check_run_options(executor, cache_dir)
     estimator = get_estimator(importance, **({"surrogate": surrogate} if importance == "reconstruction" else {}))
@@ -144,6 +154,7 @@ def compress(
         refit=refit,
         recover=recover,
         progress=progress,
+        precision=precision,
     )
     if sizes := parse_sizes(input_sizes):
         if wanted is None or quality is None or isinstance(latency, LatencyTable):

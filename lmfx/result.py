@@ -10,6 +10,7 @@ from torch import fx
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
 from lmfx.environment.effort import Effort
+from lmfx.int8.report import Int8Facts
 from lmfx.latency import CalibrationLine
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
@@ -60,6 +61,7 @@ class Result:
     input_size: tuple[int, ...] = field(default=(), metadata={"optional": True})
     alternatives: tuple[Alternative, ...] = field(default=(), metadata={"optional": True})
     # Not saved with the network:
+    int8: Int8Facts | None = field(default=None, compare=False, repr=False)  # of a network in 8 bits
     effort: Effort | None = field(default=None, compare=False, repr=False)
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 

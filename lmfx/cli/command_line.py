@@ -7,6 +7,7 @@
     lmfx simplify MODEL     all merges that lose nothing, saved to a folder
     lmfx recover DIR        a saved network, trained without labels for minutes
     lmfx export DIR         a saved network as ONNX
+    lmfx quantize NET       a saved network or an ONNX file in 8 bits, with Q/DQ nodes
     lmfx cache WHAT         what was measured and is kept: list, export, import, prune
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0, 2 for an error that says what to do, 130 for Ctrl-C.
@@ -28,11 +29,12 @@ from lmfx.cli.commands import (
     export_command,
     frontier_command,
     profile_command,
+    quantize_command,
     recover_command,
     simplify_command,
     spans_command,
 )
-from lmfx.cli.inputs import model_options, size_list
+from lmfx.cli.inputs import calibration_option, model_options, size_list
 from lmfx.cli.options import (
     COMPRESS_DEFAULTS,
     COMPRESS_OPTIONS,
@@ -45,6 +47,8 @@ from lmfx.cli.options import (
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import printable
 from lmfx.environment.caller_state import entry
+from lmfx.int8.ranges import METHODS
+from lmfx.int8.units import RUNTIMES
 from lmfx.passes.errors import LmfxError
 from lmfx.passes.spans.span_options import SpanOptions
 from lmfx.simplify import simplify
@@ -170,6 +174,22 @@ def _parser() -> argparse.ArgumentParser:
         help="what was compressed (default: the name in torchvision or timm that DIR has)",
     )
     made.add_argument("-o", "--output", metavar="FILE.onnx", help="default DIR/net.onnx")
+
+    made = command("quantize", quantize_command, "write a network in 8 bits, as ONNX with Q/DQ nodes")
+    made.add_argument("network", metavar="DIR|FILE.onnx", help="what lmfx compress or lmfx.save wrote, or a float file")
+    made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as for lmfx export)")
+    calibration_option(made)
+    made.add_argument("-o", "--output", required=True, metavar="FILE.onnx", help="the file to write")
+    made.add_argument(
+        "--runtime", choices=RUNTIMES, default=RUNTIMES[0], help="what is to run it (default: %(default)s)"
+    )
+    made.add_argument("--per-tensor", action="store_true", help="one scale a layer, not one for each output channel")
+    made.add_argument(
+        "--rounding", choices=("gram", "nearest"), default="gram", help="of weights (default: %(default)s)"
+    )
+    made.add_argument("--ranges", choices=METHODS, default=METHODS[0], help="of activations (default: %(default)s)")
+    made.add_argument("--exclude", action="append", metavar="GLOB", help="leave these layers float (repeatable)")
+    made.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
 
     text = "list, export, import and prune what was measured"
     cache_commands(commands.add_parser("cache", help=text, description=text[0].upper() + text[1:] + "."))

@@ -19,6 +19,7 @@ from lmfx.cli.models import load_model
 from lmfx.cli.options import COMPRESS_OPTIONS, SPAN_OPTIONS, estimator, executor, taken
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import in_one_line
+from lmfx.int8.quantize import file_example, quantize
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import check_table
 from lmfx.passes.errors import OptionError, PlanError
@@ -41,6 +42,7 @@ __all__ = [
     "export_command",
     "frontier_command",
     "profile_command",
+    "quantize_command",
     "recover_command",
     "simplify_command",
     "spans_command",
@@ -51,7 +53,9 @@ ZOO = re.compile(r"(torchvision|timm):\w[\w.]*")
 
 
 def _backend(args: argparse.Namespace, graph: nn.Module) -> Backend:
-    options = {} if args.threads is None else {"threads": args.threads}
+    options: dict[str, Any] = {} if args.threads is None else {"threads": args.threads}
+    if args.precision not in (None, "fp32"):
+        options["precision"] = args.precision
     return get_backend(args.backend or default_backend(graph), **options)
 
 
@@ -59,7 +63,7 @@ def _carried(args: argparse.Namespace) -> LatencyTable | None:
     """The table of --table, if there is one. Read before the model is, because it is what may be wrong."""
     if getattr(args, "table", None) is None:
         return None
-    for name in ("backend", "threads"):
+    for name in ("backend", "threads", "precision"):
         if getattr(args, name) is not None:
             raise OptionError(f"--{name} says where to measure, and with --table nothing is measured: leave one out")
     return LatencyTable.load(args.table)
@@ -195,6 +199,7 @@ def compress_command(args: argparse.Namespace) -> None:
             keep=args.keep,
             quality=args.quality,
             refit=not args.no_refit,
+            precision=args.precision,
             recover=args.recover,
             input_sizes=args.input_sizes,
             calibration=data,
@@ -233,6 +238,31 @@ def simplify_command(args: argparse.Namespace) -> None:
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
     if args.onnx:
         _write_onnx(net, x, output / "net.onnx")
+
+
+def quantize_command(args: argparse.Namespace) -> None:
+    """`lmfx quantize`: writes a saved network, a model or an ONNX file as a Q/DQ file."""
+    target, source = Path(args.output), Path(args.network)
+    options = {
+        "runtime": args.runtime,
+        "per_channel": not args.per_tensor,
+        "weights": args.rounding,
+        "ranges": args.ranges,
+        "exclude": tuple(args.exclude or ()),
+        "progress": not args.quiet,
+    }
+    if source.suffix == ".onnx":
+        data, what = images(args, file_example(source))
+        print(quantize(source, data, target, **options))
+    else:
+        spec, inputs = _model_of(args, source)
+        net = load(source, load_model(spec))
+        positional, keyword = example_of(inputs)
+        x = keyword or tuple(positional)
+        data, what = images(args, x)
+        print(quantize(net, data, target, example_input=x, **options))
+    print(f"calibrated on {what}")
+    print(f"wrote {target}")
 
 
 def recover_command(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from lmfx.compress import compress
 from lmfx.importance import ESTIMATORS, Finetune
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import BACKENDS
+from lmfx.latency.chosen_backend import PRECISIONS
 from lmfx.passes.errors import MissingExtra, OptionError
 from lmfx.passes.spans.enumeration import SpanOptions
 
@@ -108,6 +109,8 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
     """What to measure on."""
     parser.add_argument("--backend", choices=BACKENDS, help="to measure on (default onnxruntime, on a GPU torch)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the backend (default 1)")
+    text = "in which the backend runs networks (default fp32)"
+    parser.add_argument("--precision", choices=PRECISIONS, help=text)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add(parser, compress, ("cache_dir",))
 

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.caller_state import entry, one_line
 from lmfx.export.builder import PROTO_LIMIT, require_onnx
 from lmfx.export.op_place import place_of
 from lmfx.export.specs import eval_mode
+from lmfx.made_of import made_of, weights_digest
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.model.interface import plain_face, plain_output
@@ -46,7 +48,8 @@ def export_onnx(
     `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's,
     with a free first dimension if `dynamic_batch` (the file is then run at another batch as well). With `check`, every
     output of ONNX Runtime may differ from torch's by `tolerance`, relative to the largest entry of that output. The
-    training mode of `net` is restored.
+    training mode of `net` is restored. Of a network that was compressed with precision="int8" it is the Q/DQ file that
+    its latency and quality were measured with, which is not compared again.
 
     Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
     """
@@ -61,6 +64,8 @@ def export_onnx(
     if target.is_dir():
         raise ExportError(f"cannot write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
+    if (quantized := _int8_file(net, args, kwargs, opset, dynamic_batch)) is not None:
+        return atomic_write(target, quantized)
     if dynamic_batch:
         _refuse_fixed_batch(net)
     if isinstance(net, fx.GraphModule) and not all(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
@@ -84,6 +89,29 @@ def export_onnx(
             _check(net, args, kwargs, temporary, tolerance, dynamic_batch)
         os.replace(temporary, target)
     return target
+
+
+def _int8_file(
+    net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int | None, dynamic_batch: bool
+) -> bytes | None:
+    """The Q/DQ file of a network that `compress(precision="int8")` made, None of another.
+
+    Raises `ExportError` where the network or what is asked for is no longer what it was made for.
+    """
+    made = made_of(net)
+    form = None if made is None else made.int8
+    if form is None:
+        return None
+    remedy = "write it anew with lmfx.quantize(net, images, path)"
+    if weights_digest(net) != form.weights:
+        raise ExportError(f"the weights of this network changed after its 8-bit form was made: {remedy}")
+    shapes = tuple(tuple(v.shape) for v in _leaves((*args, *kwargs.values())))
+    if shapes != form.shapes or dynamic_batch or opset is not None:
+        raise ExportError(
+            f"the 8-bit form of this network takes inputs of the shapes {form.shapes}, in its own opset, and "
+            f"{'a free batch' if dynamic_batch else shapes} was asked for: {remedy} and another example_input"
+        )
+    return form.model
 
 
 def quiet_export(

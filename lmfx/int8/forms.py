@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmfx.int8.graph_view import GraphView
+from lmfx.int8.graph_view import GraphView, view_of
+from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import Scheme, Unit, find_units
 from lmfx.passes.solve.minimum_cut import choose_forms
 
-__all__ = ["FormTimes", "Forms", "UnitForm", "byte_ends_of", "unit_model"]
+__all__ = ["FormTimes", "Forms", "UnitForm", "byte_ends_of", "made_up_int8", "unit_model"]
 
 SMALLEST = 16  # values of fewer channels (an image) come in float
 
@@ -64,17 +65,17 @@ class Forms:
             int8.append(a)
             float32.append(b)
         chosen = choose_forms([*int8, math.inf, 0.0], [*float32, 0.0, math.inf], self._edges(view, units, byte_ends))
-        return [
-            UnitForm(u, a, b, c) for u, a, b, c in zip(units, int8, float32, chosen[: len(units)], strict=True)
-        ]
+        return [UnitForm(u, a, b, c) for u, a, b, c in zip(units, int8, float32, chosen[: len(units)], strict=True)]
 
-    def _edges(self, view: GraphView, units: list[Unit], byte_ends: Sequence[str]) -> list[tuple[int, int, float, float]]:
+    def _edges(
+        self, view: GraphView, units: list[Unit], byte_ends: Sequence[str]
+    ) -> list[tuple[int, int, float, float]]:
         """(maker, reader, cost of int8 to float, of float to int8) of every value between two parts. All float ops are
         one part, and all that is outside in 8 bits another."""
         count = len(units)
         always_float, outside = count, count + 1
-        maker = {u.gives: i for i, u in enumerate(units)}
         own = {i: at for at, u in enumerate(units) for i in u.nodes}
+        maker = {n: own.get(i, always_float) for i, node in enumerate(view.graph.node) for n in node.output}
         readers: dict[str, set[int]] = {}
         for i, node in enumerate(view.graph.node):
             for name in node.input:
@@ -116,6 +117,14 @@ def byte_ends_of(view: GraphView) -> list[str]:
     """The ends of a small graph that a neighbour in a network has in 8 bits: all but an image."""
     ends = [n for n in (*view.inputs, *view.outputs) if n in view.floating and view.shapes.get(n)]
     return [n for n in ends if not (n in view.inputs and len(view.shapes[n]) == 4 and view.shapes[n][1] < SMALLEST)]
+
+
+def made_up_int8(model: bytes, scheme: Scheme, inside: bool) -> bytes:
+    """A float model with all of its units in 8 bits, weights and ranges made up; `inside` a network its ends are in 8
+    bits as well."""
+    view = view_of(model)
+    ends = byte_ends_of(view) if inside else ()
+    return bytes(with_qdq(view, find_units(view, scheme), scheme, byte_ends=ends).SerializeToString())
 
 
 def unit_model(view: GraphView, unit: Unit) -> Any:

@@ -17,7 +17,7 @@ from lmfx.export.builder import require_onnx
 from lmfx.export.fold_norms import fold_norms, infer
 from lmfx.passes.errors import ExportError, MissingExtra
 
-__all__ = ["GraphView", "basic_form", "require_onnxruntime"]
+__all__ = ["GraphView", "basic_form", "require_onnxruntime", "view_of"]
 
 
 class GraphView:
@@ -128,12 +128,18 @@ def basic_form(model: bytes) -> Any:
             ) from error
 
 
+def view_of(model: bytes) -> GraphView:
+    """The view of a model: as lmfx emits it, or else in ONNX Runtime's basic form."""
+    proto = require_onnx().load_from_string(model)
+    return GraphView(proto if proto.producer_name == "lmfx" else basic_form(model))
+
+
 def require_onnxruntime() -> Any:
     """The onnxruntime package, or `MissingExtra` with the pip command."""
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtra(
-            f"quantizing needs the package onnxruntime, which cannot be imported ({error}); pip install \"lmfx[ort]\""
+            f'quantizing needs the package onnxruntime, which cannot be imported ({error}); pip install "lmfx[ort]"'
         ) from error
     return onnxruntime

@@ -117,7 +117,8 @@ def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool) -> Any:
     blocked = image and shape[1] % CHANNELS == 0
     last = [shape[0], *shape[2:], shape[1]] if image else list(shape)
     parameters = ["scale", "zero"]
-    nodes, at = [], "x"
+    nodes: list[Any] = []
+    at = "x"
 
     def add(op: str, inputs: list[str], **attributes: Any) -> None:
         nonlocal at

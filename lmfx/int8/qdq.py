@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lmfx.int8.graph_view import GraphView
-from lmfx.int8.units import SAME_RANGE, Scheme, Unit, quantized_reads
+from lmfx.int8.units import SAME_RANGE, Scheme, Unit, find_units, quantized_reads
 
 __all__ = ["Range", "Rounded", "grid_of", "out_axis", "quantized_values", "with_qdq"]
 
@@ -101,12 +101,14 @@ class _Writer:
         self.view, self.model, self.scheme, self.units, self.ranges = view, model, scheme, units, ranges
         self.onnx, self.helper = view.onnx, view.onnx.helper
         self.byte_ends = set(byte_ends)
-        self.made: dict[str, Unit] = {u.gives: u for u in units}
+        self.every = find_units(view, scheme)
+        self.made: dict[str, Unit] = {u.gives: u for u in self.every}
         self.grid: dict[str, tuple[float, int]] = {}
         self.weights: list[Any] = []  # DQ nodes, which come first
         self.known: set[str] = set()  # constants that are there
         proto = self.onnx.TensorProto
-        self.kind, self.number = (proto.INT8, np.int8) if scheme.symmetric else (proto.UINT8, np.uint8)
+        self.kind = proto.INT8 if scheme.symmetric else proto.UINT8
+        self.number: Any = np.int8 if scheme.symmetric else np.uint8
 
     def grids(self, values: Sequence[str]) -> None:
         """A grid for every value; those that only are moved have that of what they are made of."""
@@ -162,7 +164,9 @@ class _Writer:
             steps_name = self.constant(f"{name}.bias.scale", steps)
             zeros = self.constant(f"{name}.bias.zero", np.zeros(steps.shape, np.int32))
             number = self.constant(f"{name}.bias.int32", numbers.astype(np.int32))
-            bias_name = self.dequantized(f"{name}.bias.dq", [number, steps_name, zeros], **({"axis": 0} if axis else {}))
+            bias_name = self.dequantized(
+                f"{name}.bias.dq", [number, steps_name, zeros], **({"axis": 0} if axis else {})
+            )
         else:
             bias_name = self.constant(f"{name}.bias", np.asarray(bias, np.float32))
         if len(node.input) > 2:
@@ -187,6 +191,8 @@ class _Writer:
                 from_bytes = self.scheme.outputs and (name in makers or bytes_only)
                 if from_bytes or (unit is not None and name in wanted[id(unit)]):
                     node.input[at] = f"{name}.dq"
+        if self.scheme.outputs:
+            self.keep_float([graph.node[u.nodes[0]] for u in self.every if u.nodes[0] not in in_unit])
         nodes = list(self.weights)
         for name in values:
             if name in self.view.inputs:
@@ -203,6 +209,27 @@ class _Writer:
         for i in reversed(range(len(graph.initializer))):
             if graph.initializer[i].name not in used:
                 del graph.initializer[i]
+
+    def keep_float(self, layers: Sequence[Any]) -> None:
+        """Puts an activation after float layers that read 8 bits, which changes nothing and is computed with them: ONNX
+        Runtime would quantize their weights itself, unless it finds a LeakyRelu (of slope 0, a Relu; of 1, nothing)."""
+        graph = self.model.graph
+        for node in layers:
+            if node.op_type not in ("Conv", "Gemm") or not node.input[0].endswith(".dq"):
+                continue
+            name = node.output[0]
+            after = [n for n in graph.node if name in n.input]
+            slope = self.helper.make_attribute("alpha", 0.0)
+            if len(after) == 1 and after[0].op_type == "Relu" and name not in self.view.outputs:
+                after[0].op_type = "LeakyRelu"
+                after[0].attribute.append(slope)
+                continue
+            slope.f = 1.0
+            inner = f"{name}.float"
+            node.output[0] = inner
+            same = self.helper.make_node("LeakyRelu", [inner], [name], name=inner)
+            same.attribute.append(slope)
+            graph.node.insert(list(graph.node).index(node) + 1, same)
 
     def pair(self, name: str) -> list[Any]:
         """Q and DQ of a value; of an input in 8 bits only DQ, of such an output only Q."""
@@ -268,4 +295,3 @@ def out_axis(view: GraphView, node: Any) -> int:
     if node.op_type == "Conv":
         return 0
     return 0 if node.op_type == "Gemm" and view.attribute(node, "transB", 0) else 1
-

@@ -27,7 +27,7 @@ from lmfx.environment.progress import progress as progress_bar
 from lmfx.export.builder import require_onnx
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.int8.activations import Feeds, run_model, values_inside
-from lmfx.int8.graph_view import GraphView, basic_form, require_onnxruntime
+from lmfx.int8.graph_view import GraphView, basic_form, require_onnxruntime, view_of
 from lmfx.int8.qdq import Rounded, quantized_values, with_qdq
 from lmfx.int8.ranges import RangeMethod, Ranges
 from lmfx.int8.report import BAD, Quantized, QuantizedLayer
@@ -39,7 +39,7 @@ from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.trace.tracing import example_arguments
 
-__all__ = ["quantize", "quantize_model"]
+__all__ = ["file_example", "float_form", "quantize", "quantize_model"]
 
 RANGE_IMAGES = 128
 JUDGED_IMAGES = 64
@@ -134,7 +134,9 @@ def quantize_model(
     units = [u for u in every_chosen if not any(fnmatchcase(u.name, g) for g in exclude)]
     left |= {u.name: "exclude=" for u in every_chosen if u not in units}
     if not any(u.kind == "weighted" for u in units):
-        raise ExportError("nothing in this network runs in 8 bits: no convolution or Linear with constant weights is left")
+        raise ExportError(
+            "nothing in this network runs in 8 bits: no convolution or Linear with constant weights is left"
+        )
     source: Calibration = images if images is not None else feeds.images  # type: ignore[attr-defined]
     roles = source.roles()
     fit = feeds(roles.fit)
@@ -174,9 +176,7 @@ def quantize_model(
     return model, found
 
 
-def _warnings(
-    units: Sequence[Unit], ranges: Ranges, layers: Sequence[QuantizedLayer], per_channel: bool
-) -> list[str]:
+def _warnings(units: Sequence[Unit], ranges: Ranges, layers: Sequence[QuantizedLayer], per_channel: bool) -> list[str]:
     makers = {u.gives: u for u in units}
     found = []
     for name in ranges.seen:
@@ -224,26 +224,31 @@ def _float_form(given: Any, calibration: Any, example: Any) -> tuple[GraphView, 
     if isinstance(given, nn.Module):
         graph, example = _graph_of(given, calibration, example)
         return float_form(graph, example, as_calibration(calibration, example))
-    source = Path(given)
+    view = _view_of_file(given)
+    images = as_calibration(calibration, _example_of(view, calibration))
+    return view, _FeedsOf(view, images, None)
+
+
+def _view_of_file(path: Any) -> GraphView:
+    source = Path(path)
     if not source.is_file():
         raise InputError(f"there is no ONNX file {source}; give a network, or a file that lmfx.export_onnx wrote")
     view = GraphView(basic_form(source.read_bytes()))
     if not view.inputs:
         raise InputError(f"{source} has no input: give an ONNX file of a network that takes images")
-    images = as_calibration(calibration, _example_of(view, calibration))
-    return view, _FeedsOf(view, images, None)
+    return view
+
+
+def file_example(path: str | os.PathLike[str]) -> Any:
+    """Zeros of the shapes of an ONNX file's inputs."""
+    return _example_of(_view_of_file(path), None)
 
 
 def float_form(graph: fx.GraphModule, example: Any, images: Calibration) -> tuple[GraphView, Any]:
     """The view of a graph's float ONNX model, and what makes feeds for it."""
-    import onnx
-
     plain, tensors = bare(graph, example_arguments(example))
-    data = to_onnx_bytes(plain, tensors)
-    proto = onnx.load_from_string(data)
-    if proto.producer_name != "lmfx":
-        proto = basic_form(data)
-    return GraphView(proto), _FeedsOf(GraphView(proto), images, graph)
+    view = view_of(to_onnx_bytes(plain, tensors))
+    return view, _FeedsOf(view, images, graph)
 
 
 def _graph_of(net: nn.Module, calibration: Any, example: Any) -> tuple[fx.GraphModule, Any]:

@@ -69,9 +69,9 @@ class Ranges:
             if not np.isfinite(low + high):
                 raise InputError(f"the value {name} is not finite on the calibration images: check model and images")
             seen.low, seen.high = min(seen.low, low), max(seen.high, high)
-            same = seen.lows is not None and seen.lows.shape == lows.shape
-            seen.lows = np.minimum(seen.lows, lows) if same else lows
-            seen.highs = np.maximum(seen.highs, highs) if same else highs
+            if seen.lows is not None and seen.highs is not None and seen.lows.shape == lows.shape:
+                lows, highs = np.minimum(seen.lows, lows), np.maximum(seen.highs, highs)
+            seen.lows, seen.highs = lows, highs
             seen.squares += float(np.square(value, dtype=np.float64).sum())
             seen.count += int(np.count_nonzero(value))
         if self._collector is not None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Quantized", "QuantizedLayer"]
+__all__ = ["Int8Facts", "Quantized", "QuantizedLayer"]
 
 BAD = 0.05  # of a layer's output: what its weights on the grid may be off by before it is named
 SHOWN = 8
@@ -68,3 +68,21 @@ class Quantized:
 
 def _more(count: int) -> list[str]:
     return [f"  ... and {count - SHOWN} more"] if count > SHOWN else []
+
+
+@dataclass(frozen=True)
+class Int8Facts:
+    """What `compress` found of the 8-bit form of its network. `ms`: whole networks, "original float32", "original
+    int8", "float32" and "int8". `rows`: each layer's times and the form that was chosen. Where it does not pay,
+    `quantized` is None and the network stays float."""
+
+    pays: bool
+    ms: dict[str, float]
+    quantized: Quantized | None
+    rows: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {value:.4g} ms" for name, value in self.ms.items())
+        if self.quantized is None:
+            return "\n".join([f"int8 does not pay here, the network stays float ({times}):", *self.rows[:SHOWN]])
+        return f"{self.quantized}\n{times}" if times else str(self.quantized)

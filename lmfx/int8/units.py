@@ -23,7 +23,7 @@ from typing import Any, Literal
 from lmfx.int8.graph_view import GraphView
 from lmfx.passes.errors import OptionError
 
-__all__ = ["SCHEMES", "Scheme", "Unit", "find_units", "scheme_named"]
+__all__ = ["RUNTIMES", "SCHEMES", "Scheme", "Unit", "find_units", "quantized_reads", "scheme_named"]
 
 Kind = Literal["weighted", "join", "pool", "pointwise", "move"]
 POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
@@ -52,6 +52,9 @@ SCHEMES = {
     ),
     "tensorrt": Scheme("tensorrt", True, False, False, frozenset({"weighted", "join", "pool"})),
 }
+
+
+RUNTIMES = (*SCHEMES, "tensorrt_rtx")
 
 
 def scheme_named(name: str) -> Scheme:

@@ -116,7 +116,8 @@ def round_weights(
         groups.setdefault(layer.key, []).append(layer)
     waiting = list(groups.values())
     while waiting:
-        taken, held = [], 0
+        taken: list[list[Layer]] = []
+        held = 0
         while waiting and (not taken or held + waiting[0][0].gram_bytes <= SUM_BYTES):
             group = waiting.pop(0)
             held += group[0].gram_bytes if group[0].unknowns <= MOST_UNKNOWNS else 0
@@ -135,9 +136,7 @@ def _sums(view: GraphView, layers: Sequence[Layer], feeds: Feeds) -> dict[tuple[
     """Sums over sampled patches of what each layer reads."""
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cpu")
-    sums = {
-        x.key: Sums.zeros(feature_rows.blocks_of(x.module), x.unknowns + 1, {}, device) for x in layers
-    }
+    sums = {x.key: Sums.zeros(feature_rows.blocks_of(x.module), x.unknowns + 1, {}, device) for x in layers}
     names = list(dict.fromkeys(x.unit.reads[0] for x in layers))
     for values in values_inside(view, feeds, names):
         for layer in layers:

@@ -23,8 +23,10 @@ from lmfx.importance import Estimator, ImportanceTable, Reconstruction
 from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
 from lmfx.importance.reconstruction import ReconstructionSession
-from lmfx.latency import Backend, LatencyTable, get_backend
+from lmfx.int8.compressed import Int8Form, Int8Judge, int8_form
+from lmfx.latency import Backend, LatencyTable
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
+from lmfx.latency.chosen_backend import chosen_backend, precision_of
 from lmfx.latency.whole_times import time_wholes
 from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InfeasibleBudget, ModelError, OptionError
@@ -75,6 +77,7 @@ class Compression:
     refit: bool
     recover: float | str | None
     progress: bool
+    precision: str | None = None  # that of the backend
 
     def run(
         self, model: nn.Module, example_input: Any, wanted: Budget | None, share: float | None, calibration: Any
@@ -88,9 +91,10 @@ class Compression:
         source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
         if isinstance(self.latency, LatencyTable):
             source = self.latency
+            chosen_backend(source, "", self.precision)
             check_table(spans, source)
         else:
-            source = get_backend(self.latency if self.latency is not None else stages.default_backend(graph))
+            source = chosen_backend(self.latency, stages.default_backend(graph), self.precision)
         images = as_calibration(calibration, example_input)
 
         def profiled(some: SpanSet) -> LatencyTable:
@@ -242,14 +246,17 @@ def _that_keeps(
     return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
 
 
-def _quality(graph: fx.GraphModule, net: Any, images: Calibration) -> Quality | None:
-    """What a network keeps of the original, on images that nothing else saw; None if its output is none by image."""
+def _quality(
+    graph: fx.GraphModule, net: Any, images: Calibration, form: Int8Form | None = None, feeds: Any = None
+) -> Quality | None:
+    """What a network, or its 8-bit form, keeps of the original, on images that nothing else saw; None if its output is
+    none by image."""
     roles = images.roles()
     try:
         judge = Judge(graph, roles.judge, held_out=not roles.seen)
     except ModelError:
         return None
-    return judge(net)
+    return judge(net) if form is None else judge.of(Int8Judge(judge).outputs(form.model, feeds))
 
 
 def _nothing_to_merge(
@@ -289,8 +296,12 @@ def _finish(
     network = spans.network
     every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
     convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
+    int8, form, feeds = None, None, None
+    if merged and precision_of(source) == "int8":
+        with clock.stage("quantize"):
+            form, int8, feeds = int8_form(net.train(False), images, noted(graph).example, source, graph)
     with clock.stage("judge the result"):
-        quality = _quality(graph, net.train(False), images)
+        quality = _quality(graph, net.train(False), images, form, feeds)
     result = Result(
         plan=plan,
         budget=budget,
@@ -310,8 +321,9 @@ def _finish(
         frontier=found.frontier if found else None,
         quality=quality,
         keep=keep,
+        int8=int8,
         effort=clock.effort(),
     )
     note(net, noted(graph).of_result())
-    set_made_of(net, replace(made, result=result))
+    set_made_of(net, replace(made, result=result, int8=form))
     return net

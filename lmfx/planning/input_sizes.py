@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 from lmfx.budget import Budget
 from lmfx.calibration.images import Calibration, as_calibration
-from lmfx.latency import LatencyTable, get_backend
+from lmfx.latency import LatencyTable
+from lmfx.latency.chosen_backend import chosen_backend
 from lmfx.latency.whole_times import time_wholes
 from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InfeasibleBudget, InputError, LmfxError, OptionError
@@ -81,7 +82,8 @@ def at_best_size(
             graphs[size] = _graph(model, examples[size], choose, size)
     networks = [bare(g, example_arguments(examples[s])) for s, g in graphs.items()]
     assert not isinstance(asked.latency, LatencyTable)
-    backend = get_backend(asked.latency if asked.latency is not None else default_backend(whole))
+    backend = chosen_backend(asked.latency, default_backend(whole), asked.precision)
+    assert not isinstance(backend, LatencyTable)
     times = time_wholes(backend, networks)
     originals = dict(zip(graphs, (median(t) for t in times), strict=True))
     share = budget.resolve(originals[own]) / originals[own]

@@ -86,6 +86,31 @@ def group_refusals(refusals: Iterable[Refusal]) -> list[tuple[str, list[Refusal]
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
+def _int8(result: Result) -> list[str]:
+    """What the 8-bit form is, or why there is none."""
+    facts = result.int8
+    if facts is None:
+        return []
+    if facts.quantized is None:
+        times = f"{facts.ms['int8']:.4g} ms in 8 bits, {facts.ms['float32']:.4g} ms in float" if facts.ms else ""
+        return [
+            f"  int8       does not pay, so the network stays float: {times}",
+            *(f"    {r}" for r in facts.rows[:ROWS]),
+        ]
+    made = facts.quantized
+    lines = [
+        f"  int8       {_count(len(made.layers), 'layer')} in 8 bits, {len(made.float_layers)} stay float because that is "
+        "faster; latency and quality are those of the Q/DQ file"
+    ]
+    if facts.ms:
+        ms = facts.ms
+        lines.append(
+            f"             in float {ms['original float32']:.4g} ms before and {ms['float32']:.4g} ms after; "
+            f"in 8 bits {ms['original int8']:.4g} ms and {ms['int8']:.4g} ms"
+        )
+    return [*lines, *(f"    {w}" for w in made.warnings[:NAMES])]
+
+
 def _head(result: Result) -> str:
     plan = result.plan
     changed = {name for c in plan.candidates for name in c.all_convs}
@@ -102,6 +127,7 @@ def _head(result: Result) -> str:
         asked = budget if result.keep is None else f"{budget}, and to keep {result.keep:.4g}"
         lines[1:] = [f"  budget     {asked}", f"  latency    {_latency(result)}"]
         lines.append(f"  backend    {_backend(result)}")
+    lines += _int8(result)
     lines += _quality(result)
     line = result.line
     if line is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmfx.int8.forms import FormTimes, Forms, UnitForm, byte_ends_of
-from lmfx.int8.graph_view import GraphView, basic_form
+from lmfx.int8.graph_view import GraphView, view_of
 from lmfx.int8.in_network import conversion_model, in_int8_network
 from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import SCHEMES, Unit
@@ -84,7 +84,9 @@ class Int8Models:
         try:
             for r in runners:
                 r.time(1)
-            return [min(times) for times in zip(*([r.time(1) for r in runners] for _ in range(WHOLE_SAMPLES)), strict=True)]
+            return [
+                min(times) for times in zip(*([r.time(1) for r in runners] for _ in range(WHOLE_SAMPLES)), strict=True)
+            ]
         finally:
             for r in runners:
                 r.close()
@@ -110,13 +112,3 @@ class Int8Models:
             return min(runner.time(count) / count for _ in range(SAMPLES))
         finally:
             runner.close()
-
-
-def view_of(model: bytes | Any) -> GraphView:
-    """The view of a model: as lmfx emits it, or else in ONNX Runtime's basic form."""
-    import onnx
-
-    proto = onnx.load_from_string(model)
-    if proto.producer_name != "lmfx":
-        proto = basic_form(model)
-    return GraphView(proto)

@@ -25,7 +25,7 @@ from lmfx.environment.host import cpu_name, host_facts
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.latency.backend import TimedBackend
 from lmfx.latency.backends.gpu_state import monitor_of
-from lmfx.latency.backends.int8_models import Int8Models
+from lmfx.latency.backends.int8_models import ChosenForms, Int8Models
 from lmfx.latency.backends.roofline import RooflineBackend
 from lmfx.latency.blocked_layout import in_network
 from lmfx.latency.sampling import CallRunner, Runner, Sampling, Session, cpu_clock, wall_clock
@@ -143,6 +143,11 @@ class OnnxRuntimeBackend(TimedBackend):
     def _model(self, workload: Workload) -> bytes:
         precision = "fp32" if self.int8 is not None else self.precision
         return to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=precision)
+
+    def int8_forms(self, model: bytes) -> ChosenForms:
+        """Which units of a float network run in 8 bits, and what both networks take (with precision="int8")."""
+        assert self.int8 is not None
+        return self.int8.whole(model)[1]
 
     def _int8_runner(self, data: bytes, optimized: bool) -> CallRunner:
         options = self._options()

@@ -25,6 +25,8 @@ from lmfx.environment.host import host_facts
 from lmfx.export.emit import to_onnx_bytes
 from lmfx.export.precision import check_precision
 from lmfx.export.tensorrt import import_tensorrt, serialize_engine
+from lmfx.int8.forms import made_up_int8
+from lmfx.int8.units import SCHEMES
 from lmfx.latency.backend import Measurement, Prune, TimedBackend, Whole
 from lmfx.latency.backends.cuda import CudaRunner
 from lmfx.latency.backends.gpu_state import monitor_of, sampling_on
@@ -52,7 +54,8 @@ class TensorRTBackend(TimedBackend):
     """Times workloads as TensorRT engines on one GPU.
 
     `package` is "tensorrt" or "tensorrt_rtx" (None: the first that can be imported). Engines are strongly typed:
-    `precision` ("fp32", "fp16", "bf16") is that of the ONNX they are built from; `tf32` lets float32 convolutions run
+    `precision` ("fp32", "fp16", "bf16") is that of the ONNX they are built from, with "int8" with Q/DQ nodes around all
+    that runs so (`lmfx.int8`); `tf32` lets float32 convolutions run
     on tensor cores, as TensorRT does by itself. `cuda_graph=False` counts the launches.
 
     Raises `MissingExtra` without TensorRT, `DeviceError` without a GPU that it can use.
@@ -69,7 +72,8 @@ class TensorRTBackend(TimedBackend):
         device: str = "cuda",
         sampling: Sampling | None = None,
     ) -> None:
-        check_precision(precision)
+        if precision != "int8":
+            check_precision(precision)
         try:
             self.device = torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -114,7 +118,19 @@ class TensorRTBackend(TimedBackend):
         }
 
     def prepare(self, workload: Workload) -> Runner:
-        data = to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=self.precision)
+        data = self._model(workload, inside=True)
+        return self._prepared(data)
+
+    def prepare_whole(self, workload: Workload) -> Runner:
+        return self._prepared(self._model(workload, inside=False))
+
+    def _model(self, workload: Workload, inside: bool) -> bytes:
+        """A workload as ONNX; in 8 bits one `inside` a network reads and gives 8 bits."""
+        if self.precision != "int8":
+            return to_onnx_bytes(workload.build(), workload.inputs, fill=FILL, precision=self.precision)
+        return made_up_int8(to_onnx_bytes(workload.build(), workload.inputs, fill=FILL), SCHEMES["tensorrt"], inside)
+
+    def _prepared(self, data: bytes) -> Runner:
         with torch.cuda.device(self.device):
             plan = serialize_engine(self.trt, data, configure=self._configure)
             engine = self.runtime.deserialize_cuda_engine(plan)
