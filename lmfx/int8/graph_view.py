@@ -1,4 +1,4 @@
-"""An ONNX graph as the int8 stages see it: norms folded, constants known, every value with its shape, maker and readers.
+"""An ONNX graph as the int8 stages see it: norms folded, constants known, values with shape, maker and readers.
 
 A file that another exporter wrote first goes through ONNX Runtime's basic optimisations, which compute what is constant
 and take identities out; what lmfx emits has none of that.

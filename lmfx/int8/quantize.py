@@ -3,8 +3,8 @@
     float ONNX ─▶ units ─▶ ranges of all values ─▶ weights by their Gram ─▶ Q/DQ pairs ─▶ run beside the float one
                            one pass                one pass (or a few)      nowhere between what the runtime fuses
 
-The file is what TensorRT (from 10 on without a calibrator) and ONNX Runtime read. They want other pairs, which `runtime`
-says; `lmfx.int8.units` has the rules.
+The file is what TensorRT (which has no calibrator any more) and ONNX Runtime read. Each wants other pairs, which
+`runtime` says; `lmfx.int8.units` has the rules.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Ranges:
             if usual > 0 and size[worst] > WIDE_CHANNEL * usual:
                 found.append(
                     f"{layer}: channel {worst} reaches {size[worst]:.4g}, the median channel {usual:.4g} "
-                    f"({size[worst] / usual:.0f} times): most channels have about {255 * usual / size[worst]:.0f} levels"
+                    f"({size[worst] / usual:.0f} times): the others have about {255 * usual / size[worst]:.0f} levels"
                 )
         typical = (seen.squares / max(seen.count, 1)) ** 0.5
         largest = max(abs(seen.low), abs(seen.high))

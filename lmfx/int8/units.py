@@ -1,10 +1,10 @@
 """Finds what of a float graph can run in 8 bits: *units*, each of which a runtime computes as one.
 
-    weighted     Conv, Gemm, MatMul with constant weights          with the Relu or Clip after it, where nothing else reads
-    join         Add, Mul, Concat of values                        the sum (an Add has its own, too)
+    weighted     Conv, Gemm, MatMul with constant weights        with the Relu or Clip after it, if that alone reads it
+    join         Add, Mul, Concat of values                      the same
     pool         MaxPool, AveragePool, GlobalAveragePool
     pointwise    Sigmoid, LeakyRelu, Relu, Clip
-    move         Flatten, Reshape, Transpose, Slice ...            the numbers stay what they are, and so does their range
+    move         Flatten, Reshape, Transpose, Slice ...          the numbers stay as they are, and so does their range
 
 A *scheme* says what a runtime fuses, and so which values of a unit get a Q/DQ pair:
 

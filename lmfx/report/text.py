@@ -99,8 +99,8 @@ def _int8(result: Result) -> list[str]:
         ]
     made = facts.quantized
     lines = [
-        f"  int8       {_count(len(made.layers), 'layer')} in 8 bits, {len(made.float_layers)} stay float because that is "
-        "faster; latency and quality are those of the Q/DQ file"
+        f"  int8       {_count(len(made.layers), 'layer')} in 8 bits, {len(made.float_layers)} stay float because that "
+        "is faster; latency and quality are those of the Q/DQ file"
     ]
     if facts.ms:
         ms = facts.ms

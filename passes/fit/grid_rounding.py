@@ -11,8 +11,8 @@ one weight can be made up for by those that are not rounded yet (Hassibi, Stork 
 
     min over e with e_i = q - w_i given:     e_rest = (G^-1)_rest,i / (G^-1)_ii  e_i
 
-All of these together are one Cholesky factor: with ``(G + lambda I)^-1 = U' U``, U upper triangular, row i of U has what
-is left of the inverse once 0 .. i - 1 are fixed, and the update is  ``w_j += U_ij / U_ii  e_i`` for j > i.
+All of these together are one Cholesky factor: with ``(G + lambda I)^-1 = U' U``, U upper triangular, row i of U has
+what is left of the inverse once 0 .. i - 1 are fixed, and the update is  ``w_j += U_ij / U_ii  e_i`` for j > i.
 The largest diagonals are rounded first, while many weights are left to make up for them. It is greedy, so of it (with
 several lambda) and nearest rounding every output channel takes the one of least error: never worse than nearest.
 

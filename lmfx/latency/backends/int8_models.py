@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lmfx.int8.forms import FormTimes, Forms, UnitForm, byte_ends_of
+from lmfx.int8.forms import Forms, FormTimes, UnitForm, byte_ends_of
 from lmfx.int8.graph_view import GraphView, view_of
 from lmfx.int8.in_network import conversion_model, in_int8_network
 from lmfx.int8.qdq import with_qdq

@@ -51,8 +51,8 @@ DTYPES = {
 
 class OnnxRuntimeBackend(TimedBackend):
     """Times workloads in ONNX Runtime. `provider` is "cpu", "cuda" or "tensorrt", the last two with their
-    `provider_options` and a `precision` ("fp32", "fp16"), and without any copy to or from the host in the timed part. On
-    "cpu" the precision is "fp32" or "int8": with Q/DQ nodes around all that runs faster so (`int8_models`).
+    `provider_options` and a `precision` ("fp32", "fp16"), and without any copy to or from the host in the timed part.
+    On "cpu" the precision is "fp32" or "int8": with Q/DQ nodes around all that runs faster so (`int8_models`).
 
     Raises `MissingExtra` without onnxruntime, `DeviceError` if this build of it does not have the provider.
     """

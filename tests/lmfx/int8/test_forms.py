@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import lmfx
 from lmfx.export import to_onnx_bytes
-from lmfx.int8.forms import FormTimes, Forms, byte_ends_of
+from lmfx.int8.forms import Forms, FormTimes, byte_ends_of
 from lmfx.int8.graph_view import GraphView, view_of
 from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import SCHEMES
