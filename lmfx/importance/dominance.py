@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lmfx.passes.ir import Candidate
+from lmfx.passes.ir import Candidate, Span
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["bounded_by", "places", "violations"]
@@ -34,7 +34,7 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     inside: dict[str, list[tuple[int, int, int]]] = {}
     for i, d in enumerate(candidates):
         if d.puts_conv or d.cuts:
-            for series, start, stop in places(d):
+            for series, start, stop in places(d.span):
                 inside.setdefault(series, []).append((start, stop, i))
     tables = {name: np.array(rows) for name, rows in inside.items()}
     for i, c in enumerate(candidates):
@@ -48,9 +48,9 @@ def bounded_by(network: Network, candidates: Sequence[Candidate]) -> list[NDArra
     return found
 
 
-def places(d: Candidate) -> list[tuple[str, int, int]]:
-    """Where a candidate lies: in its own series, and as a part of one layer in each series around that."""
-    name, places = d.span.series, [(d.span.series, d.span.start, d.span.stop)]
+def places(span: Span) -> list[tuple[str, int, int]]:
+    """Where a span lies: in its own series, and as a part of one layer in each series around that."""
+    name, places = span.series, [(span.series, span.start, span.stop)]
     while "/" in name:
         name, _, branch = name.rpartition("/")
         at = int(branch.split(".")[0])

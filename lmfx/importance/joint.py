@@ -99,9 +99,12 @@ class JointLoss:
 
 
 def overlap(c: Candidate, d: Candidate) -> bool:
-    """Whether no plan can have both: their spans share a layer, or one lies in a branch of a layer of the other's."""
-    first, second = places(c)[0], places(d)[0]
-    return any(_cross(first, other) for other in places(d)) or any(_cross(second, other) for other in places(c))
+    """Whether no plan can have both: they share a layer, or one lies in a branch of a layer of the other's."""
+    return any(_crossing(places(a), places(b)) for a in c.spans for b in d.spans)
+
+
+def _crossing(first: list[tuple[str, int, int]], second: list[tuple[str, int, int]]) -> bool:
+    return any(_cross(first[0], other) for other in second) or any(_cross(second[0], other) for other in first)
 
 
 def _cross(a: tuple[str, int, int], b: tuple[str, int, int]) -> bool:

@@ -3,9 +3,11 @@
     scores ─▶ solver ─▶ a plan that holds the budget     `planning.search`
                  │
                  └▶ proposals of as little latency        `planning.joint_search`: by a sum of vectors
-                        └▶ the best few as students       with the fits that were scored, judged on images
-                              └▶ the best that measures   that no fit saw
-                                 within the budget
+                        ├▶ the best few as students       with the fits that were scored, judged on images
+                        │     └▶ the best that measures   that no fit saw
+                        │        within the budget
+                        └▶ steps from a slower plan       `planning.context_search`: where the sum of vectors
+                                                          does not tell what those networks lose
 
 Nothing depends on the clock: with the same rows of latency the same plan is chosen, and of two plans of equal quality
 the faster one.
@@ -16,28 +18,39 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import log
+from statistics import median
 from typing import Any
+
+from torch import fx
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.students import Students
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance import ImportanceTable
 from lmfx.importance.joint import JointLoss
+from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.latency import Backend, LatencyTable
 from lmfx.latency.carried_table import Predicted
-from lmfx.passes.ir import MergePlan, Surrogate
+from lmfx.passes.ir import Candidate, MergePlan, Surrogate
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.trace.tracing import fingerprint
+from lmfx.planning.context_search import ContextSearch
 from lmfx.planning.joint_search import Proposal, propose
 from lmfx.planning.search import ACCEPT, Found, measure_plan
-from lmfx.quality import Judge, QualityName
+from lmfx.quality import Judge, Quality, QualityName
 
 __all__ = ["Finalist", "Judged"]
 
 FINALISTS = 5  # proposals that are built
 ROUNDS = 3  # of proposals, where the best of them measure over the budget
 NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
+LEAST_LOSS = 1e-6  # below which a loss is rounding
+TRUSTED = 1.15  # by how much predictions may be off, in the middle of those that were judged
+SLOWER = 1.35  # the latency from which steps go down to what is asked for, where predictions are off there
+SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 4e11, 16, 160  # multiply-adds of all steps, and how many are made in any case
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,7 @@ class Judged:
         self.analysis = Analysis.of(spans.network)
         self.roles = images.roles()
         self.students = Students(self.analysis, self.roles.fit)
-        self.losses: dict[tuple[str, ...], float] = {}
+        self.qualities: dict[tuple[str, ...], Quality] = {}
 
     @cached_property
     def joint(self) -> JointLoss:
@@ -79,13 +92,45 @@ class Judged:
         """What judges the students."""
         return Judge(self.analysis.graph, self.roles.choose, held_out=not self.roles.seen)
 
-    def loss(self, plan: MergePlan) -> float:
-        """The loss of a plan's student on the images that plans are chosen by, with the fits that were scored."""
+    @cached_property
+    def search(self) -> ContextSearch:
+        """What goes from plan to plan in steps."""
+        return ContextSearch(self.spans, self.table, self.joint, self.judge, lambda cs: self.sketch(self.plan(cs)))
+
+    @property
+    def runs(self) -> int:
+        """Networks that steps may run for one limit: in a large network fewer."""
+        cost = multiply_accumulates(self.spans.network) * max(len(self.roles.choose), 1) / 2
+        return max(LEAST_RUNS, min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0))))
+
+    def plan(self, candidates: tuple[Candidate, ...]) -> MergePlan:
+        """The plan of some candidates, with what they were scored to be worth together."""
+        rows = self.scores.rows
+        lossy = [c for c in candidates if not c.exact]
+        worth = sum(rows[c.key] if c.key in rows else -self.joint.alone(c.key) for c in lossy)
+        return MergePlan(
+            candidates,
+            fingerprint(self.analysis.graph),
+            self.table.total(MergePlan(candidates, "")),
+            worth,
+            self.surrogate,
+            activation_after=self.spans.options.activation_after,
+        )
+
+    def sketch(self, plan: MergePlan) -> fx.GraphModule:
+        """A plan's student, with the fits that were scored."""
+        return self.students.sketch(plan, lambda c: self.session.scorer.made(c)[0])
+
+    def quality(self, plan: MergePlan) -> Quality:
+        """What a plan's student keeps, on the images that plans are chosen by."""
         key = tuple(c.key for c in plan.candidates)
-        if key not in self.losses:
-            student = self.students.sketch(plan, lambda c: self.session.scorer.made(c)[0])
-            self.losses[key] = self.judge(student).loss(self.name)
-        return self.losses[key]
+        if key not in self.qualities:
+            self.qualities[key] = self.judge(self.sketch(plan))
+        return self.qualities[key]
+
+    def loss(self, plan: MergePlan) -> float:
+        """The loss by which plans are chosen."""
+        return self.quality(plan).loss(self.name)
 
     def proposals(self, limit: float) -> list[Proposal]:
         """The plans within `limit` ms (a sum of rows), the one of least predicted loss first."""
@@ -95,13 +140,36 @@ class Judged:
         """The plans within `limit` ms (a sum of rows) that are worth judging, and `also` others; the best first."""
         proposals = self.proposals(limit)
         near = [p for p in proposals if p.loss <= NEAR * proposals[0].loss][:FINALISTS]
-        unique = {tuple(c.key for c in p.plan.candidates): p for p in (*near, *also)}
+        found = self._judged((*near, *also))
+        if near and not self._trusted(found):
+            found += self._judged(self._stepped(limit, found[0].proposal))
+        return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
+
+    def _judged(self, proposals: Iterable[Proposal]) -> list[Finalist]:
+        """The networks of some proposals, the best first."""
+        unique = {tuple(c.key for c in p.plan.candidates): p for p in proposals}
         with progress_bar(len(unique), "judging plans", self.progress) as bar:
             found = []
             for proposal in unique.values():
                 found.append(Finalist(proposal, self.loss(proposal.plan)))
                 bar.update(1)
         return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
+
+    def _stepped(self, limit: float, best: Proposal) -> list[Proposal]:
+        """What steps come to within `limit` ms, from a slower plan and from the best that there is."""
+        slower = self.proposals(SLOWER * limit)[:FINALISTS]
+        start = self._judged(slower)[0].proposal
+        self.search.left = self.runs
+        found = [self.search.down(s.plan.candidates, limit) for s in (start, best)]
+        found = [s for s in found if s.sum <= limit * (1 + 1e-9)]
+        if found:
+            found.append(self.search.improved(min(found, key=lambda s: s.loss), limit))
+        return [Proposal(self.plan(s.candidates), s.sum, self.joint.loss(s.candidates)) for s in found]
+
+    def _trusted(self, found: Iterable[Finalist]) -> bool:
+        """Whether the joint loss says what the networks lose that were judged."""
+        truths = [(self.quality(f.proposal.plan).loss(), f.proposal.loss) for f in found]
+        return median(abs(log((a + LEAST_LOSS) / (b + LEAST_LOSS))) for a, b in truths) <= log(TRUSTED)
 
     def better(self, found: Found, backend: Backend, example_input: Any, fraction: float) -> Found:
         """The plan of best quality that measures within the budget, `fraction` of the original; `found` does.
