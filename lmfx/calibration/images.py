@@ -23,6 +23,7 @@ __all__ = ["Calibration", "Frame", "Roles", "as_calibration"]
 
 MAX_IMAGES = 512  # at least, where there are as many: of small images more are read, as MAX_VALUES allows
 MOST_SMALL_IMAGES, MAX_VALUES = 2048, 3 << 24
+COMPARED = 128  # images on which plans are compared, where there are as many
 LEAST_HELD, LEAST_JUDGED = 4, 16  # images of which some are held out, of which some only judge
 
 
@@ -68,6 +69,13 @@ class Calibration:
         judging = torch.arange(count) % 8 == 7
         return Roles(self._of(~apart), self._of(apart & ~judging), self._of(judging), seen=False)
 
+    def evenly(self, count: int) -> Calibration:
+        """At most `count` of the images, taken at equal distances."""
+        if count >= len(self):
+            return self
+        take = torch.arange(count) * len(self) // max(count, 1)
+        return Calibration(tuple(t[take.to(t.device)] for t in self.tensors), self.names)
+
     @classmethod
     def joined(cls, first: Calibration, second: Calibration) -> Calibration:
         """The images of both."""
@@ -102,6 +110,14 @@ class Roles:
     choose: Calibration
     judge: Calibration
     seen: bool
+
+    def comparing(self) -> Calibration:
+        """What whole plans are compared on: the images that choose, and where these are few, some that fits have seen.
+
+        What a fit flatters itself by is much the same for all plans; a few dozen images do not tell plans apart.
+        """
+        more = COMPARED - len(self.choose)
+        return self.choose if self.seen or more <= 0 else Calibration.joined(self.choose, self.fit.evenly(more))
 
 
 def as_calibration(calibration: Any, example_input: Any, limit: int | None = None) -> Calibration:

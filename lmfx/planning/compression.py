@@ -7,7 +7,7 @@ trace ─▶ spans ─▶ profile ─▶ score ─▶ solve ─▶ search the bu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from lmfx.calibration.images import LEAST_JUDGED, Calibration, as_calibration
 from lmfx.calibration.refitting import refit as refit_layers
 from lmfx.environment.effort import StageClock
 from lmfx.importance import Estimator, ImportanceTable, Reconstruction
+from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
 from lmfx.importance.reconstruction import ReconstructionSession
@@ -37,6 +38,7 @@ from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.globs import Globs
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
+from lmfx.planning.finals import best_measured, best_predicted
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
@@ -46,6 +48,7 @@ from lmfx.result import Result
 from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
+MOST_REFITTED = 2e11  # multiply-adds of one network on the images of its fits, up to which more than one is refitted
 WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
 
@@ -121,17 +124,15 @@ class Compression:
         if not any(c.realization != "keep" for c in spans):
             raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
         case = _Case(graph, spans, source, images, example_input, judging, clock)
+        options: Sequence[Found | Predicted]
         if found is None:
             with clock.stage("profile"):
                 table = profiled(spans)
-            found, keeps = self.planned(case, table, wanted, share)
-        with clock.stage("rewrite"):
-            fit = images.roles().fit
-            student = stages.rewrite(graph, found.plan, calibration=fit, spans=spans, progress=self.progress)
+            options, keeps = self.planned(case, table, wanted, share)
+        else:
+            options = [found]
+        found, student = self.best(case, options, share, keeps)
         lossy = any(not c.exact for c in found.plan.candidates)
-        if self.refit and judging is not None and lossy:
-            with clock.stage("refit"):
-                student = self.refitted(case, student, share, keeps)
         if self.recover is not None and lossy:
             with clock.stage("recover"):
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
@@ -141,8 +142,8 @@ class Compression:
 
     def planned(
         self, case: _Case, table: LatencyTable, wanted: Budget | None, share: float | None
-    ) -> tuple[Found | Predicted, Judge | None]:
-        """The plan, and what says how much of the original is kept where that chose it."""
+    ) -> tuple[Sequence[Found | Predicted], Judge | None]:
+        """Plans of which one will be the best, and what says how much of the original is kept where that chose them."""
         session, judged = None, None
         with case.clock.stage("score"):
             if case.judging is not None and isinstance(self.estimator, Reconstruction):
@@ -157,14 +158,42 @@ class Compression:
                 )
             if wanted is None:
                 assert judged is not None and share is not None
-                return _that_keeps(judged, frontier, share, case.source, case.example), keeping_judge(judged)
+                return [_that_keeps(judged, frontier, share, case.source, case.example)], keeping_judge(judged)
             if isinstance(case.source, LatencyTable):
                 known = predict_plan(frontier, wanted)
                 limit = wanted.resolve(frontier.original)
-                return known if judged is None else judged.better_predicted(known, limit), None
+                return [known] if judged is None else best_predicted(judged, known, limit), None
             found = find_plan(case.graph, frontier, wanted, case.source, case.example, self.progress)
             part = wanted.resolve(found.original) / found.original
-            return found if judged is None else judged.better(found, case.source, case.example, part), None
+            if judged is None:
+                return [found], None
+            return best_measured(judged, found, case.source, case.example, part), None
+
+    def best(
+        self, case: _Case, options: Sequence[Found | Predicted], share: float | None, keeps: Judge | None
+    ) -> tuple[Found | Predicted, fx.GraphModule]:
+        """The plan whose student loses least once it is refitted, and that student."""
+        roles = case.images.roles()
+        work = multiply_accumulates(case.spans.network) * len(roles.fit)
+        if not self.refit or case.judging is None or work > MOST_REFITTED:
+            options = options[:1]
+        judge = Judge(case.graph, roles.comparing()) if len(options) > 1 else None
+        best: tuple[float, Found | Predicted, fx.GraphModule] | None = None
+        for found in options:
+            with case.clock.stage("rewrite"):
+                student = stages.rewrite(
+                    case.graph, found.plan, calibration=roles.fit, spans=case.spans, progress=self.progress
+                )
+            if self.refit and case.judging is not None and any(not c.exact for c in found.plan.candidates):
+                with case.clock.stage("refit"):
+                    student = self.refitted(case, student, share, keeps)
+            if judge is None or case.judging is None:
+                return found, student
+            loss = judge(student).loss(case.judging)
+            if best is None or loss < best[0]:
+                best = loss, found, student
+        assert best is not None
+        return best[1:]
 
     def refitted(
         self, case: _Case, student: fx.GraphModule, share: float | None, keeps: Judge | None

@@ -1,13 +1,15 @@
-"""Chooses among plans by the networks that they give: the proposals of least joint loss are built, fitted and judged.
+"""Judges plans by the networks that they give: those that are worth it are found, built, fitted and run.
 
     scores ─▶ solver ─▶ a plan that holds the budget     `planning.search`
                  │
                  └▶ proposals of as little latency        `planning.joint_search`: by a sum of vectors
-                        ├▶ the best few as students       with the fits that were scored, judged on images
-                        │     └▶ the best that measures   that no fit saw
-                        │        within the budget
+                        ├▶ the best few as students       with the fits that were scored
                         └▶ steps from a slower plan       `planning.context_search`: where the sum of vectors
-                                                          does not tell what those networks lose
+                              │                           does not tell what those networks lose
+                              └▶ those within the budget  `planning.finals`: measured, then refitted and compared
+
+Networks are judged on the images that choose; where those are few, on some more that fits have seen: what a fit
+flatters itself by is much the same for all plans, and a few dozen images do not tell plans apart (docs/quality.md).
 
 Nothing depends on the clock: with the same rows of latency the same plan is chosen, and of two plans of equal quality
 the faster one.
@@ -20,7 +22,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log
 from statistics import median
-from typing import Any
 
 from torch import fx
 
@@ -31,34 +32,32 @@ from lmfx.importance import ImportanceTable
 from lmfx.importance.joint import JointLoss
 from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.reconstruction import ReconstructionSession
-from lmfx.latency import Backend, LatencyTable
-from lmfx.latency.carried_table import Predicted
+from lmfx.latency import LatencyTable
 from lmfx.passes.ir import Candidate, MergePlan, Surrogate
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.context_search import ContextSearch
 from lmfx.planning.joint_search import Proposal, propose
-from lmfx.planning.search import ACCEPT, Found, measure_plan
 from lmfx.quality import Judge, Quality, QualityName
 
 __all__ = ["Finalist", "Judged"]
 
 FINALISTS = 5  # proposals that are built
-ROUNDS = 3  # of proposals, where the best of them measure over the budget
 NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
 LEAST_LOSS = 1e-6  # below which a loss is rounding
-TRUSTED = 1.15  # by how much predictions may be off, in the middle of those that were judged
+TRUSTED = 1.25  # by how much predictions may be off, in the middle of those that were judged
 SLOWER = 1.35  # the latency from which steps go down to what is asked for, where predictions are off there
-SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 4e11, 16, 160  # multiply-adds of all steps, and how many are made in any case
+SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 4e11, 16, 80  # multiply-adds of all steps, and how many are made in any case
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A plan whose network was judged: `loss` on the images that plans are chosen by."""
+    """A plan whose network was judged: `loss` on the images that plans are chosen by; `stepped` if steps led to it."""
 
     proposal: Proposal
     loss: float
+    stepped: bool = False
 
 
 class Judged:
@@ -90,7 +89,7 @@ class Judged:
     @cached_property
     def judge(self) -> Judge:
         """What judges the students."""
-        return Judge(self.analysis.graph, self.roles.choose, held_out=not self.roles.seen)
+        return Judge(self.analysis.graph, self.roles.comparing(), held_out=not self.roles.seen)
 
     @cached_property
     def search(self) -> ContextSearch:
@@ -100,8 +99,13 @@ class Judged:
     @property
     def runs(self) -> int:
         """Networks that steps may run for one limit: in a large network fewer."""
-        cost = multiply_accumulates(self.spans.network) * max(len(self.roles.choose), 1) / 2
+        cost = multiply_accumulates(self.spans.network) * len(self.judge.images) / 2
         return max(LEAST_RUNS, min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0))))
+
+    @staticmethod
+    def key(plan: MergePlan) -> tuple[str, ...]:
+        """What a plan is told by."""
+        return tuple(c.key for c in plan.candidates)
 
     def plan(self, candidates: tuple[Candidate, ...]) -> MergePlan:
         """The plan of some candidates, with what they were scored to be worth together."""
@@ -123,7 +127,7 @@ class Judged:
 
     def quality(self, plan: MergePlan) -> Quality:
         """What a plan's student keeps, on the images that plans are chosen by."""
-        key = tuple(c.key for c in plan.candidates)
+        key = self.key(plan)
         if key not in self.qualities:
             self.qualities[key] = self.judge(self.sketch(plan))
         return self.qualities[key]
@@ -142,12 +146,14 @@ class Judged:
         near = [p for p in proposals if p.loss <= NEAR * proposals[0].loss][:FINALISTS]
         found = self._judged((*near, *also))
         if near and not self._trusted(found):
-            found += self._judged(self._stepped(limit, found[0].proposal))
+            steps = self._judged(self._stepped(limit, found[0].proposal))
+            known = {self.key(f.proposal.plan) for f in found}
+            found += [replace(f, stepped=True) for f in steps if self.key(f.proposal.plan) not in known]
         return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
 
     def _judged(self, proposals: Iterable[Proposal]) -> list[Finalist]:
         """The networks of some proposals, the best first."""
-        unique = {tuple(c.key for c in p.plan.candidates): p for p in proposals}
+        unique = {self.key(p.plan): p for p in proposals}
         with progress_bar(len(unique), "judging plans", self.progress) as bar:
             found = []
             for proposal in unique.values():
@@ -170,53 +176,3 @@ class Judged:
         """Whether the joint loss says what the networks lose that were judged."""
         truths = [(self.quality(f.proposal.plan).loss(), f.proposal.loss) for f in found]
         return median(abs(log((a + LEAST_LOSS) / (b + LEAST_LOSS))) for a, b in truths) <= log(TRUSTED)
-
-    def better(self, found: Found, backend: Backend, example_input: Any, fraction: float) -> Found:
-        """The plan of best quality that measures within the budget, `fraction` of the original; `found` does.
-
-        Where the best plans measure over the budget, it looks again among plans of so much less latency.
-        """
-        limit = max(self._sum_at(found, ACCEPT * fraction), self._sum(found))
-        best, loss, own = found, self.loss(found.plan), self._proposal(found)
-        for _ in range(ROUNDS):
-            over = 1.0  # the most that a plan measured over what its rows promise
-            for finalist in self.finalists(limit, [own]):
-                plan = finalist.proposal.plan
-                if plan.candidates == best.plan.candidates or finalist.loss > loss:
-                    break
-                ratio = measure_plan(self.analysis, plan, backend, example_input, found.original)
-                predicted = found.frontier.line(finalist.proposal.sum)
-                if ratio <= fraction:
-                    plan, loss = replace(plan, latency=predicted), finalist.loss
-                    measured = ratio * found.original
-                    best = replace(found, plan=plan, predicted=predicted, measured=measured, ratio=ratio)
-                    break
-                over = max(over, ratio * found.original / predicted)
-            limit = self._sum_at(found, ACCEPT * fraction / over)
-            if over == 1 or limit < float(found.frontier.raw.latency[0]):
-                break
-        return best
-
-    def better_predicted(self, found: Predicted, limit_ms: float) -> Predicted:
-        """The same with a table that was measured elsewhere: what is predicted within the budget of `limit_ms`."""
-        line = found.frontier.line
-        for finalist in self.finalists((limit_ms - line.a) / line.b, [self._proposal(found)]):
-            plan, predicted = finalist.proposal.plan, line(finalist.proposal.sum)
-            if plan.candidates == found.plan.candidates:
-                return found
-            if predicted <= limit_ms:
-                return replace(found, plan=replace(plan, latency=predicted), predicted=predicted)
-        return found
-
-    def _proposal(self, found: Found | Predicted) -> Proposal:
-        return Proposal(found.plan, self._sum(found), self.joint.loss(found.plan.candidates))
-
-    @staticmethod
-    def _sum(found: Found | Predicted) -> float:
-        return float(found.frontier.raw.latency[found.index])
-
-    @staticmethod
-    def _sum_at(found: Found, ratio: float) -> float:
-        """The sum of rows at which a whole network is predicted to take `ratio` of the original."""
-        line = found.frontier.line
-        return (ratio * found.original - line.a) / line.b

@@ -1,0 +1,83 @@
+"""Finds the plans of best quality that hold the budget, of those that were judged; they are refitted afterwards.
+
+What a network loses before its refit does not say for sure what it loses after it, so the best of each kind of search
+is handed on: the best of what was proposed, and the best of what steps led to.
+
+Nothing depends on the clock but what is within the budget: with the same rows of latency the same plans are judged, and
+of two plans of equal quality the faster one is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lmfx.latency import Backend
+from lmfx.latency.carried_table import Predicted
+from lmfx.planning.joint_search import Proposal
+from lmfx.planning.judged import Judged
+from lmfx.planning.search import ACCEPT, Found, measure_plan
+
+__all__ = ["best_measured", "best_predicted"]
+
+ROUNDS = 3  # of proposals, where the best of them measure over the budget
+
+
+def best_measured(judged: Judged, found: Found, backend: Backend, example_input: Any, fraction: float) -> list[Found]:
+    """Plans of good quality that measure within the budget, `fraction` of the original; `found` does. The best first.
+
+    Where the best plans measure over the budget, it looks again among plans of so much less latency.
+    """
+    limit = max(_sum_at(found, ACCEPT * fraction), _sum(found))
+    own, own_loss = _proposal(judged, found), judged.loss(found.plan)
+    taken: dict[bool, tuple[float, Found]] = {}  # by whether steps led to it
+    for _ in range(ROUNDS):
+        over = 1.0  # the most that a plan measured over what its rows promise
+        for finalist in judged.finalists(limit, [own]):
+            if finalist.stepped in taken or finalist.loss > own_loss:
+                continue
+            plan = finalist.proposal.plan
+            if plan.candidates == found.plan.candidates:
+                taken[finalist.stepped] = own_loss, found
+                continue
+            ratio = measure_plan(judged.analysis, plan, backend, example_input, found.original)
+            predicted = found.frontier.line(finalist.proposal.sum)
+            if ratio <= fraction:
+                plan, measured = replace(plan, latency=predicted), ratio * found.original
+                better = replace(found, plan=plan, predicted=predicted, measured=measured, ratio=ratio)
+                taken[finalist.stepped] = finalist.loss, better
+            else:
+                over = max(over, ratio * found.original / predicted)
+        limit = _sum_at(found, ACCEPT * fraction / over)
+        if over == 1 or limit < float(found.frontier.raw.latency[0]):
+            break
+    return [plan for _, plan in sorted(taken.values(), key=lambda t: t[0])] or [found]
+
+
+def best_predicted(judged: Judged, found: Predicted, limit_ms: float) -> list[Predicted]:
+    """The same with a table that was measured elsewhere: what is predicted within the budget of `limit_ms`."""
+    line = found.frontier.line
+    taken: dict[bool, Predicted] = {}
+    for finalist in judged.finalists((limit_ms - line.a) / line.b, [_proposal(judged, found)]):
+        plan, predicted = finalist.proposal.plan, line(finalist.proposal.sum)
+        if finalist.stepped in taken or predicted > limit_ms:
+            continue
+        same = plan.candidates == found.plan.candidates
+        taken[finalist.stepped] = (
+            found if same else replace(found, plan=replace(plan, latency=predicted), predicted=predicted)
+        )
+    return list(taken.values()) or [found]
+
+
+def _proposal(judged: Judged, found: Found | Predicted) -> Proposal:
+    return Proposal(found.plan, _sum(found), judged.joint.loss(found.plan.candidates))
+
+
+def _sum(found: Found | Predicted) -> float:
+    return float(found.frontier.raw.latency[found.index])
+
+
+def _sum_at(found: Found, ratio: float) -> float:
+    """The sum of rows at which a whole network is predicted to take `ratio` of the original."""
+    line = found.frontier.line
+    return (ratio * found.original - line.a) / line.b
