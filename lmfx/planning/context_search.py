@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +25,7 @@ from torch import Tensor, fx
 from lmfx.calibration.recording import floating_outputs, record, resume
 from lmfx.importance.joint import JointLoss, overlap
 from lmfx.latency import LatencyTable
+from lmfx.passes.graph.node_facts import shape_of
 from lmfx.passes.graph.raw_nodes import dependents
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
@@ -34,6 +36,7 @@ __all__ = ["ContextSearch"]
 AT_ONCE = 4  # exchanges that are run for each step
 LEAST_STEP = 0.002  # of the original's latency
 ROUNDS = 4  # of going up and down again
+HELD_BYTES = 2**29  # of values, where runs begin
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,17 @@ class ContextSearch:
         if self._held is not None and self._held[0] == key:
             return
         self._held = None
-        names = {span.entry for c in self.known(state) for span in c.spans}
+        entries = {span.entry for c in self.known(state) for span in c.spans}
         net = self.student(state.candidates)
-        names |= {n.name for n in net.graph.nodes if n.op == "placeholder"}
+        names = {n.name for n in net.graph.nodes if n.op == "placeholder"}
+        # Small maps first: those are late, and save most of a run.
+        sizes = {name: prod(shape_of(self.spans.network.nodes[name]) or (1,)) for name in entries}
+        left = HELD_BYTES / (4 * len(self.judge.images))
+        for name in sorted(entries, key=lambda n: (sizes[n], n)):
+            left -= sizes[name]
+            if left < 0:
+                break
+            names.add(name)
         with torch.no_grad():
             found = [record(net, batch, names, self.judge.images.names)[0] for batch in self.judge.batches]
         self._held = key, found

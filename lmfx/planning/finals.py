@@ -34,11 +34,8 @@ def best_measured(judged: Judged, found: Found, backend: Backend, example_input:
     for _ in range(ROUNDS):
         over = 1.0  # the most that a plan measured over what its rows promise
         for finalist in judged.finalists(limit, [own]):
-            if finalist.stepped in taken or finalist.loss > own_loss:
-                continue
             plan = finalist.proposal.plan
-            if plan.candidates == found.plan.candidates:
-                taken[finalist.stepped] = own_loss, found
+            if finalist.stepped in taken or finalist.loss > own_loss or plan.candidates == found.plan.candidates:
                 continue
             ratio = measure_plan(judged.analysis, plan, backend, example_input, found.original)
             predicted = found.frontier.line(finalist.proposal.sum)
@@ -51,7 +48,8 @@ def best_measured(judged: Judged, found: Found, backend: Backend, example_input:
         limit = _sum_at(found, ACCEPT * fraction / over)
         if over == 1 or limit < float(found.frontier.raw.latency[0]):
             break
-    return [plan for _, plan in sorted(taken.values(), key=lambda t: t[0])] or [found]
+    taken.setdefault(False, (own_loss, found))
+    return [plan for _, plan in sorted(taken.values(), key=lambda t: t[0])]
 
 
 def best_predicted(judged: Judged, found: Predicted, limit_ms: float) -> list[Predicted]:

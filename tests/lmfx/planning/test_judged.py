@@ -16,6 +16,8 @@ from lmfx.calibration.images import as_calibration
 from lmfx.importance import ImportanceTable, Reconstruction
 from lmfx.latency.backends.roofline import RooflineBackend
 from lmfx.passes.trace.tracing import fingerprint
+from lmfx.planning import finals
+from lmfx.planning.finals import best_measured
 from lmfx.planning.judged import Judged
 from lmfx.planning.search import Found, find_plan
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL
@@ -34,7 +36,7 @@ class Case:
     found: Found
 
     def better(self, backend: Any = None) -> Found:
-        return self.judged.better(self.found, backend or RooflineBackend(), EXAMPLE, BUDGET)
+        return best_measured(self.judged, self.found, backend or RooflineBackend(), EXAMPLE, BUDGET)[0]
 
     def truth(self, plan: lmfx.MergePlan) -> float:
         """The loss of a plan's network, fitted as the chosen one is, on images that nothing saw."""
@@ -87,7 +89,7 @@ def test_plans_are_judged_on_the_images_that_choose_and_made_from_those_that_fit
 
 
 def test_finalists_come_by_what_their_networks_lose(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    also = case.judged._proposal(case.found)
+    also = finals._proposal(case.judged, case.found)
     proposed = case.judged.proposals  # in an order that says nothing
     monkeypatch.setattr(case.judged, "proposals", lambda limit: proposed(limit)[::-1])
     found = case.judged.finalists(0.7 * case.found.frontier.original_sum, [also])
