@@ -10,7 +10,7 @@ from lmfx import moved as _moved
 from lmfx._version import __version__
 from lmfx.budget import Budget
 from lmfx.compress import compress
-from lmfx.export import build_engine, export_onnx
+from lmfx.export import build_engine, export_onnx, export_program
 from lmfx.importance import Finetune, ImportanceTable
 from lmfx.importance.on_demand import OnDemand, score_on_demand
 from lmfx.int8.quantize import quantize
@@ -84,6 +84,7 @@ __all__ = [
     "compress",
     "distill",
     "export_onnx",
+    "export_program",
     "load",
     "load_plan",
     "merge",

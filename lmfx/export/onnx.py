@@ -1,7 +1,8 @@
 """`export_onnx`: a network as one ONNX file that has been run and compared before it gets its name.
 
 The file is written by `torch.onnx.export` to a temporary name beside the target, run by ONNX Runtime on the example
-input and on one random input, compared with torch, and only then renamed: a failed export leaves no file.
+input, on one random input and where sizes are free on two other sizes (`free_sizes`), compared with torch, and only
+then renamed: a failed export leaves no file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from torch import fx, nn
 from lmfx.environment.atomic_files import atomic_write
 from lmfx.environment.caller_state import entry, one_line
 from lmfx.export.builder import PROTO_LIMIT, require_onnx
+from lmfx.export.free_sizes import Dynamic, FreeSizes, dimension, free_sizes
 from lmfx.export.op_place import place_of
 from lmfx.export.specs import eval_mode
 from lmfx.made_of import made_of, weights_digest
 from lmfx.passes.errors import ExportError, InputError, MissingExtra
 from lmfx.passes.graph.tensor_inputs import bare
-from lmfx.passes.model.interface import plain_face, plain_output
+from lmfx.passes.model.interface import Example, plain_face, plain_output
 from lmfx.passes.model.quiet import quiet, tracing
-from lmfx.passes.model.size_limits import limits_of
 
 __all__ = ["export_onnx", "quiet_export"]
 
@@ -42,14 +43,17 @@ def export_onnx(
     check: bool = True,
     tolerance: float = 1e-3,
     dynamic_batch: bool = False,
+    dynamic_shapes: Dynamic = False,
 ) -> Path:
     """Writes `net` in eval mode as one self-contained ONNX file and returns its path.
 
-    `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's,
-    with a free first dimension if `dynamic_batch` (the file is then run at another batch as well). With `check`, every
-    output of ONNX Runtime may differ from torch's by `tolerance`, relative to the largest entry of that output. The
-    training mode of `net` is restored. Of a network that was compressed with precision="int8" it is the Q/DQ file that
-    its latency and quality were measured with, which is not compared again.
+    `example_input` is a tensor, a tuple of positional inputs or a dict of keyword inputs; its shapes are the file's.
+    `dynamic_batch` frees the number of images, `dynamic_shapes=True` the height and width of maps; a tuple of "batch",
+    "height" and "width", or {"x": (0, 2, 3)}, frees just those. The file is then run at two other sizes as well, and
+    refused for a network that has such a size as a number. With `check`, every output of ONNX Runtime may differ from
+    torch's by `tolerance`, relative to the largest entry of that output. The training mode of `net` is restored. Of a
+    network that was compressed with precision="int8" it is the Q/DQ file that its latency and quality were measured
+    with, which is not compared again.
 
     Raises `ExportError` (the target is then as it was), `MissingExtra` without onnx, onnxscript or onnxruntime.
     """
@@ -64,17 +68,16 @@ def export_onnx(
     if target.is_dir():
         raise ExportError(f"cannot write {target}: it is a folder; give a file name such as net.onnx")
     args, kwargs = _arguments(example_input)
-    if (quantized := _int8_file(net, args, kwargs, opset, dynamic_batch)) is not None:
+    if (quantized := _int8_file(net, args, kwargs, opset, dynamic_batch or bool(dynamic_shapes))) is not None:
         return atomic_write(target, quantized)
-    if dynamic_batch:
-        _refuse_fixed_batch(net)
     if isinstance(net, fx.GraphModule) and not all(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
         net, tensors = bare(net, (args, kwargs))  # numbers and flags are constants of the file
         args, kwargs = tuple(tensors), {}
     with eval_mode(net), tempfile.TemporaryDirectory(prefix=".lmfx-", dir=target.parent) as folder:
-        shown = _several((args, kwargs)) if dynamic_batch else (args, kwargs)
-        program = quiet_export(net, *shown, opset=opset, dynamic_batch=dynamic_batch)
+        free = free_sizes(net, (args, kwargs), dynamic_batch, dynamic_shapes) or FreeSizes(shown=(args, kwargs))
+        program = quiet_export(net, *free.shown, opset=opset, free=free)
         model = program.model_proto
+        _name_sizes(model, free)
         if model.ByteSize() > PROTO_LIMIT:
             raise ExportError(
                 f"the network takes {model.ByteSize() / 1e9:.1f} GB, and one ONNX file holds 2 GB; export it in half "
@@ -86,7 +89,7 @@ def export_onnx(
         except OSError as error:
             raise ExportError(f"cannot write {target}: {error}; give another file") from error
         if check:
-            _check(net, args, kwargs, temporary, tolerance, dynamic_batch)
+            _check(net, args, kwargs, temporary, tolerance, free.trials)
         os.replace(temporary, target)
     return target
 
@@ -109,7 +112,7 @@ def _int8_file(
     if shapes != form.shapes or dynamic_batch or opset is not None:
         raise ExportError(
             f"the 8-bit form of this network takes inputs of the shapes {form.shapes}, in its own opset, and "
-            f"{'a free batch' if dynamic_batch else shapes} was asked for: {remedy} and another example_input"
+            f"{'a free size' if dynamic_batch else shapes} was asked for: {remedy} and another example_input"
         )
     return form.model
 
@@ -120,7 +123,7 @@ def quiet_export(
     kwargs: dict[str, Any] | None = None,
     *,
     opset: int | None = None,
-    dynamic_batch: bool = False,
+    free: FreeSizes | None = None,
 ) -> torch.onnx.ONNXProgram:
     """`torch.onnx.export(dynamo=True)` in eval mode, without prints. Raises `ExportError`, `MissingExtra`."""
     try:
@@ -129,11 +132,7 @@ def quiet_export(
         raise MissingExtra(
             f'torch.onnx.export needs onnxscript, which cannot be imported ({error}); pip install "lmfx[onnx]"'
         ) from error
-    dynamic = None
-    if dynamic_batch:
-        batch = torch.export.Dim("batch", min=1)
-        given = (*args, *(kwargs or {}).values())
-        dynamic = tuple({0: batch} if isinstance(a, torch.Tensor) and a.dim() else None for a in given)
+    dynamic = free.specs(dimension) if free is not None and free.dims else None
     try:
         with (
             eval_mode(net),
@@ -191,42 +190,30 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise InputError(f"example_input must be a tensor, a tuple or a dict of tensors, not {type(example).__name__}")
 
 
-def _refuse_fixed_batch(net: nn.Module) -> None:
-    for module in net.modules():
-        fixed = next((v for v in limits_of(module) if v.kind == "batch"), None)
-        if fixed is not None:
-            raise ExportError(
-                f"dynamic_batch=True: this network is right only for a batch of {fixed.shape[0]}, that of its "
-                "example, so a file for other batches would be wrong; export it without dynamic_batch, or trace "
-                "the model with an example of the batch that you need"
-            )
+def _name_sizes(model: Any, free: FreeSizes) -> None:
+    """Free sizes by the names that a person knows, in place of the exporter's symbols."""
 
+    def sizes(value: Any) -> list[str]:
+        return [d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
 
-def _several(example: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example with two rows where it has one: torch.export takes a size of one for a number."""
-
-    def twice(value: Any) -> Any:
-        return (
-            _at_another_batch(value) if isinstance(value, torch.Tensor) and value.dim() and len(value) == 1 else value
-        )
-
-    args, kwargs = example
-    return tuple(twice(a) for a in args), {k: twice(v) for k, v in kwargs.items()}
-
-
-def _at_another_batch(value: Any) -> Any:
-    """The same rows, more of them: each batch is distinct once it is drawn again."""
-    if not isinstance(value, torch.Tensor) or not value.dim():
-        return value
-    rows = 3 if len(value) == 2 else 2
-    return value[torch.arange(rows, device=value.device) % len(value)]
+    symbols = free.renamed([sizes(v) for v in model.graph.input]) if free.dims else {}
+    symbols = {old: new for old, new in symbols.items() if old.isidentifier() and old != new}
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output) if symbols else ():
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), dim.dim_param)
 
 
 def _check(
-    net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], file: Path, tolerance: float, other_batch: bool
+    net: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    file: Path,
+    tolerance: float,
+    others: Sequence[tuple[str, Example]] = (),
 ) -> None:
-    """Runs ONNX Runtime on the example, on a random input and, if asked for, on one of another batch; raises
-    `ExportError` with the worst difference."""
+    """Runs ONNX Runtime on the example, on a random input and on `others`, inputs of other sizes; raises `ExportError`
+    with the worst difference."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -243,21 +230,10 @@ def _check(
             f"ONNX Runtime cannot load the exported network: {one_line(error)}; pass check=False for another runtime"
         ) from error
     generator = torch.Generator().manual_seed(0)
-    runs = [("the example input", None), ("a random input", generator)]
-    for what, draw in [*runs, ("a random input of another batch", generator)] if other_batch else runs:
-        resized = _at_another_batch if what.endswith("batch") else _same_batch
-        new_args = tuple(_redraw(resized(a), draw) for a in args)
-        new_kwargs = {k: _redraw(resized(v), draw) for k, v in kwargs.items()}
-        try:
-            with torch.no_grad():
-                expected = _leaves(net(*new_args, **new_kwargs))
-        except Exception as error:  # a network that takes one batch only may say so in any way
-            if not other_batch:
-                raise
-            raise ExportError(
-                f"dynamic_batch=True: {type(net).__name__} does not run on {what}: {type(error).__name__}: "
-                f"{_first(error)}; export it without dynamic_batch"
-            ) from error
+    random = tuple(_redraw(a, generator) for a in args), {k: _redraw(v, generator) for k, v in kwargs.items()}
+    for what, (new_args, new_kwargs) in [("the example input", (args, kwargs)), ("a random input", random), *others]:
+        with torch.no_grad():
+            expected = _leaves(net(*new_args, **new_kwargs))
         # constants that are not tensors are baked into the graph, so inputs are matched among the tensors
         named = {i.name for i in session.get_inputs()}
         feed = {k: v for k, v in new_kwargs.items() if k in named}
@@ -287,16 +263,8 @@ def _check(
                 )
 
 
-def _same_batch(value: Any) -> Any:
-    return value
-
-
-def _first(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-def _redraw(value: Any, generator: torch.Generator | None) -> Any:
-    if generator is None or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+def _redraw(value: Any, generator: torch.Generator) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return value
     return torch.randn(value.shape, generator=generator).to(value)
 

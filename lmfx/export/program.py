@@ -1,0 +1,87 @@
+"""`export_program`: a network as a `torch.export.ExportedProgram` that has been run and compared at three sizes.
+
+    net ── torch.export.export(dynamic_shapes=) ── program ── run beside net on the example and two other sizes
+
+It is what torch.compile, AOTInductor, torch_tensorrt and ExecuTorch take, and lmfx itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lmfx.environment.caller_state import entry, one_line
+from lmfx.export.free_sizes import Dynamic, FreeSizes, dimension, free_sizes
+from lmfx.export.specs import eval_mode
+from lmfx.passes.errors import ExportError, InputError
+from lmfx.passes.model.interface import plain_face, plain_output
+from lmfx.passes.model.quiet import quiet, tracing
+from lmfx.passes.trace.tracing import example_arguments
+
+__all__ = ["export_program"]
+
+
+@entry
+def export_program(
+    net: nn.Module,
+    example_input: Tensor | tuple[Any, ...] | Mapping[str, Any],
+    *,
+    dynamic_batch: bool = False,
+    dynamic_shapes: Dynamic = False,
+    tolerance: float = 1e-4,
+) -> torch.export.ExportedProgram:
+    """`net` in eval mode as an exported program; `torch.export.save(program, "net.pt2")` writes it.
+
+    `example_input`, `dynamic_batch` and `dynamic_shapes` are those of `lmfx.export_onnx`: what is free, and where it is
+    tried. Outputs at each size may differ from the network's by `tolerance`, relative to the largest entry. The
+    training mode of `net` is restored.
+
+    Raises `ExportError` for a network that torch.export cannot export, that is right at one size only, or whose program
+    gives something else.
+    """
+    if not isinstance(net, nn.Module):
+        raise InputError(f"export_program takes a torch.nn.Module, not a {type(net).__name__}")
+    example = example_arguments(example_input)
+    with eval_mode(net), torch.no_grad():
+        free = free_sizes(net, example, dynamic_batch, dynamic_shapes) or FreeSizes(shown=example)
+        args, kwargs = free.shown
+        specs = free.specs(dimension) if free.dims else None
+        try:
+            with quiet(), tracing():
+                program = torch.export.export(plain_face(net), args, kwargs, dynamic_shapes=specs, strict=False)
+        except Exception as error:  # torch.export raises many kinds, all of them about this network
+            raise ExportError(
+                f"torch.export could not export {type(net).__name__}: {type(error).__name__}: {one_line(error)}; "
+                "free fewer sizes, or export with lmfx.export_onnx"
+            ) from error
+        module = program.module()
+        for what, (some, named) in (("the example", free.shown), *free.trials):
+            expected, seen = _run(net, some, named), _run(module, some, named)
+            if len(expected) != len(seen) or any(_differ(a, b, tolerance) for a, b in zip(expected, seen, strict=True)):
+                raise ExportError(
+                    f"the exported program and {type(net).__name__} differ on {what} by more than {tolerance:g} "
+                    "(relative): please report this"
+                )
+    return program
+
+
+def _run(net: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+    try:
+        output = net(*args, **kwargs)
+    except Exception as error:  # a guard of the program, say
+        raise ExportError(f"the exported program does not run: {type(error).__name__}: {one_line(error)}") from error
+    return [v for v in pytree.tree_leaves(plain_output(output)) if isinstance(v, Tensor)]
+
+
+def _differ(expected: Tensor, seen: Tensor, tolerance: float) -> bool:
+    if expected.shape != seen.shape or expected.dtype != seen.dtype:
+        return True
+    if not expected.numel():
+        return False
+    a, b = expected.double(), seen.double()
+    return not float((a - b).abs().max()) <= tolerance * (float(a.abs().max()) or 1.0)
