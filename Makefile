@@ -43,8 +43,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	  echo "making $(VENV) with $$("$$base" --version)"; \
 	  "$$base" -m venv --clear $(VENV); \
 	fi; \
-	echo 'installing (torch is large; the first time takes a minute or two)'; \
-	$(PY) -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'; \
+	echo 'installing; torch and its libraries are gigabytes, so the first time takes minutes'; \
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[dev]' \
+	  | sed -nu -E 's/^ *(Downloading [^ ]+) (\(.*[MG]B\)).*/  \1 \2/p; s/^(Installing collected|Successfully).*/  \1/p'; \
 	touch $@
 
 demo: install ## train a small network, compress it to half its latency without training, write out/

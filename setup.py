@@ -22,12 +22,14 @@ EXTRAS = {
     "trt": ["tensorrt>=10"],
     # builds engines without a GPU; there are wheels for these platforms only
     "trt-rtx": ["tensorrt_rtx>=1.2; platform_machine in 'x86_64 AMD64' and sys_platform in 'linux win32'"],
-    "vision": ["torchvision"],
+    "vision": ["pillow", "timm", "torchvision"],
     "plot": ["matplotlib"],
     "dask": ["distributed>=2024.1"],
     "pruning": ["torch-pruning>=1.5"],
     "train": ["accelerate>=1.0"],
 }
+# All of the command line on a machine without a GPU: models by name, pictures, ONNX Runtime, files, plots.
+EXTRAS["cli"] = sorted({requirement for name in ("onnx", "ort", "vision", "plot") for requirement in EXTRAS[name]})
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}
     | {
@@ -41,7 +43,6 @@ EXTRAS["dev"] = sorted(
         "ruff",
         "scikit-learn",
         "setuptools>=77",
-        "timm",
     }
 )
 

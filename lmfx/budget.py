@@ -74,7 +74,12 @@ class Budget:
     def _parse_text(cls, text: str) -> Budget:
         found = _TEXT.fullmatch(text.strip())
         if found is None:
-            raise BudgetError(f"The budget {text!r} is not understood. {_FORMS}")
+            comma = (
+                f"Did you mean {text.strip().replace(',', '.')}? "
+                if re.fullmatch(r"\d+,\d+\s*\S*", text.strip())
+                else ""
+            )
+            raise BudgetError(f"The budget {text!r} is not understood. {comma}{_FORMS}")
         number, unit = float(found["number"]), found["unit"].lower()
         if unit == "":
             return cls("fraction", number)

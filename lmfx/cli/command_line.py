@@ -9,16 +9,21 @@
     lmfx export DIR         a saved network as ONNX
     lmfx quantize NET       a saved network or an ONNX file in 8 bits, with Q/DQ nodes
     lmfx cache WHAT         what was measured and is kept: list, export, import, prune
+    lmfx doctor             what works on this machine, and what to install
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0, 2 for an error that says what to do, 130 for Ctrl-C.
+Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 where the doctor finds something broken,
+2 for an error that says what to do, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -34,7 +39,8 @@ from lmfx.cli.commands import (
     simplify_command,
     spans_command,
 )
-from lmfx.cli.inputs import calibration_option, model_options, size_list
+from lmfx.cli.doctor import doctor_command
+from lmfx.cli.inputs import calibration_option, model_options, size_list, weights_option
 from lmfx.cli.options import (
     COMPRESS_DEFAULTS,
     COMPRESS_OPTIONS,
@@ -44,6 +50,7 @@ from lmfx.cli.options import (
     score_options,
     table_option,
 )
+from lmfx.cli.suggestions import Parser
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import printable
 from lmfx.environment.caller_state import entry
@@ -56,16 +63,26 @@ from lmfx.simplify import simplify
 __all__ = ["main"]
 
 INTERRUPTED = 130
+FIRST_STEPS = """first steps:
+  lmfx doctor                                                          what works on this machine
+  lmfx compress torchvision:resnet18 --images FOLDER --budget 0.6      your pictures, without labels
+  lmfx compress package.module:factory --shape 1,3,96,96 --budget 2x   your network
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. `argv` is without the program's name, `sys.argv[1:]` by default."""
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     args = parser.parse_args(argv)
     if args.command == "compress" and args.budget is None and args.keep is None:
         parser.error("compress needs --budget, how fast, or --keep, how much must be left")
+    code = 0
     try:
-        _run(args)
+        with _plain_warnings(args.command):
+            code = _run(args) or 0
         sys.stdout.flush()
     except LmfxError as error:
         print(f"lmfx {args.command}: {printable(str(error))}", file=sys.stderr)
@@ -78,24 +95,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `lmfx spans ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
+
+
+@contextlib.contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """A warning is told as a line of the command, without the line of code that it came from."""
+
+    def told(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"lmfx {command}: warning: {printable(str(message))}", file=sys.stderr)
+
+    before = warnings.showwarning
+    warnings.showwarning = told
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @entry
-def _run(args: argparse.Namespace) -> None:
-    """The command itself; whatever fails in it is told as an `LmfxError`."""
-    args.run(args)
+def _run(args: argparse.Namespace) -> int | None:
+    """The command itself, with its exit code where that says something; whatever fails is told as an `LmfxError`."""
+    code: int | None = args.run(args)
+    return code
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lmfx", description="A depth compiler for convolutional networks.")
+    parser = Parser(prog="lmfx", description="A depth compiler for convolutional networks.", epilog=FIRST_STEPS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"lmfx {__version__} (torch {torch.__version__})")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         made.set_defaults(run=run)
         return made
@@ -113,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add(made, SpanOptions, SPAN_OPTIONS, **COMPRESS_DEFAULTS)
 
     made = command("frontier", frontier_command, "find every Pareto-optimal latency and importance")
-    model_options(made)
+    model_options(made, "auto")
     measure_options(made)
     table_option(made)
     score_options(made)
@@ -122,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add(made, SpanOptions, SPAN_OPTIONS, **COMPRESS_DEFAULTS)
 
     made = command("compress", compress_command, "make a network that is within a latency budget, and save it")
-    model_options(made)
+    model_options(made, "auto")
     made.add_argument("--budget", metavar="B", help='0.6 or "60%%" of the latency, "4.5ms", or "2x" as fast')
     made.add_argument("--keep", metavar="SHARE", help='what must still agree, 0.98 or "98%%": as fast as that allows')
     made.add_argument("--recover", metavar="TIME", help="train so long on the calibration images: 3min, 90s")
@@ -130,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         "--input-sizes", type=size_list, default=(), metavar="N,N", help="also compress for images of these sizes"
     )
     made.add_argument("--no-refit", action="store_true", help="leave the layers that the plan keeps as they are")
-    made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
+    made.add_argument(
+        "-o", "--output", metavar="DIR", help="save plan.json and model.safetensors here (default out/MODEL-BUDGET)"
+    )
     made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
     made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
     measure_options(made)
@@ -141,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command(
         "simplify", simplify_command, "make all merges that lose nothing, without a measurement, and save the result"
     )
-    model_options(made)
+    model_options(made, "auto")
     made.add_argument("-o", "--output", required=True, metavar="DIR", help="save plan.json and model.safetensors here")
     made.add_argument("--onnx", action="store_true", help="also write DIR/net.onnx")
     made.add_argument(
@@ -152,13 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     made = command("recover", recover_command, "train a saved network on images without labels, and save it again")
     made.add_argument("directory", metavar="DIR", help="what lmfx compress --trainable or lmfx.save wrote")
     made.add_argument("model", metavar="MODEL", nargs="?", help="what was compressed (default: as for lmfx export)")
-    made.add_argument("--weights", metavar="FILE", help="safetensors file with the model's weights")
-    made.add_argument(
-        "--calibration",
-        required=True,
-        metavar="FILE|package.module:NAME",
-        help="images (N, channels, ...) without labels, as for lmfx compress; hundreds or more",
-    )
+    weights_option(made)
+    calibration_option(made, required=True)
     made.add_argument("--minutes", default="3", metavar="T", help="3, 90s or 1h, all in all (default: %(default)s)")
     made.add_argument("--checkpoint", metavar="DIR", help="keep the state here; the same command goes on from it")
     made.add_argument("--trainable", action="store_true", help="save the form that can be trained, not the merged one")
@@ -190,6 +221,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--ranges", choices=METHODS, default=METHODS[0], help="of activations (default: %(default)s)")
     made.add_argument("--exclude", action="append", metavar="GLOB", help="leave these layers float (repeatable)")
     made.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
+
+    made = command("doctor", doctor_command, "try which runtimes, devices and extras work on this machine")
+    made.add_argument("--json", action="store_true", help="print a JSON object")
 
     text = "list, export, import and prune what was measured"
     cache_commands(commands.add_parser("cache", help=text, description=text[0].upper() + text[1:] + "."))

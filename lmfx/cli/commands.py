@@ -6,16 +6,18 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import fx, nn
 
-from lmfx.cli.inputs import SEED, example, images, model_and_example
-from lmfx.cli.models import load_model
+from lmfx.budget import Budget
+from lmfx.cli.inputs import check_images, example, fed, images, loaded_model
+from lmfx.cli.models import load as load_model
+from lmfx.cli.next_steps import default_output, say_next
 from lmfx.cli.options import COMPRESS_OPTIONS, SPAN_OPTIONS, estimator, executor, taken
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import in_one_line
@@ -27,6 +29,7 @@ from lmfx.passes.ir import Refusal
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.planning.frontier import IDENTITY, Frontier
+from lmfx.planning.keeping import parse_keep
 from lmfx.planning.saved_files import example_of
 from lmfx.planning.saved_networks import load, model_spec, save
 from lmfx.report import report
@@ -69,9 +72,15 @@ def _carried(args: argparse.Namespace) -> LatencyTable | None:
     return LatencyTable.load(args.table)
 
 
-def _measured(args: argparse.Namespace, x: Any = None) -> tuple[Any, SpanSet, LatencyTable]:
+def _model_and_example(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    given = example(args) if args.example is not None else None  # read before the model is, because it may be wrong
+    loaded = loaded_model(args)
+    return loaded.model, example(args, loaded) if given is None else given
+
+
+def _measured(args: argparse.Namespace, model: nn.Module, x: Any) -> tuple[Any, SpanSet, LatencyTable]:
     carried = _carried(args)
-    graph = trace(*model_and_example(args, x))
+    graph = trace(model, x)
     spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
     if carried is not None:
         check_table(spans, carried)
@@ -82,7 +91,7 @@ def _measured(args: argparse.Namespace, x: Any = None) -> tuple[Any, SpanSet, La
 
 def spans_command(args: argparse.Namespace) -> None:
     """`lmfx spans`: lists candidates, or refusals."""
-    graph = trace(*model_and_example(args))
+    graph = trace(*_model_and_example(args))
     spans = enumerate_spans(Network(graph), SpanOptions(**taken(args, SPAN_OPTIONS)))
     if args.refused:
         _print_refusals(spans.refusals, args.json)
@@ -109,7 +118,7 @@ def profile_command(args: argparse.Namespace) -> None:
     """`lmfx profile`: measures the candidates that may pay."""
     if args.output:
         _check_folder(Path(args.output))
-    _, spans, latency = _measured(args)
+    _, spans, latency = _measured(args, *_model_and_example(args))
     rows = []
     for c in spans:
         if c.key in latency and c.convs:
@@ -129,12 +138,12 @@ def frontier_command(args: argparse.Namespace) -> None:
     """`lmfx frontier`: every Pareto-optimal latency and importance, as text, JSON or a picture."""
     if args.plot:
         _check_folder(Path(args.plot))
-    x = example(args)
-    data, what = images(args, x)
     importance = estimator(args)
     options = {"surrogate": args.surrogate} if importance == "reconstruction" else {}
     with executor(args) as workers:
-        graph, spans, latency = _measured(args, x)
+        given = fed(args)
+        data, what = given.images, given.what
+        graph, spans, latency = _measured(args, given.loaded.model, given.example)
         scores = score(
             graph,
             importance,
@@ -179,31 +188,31 @@ def _print_frontier(frontier: Frontier, calibration: str) -> None:
 
 def compress_command(args: argparse.Namespace) -> None:
     """`lmfx compress`: makes a network within a budget and saves it."""
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"--output {output} is a file; give a folder")
+    budget = None if args.budget is None else Budget.parse(args.budget)
+    keep = None if args.keep is None else parse_keep(args.keep)
+    if args.recover is not None:
+        seconds_of(args.recover)
+    output = _output(args.output or default_output(args.model, budget, keep))
     if args.onnx:
         from lmfx.export.builder import require_onnx
 
         require_onnx()  # said now and not after minutes of work
     carried = _carried(args)
-    x = example(args)
-    data, what = images(args, x)
     importance = estimator(args)
     with executor(args) as workers:
-        model, _ = model_and_example(args, x)
+        given = fed(args)
         net = compress(
-            model,
-            x,
-            args.budget,
-            keep=args.keep,
+            given.loaded.model,
+            given.example,
+            budget,
+            keep=keep,
             quality=args.quality,
             refit=not args.no_refit,
             precision=args.precision,
             recover=args.recover,
             input_sizes=args.input_sizes,
-            calibration=data,
-            latency=_backend(args, model) if carried is None else carried,
+            calibration=given.images,
+            latency=_backend(args, given.loaded.model) if carried is None else carried,
             importance=importance,
             surrogate=args.surrogate,
             executor=workers,
@@ -213,36 +222,52 @@ def compress_command(args: argparse.Namespace) -> None:
             **taken(args, COMPRESS_OPTIONS),
         )
     print(report(net))
-    print(f"\ncalibrated on {what}")
-    if args.weights is None and args.model.startswith(("torchvision:", "timm:")):
+    print(f"\ncalibrated on {given.what}")
+    if given.loaded.random:
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")
-    save(net, output, model=args.model)
+    _save(net, output, args, given.example)
+
+
+def _output(text: str) -> Path:
+    """The folder to save to, looked at before the work is done."""
+    output = Path(text)
+    if output.exists() and not output.is_dir():
+        raise PlanError(f"--output {output} is a file; give a folder")
+    for above in output.absolute().parents:
+        if above.exists():
+            try:
+                tempfile.TemporaryFile(dir=above).close()
+            except OSError as error:
+                raise PlanError(f"--output {output} cannot be made: {error}; give another folder") from error
+            break
+    return output
+
+
+def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, spec: str | None = None) -> None:
+    save(net, output, model=spec or args.model)
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
-    if args.onnx:
+    if getattr(args, "onnx", False):
         _write_onnx(net, x, output / "net.onnx")
+    say_next(args, output, spec or args.model)
 
 
 def simplify_command(args: argparse.Namespace) -> None:
     """`lmfx simplify`: makes all merges that lose nothing and saves the result."""
-    output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"--output {output} is a file; give a folder")
+    output = _output(args.output)
     if args.onnx:
         from lmfx.export.builder import require_onnx
 
         require_onnx()
-    model, x = model_and_example(args)
+    model, x = _model_and_example(args)
     net = simplify(model, x, growth=args.growth, **taken(args, ("include", "exclude")))
     print(report(net))
-    save(net, output, model=args.model)
-    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
-    if args.onnx:
-        _write_onnx(net, x, output / "net.onnx")
+    _save(net, output, args, x)
 
 
 def quantize_command(args: argparse.Namespace) -> None:
     """`lmfx quantize`: writes a saved network, a model or an ONNX file as a Q/DQ file."""
     target, source = Path(args.output), Path(args.network)
+    check_images(args)
     options = {
         "runtime": args.runtime,
         "per_channel": not args.per_tensor,
@@ -252,14 +277,15 @@ def quantize_command(args: argparse.Namespace) -> None:
         "progress": not args.quiet,
     }
     if source.suffix == ".onnx":
-        data, what = images(args, file_example(source))
+        data, what = images(args, file_example(source), spec=args.network)
         print(quantize(source, data, target, **options))
     else:
         spec, inputs = _model_of(args, source)
-        net = load(source, load_model(spec))
+        model = load_model(spec, "auto").model  # its weights are replaced
+        net = load(source, model)
         positional, keyword = example_of(inputs)
         x = keyword or tuple(positional)
-        data, what = images(args, x)
+        data, what = images(args, x, model=model, spec=spec)
         print(quantize(net, data, target, example_input=x, **options))
     print(f"calibrated on {what}")
     print(f"wrote {target}")
@@ -268,27 +294,25 @@ def quantize_command(args: argparse.Namespace) -> None:
 def recover_command(args: argparse.Namespace) -> None:
     """`lmfx recover`: trains a saved network on images without labels, and saves it again."""
     seconds_of(args.minutes)
-    folder, output = Path(args.directory), Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"--output {output} is a file; give a folder")
+    check_images(args)
+    folder, output = Path(args.directory), _output(args.output)
     spec, inputs = _model_of(args, folder)
-    torch.manual_seed(SEED)
-    model = load_model(spec, args.weights)
-    student = load(folder, model)
+    loaded = loaded_model(args, spec)
+    student = load(folder, loaded.model)
     positional, keyword = example_of(inputs)
-    data, what = images(args, keyword or tuple(positional), MOST_IMAGES)
-    recover(student, model, data, minutes=args.minutes, checkpoint=args.checkpoint, progress=not args.quiet)
+    like = keyword or tuple(positional)
+    data, what = images(args, like, MOST_IMAGES, model=loaded.model, spec=spec)
+    recover(student, loaded.model, data, minutes=args.minutes, checkpoint=args.checkpoint, progress=not args.quiet)
     print(student.meta["lmfx_recovery"])
     print(f"trained and judged on {what}")
-    save(student if args.trainable else merge(student), output, model=spec)
-    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    _save(student if args.trainable else merge(student), output, args, like, spec)
 
 
 def export_command(args: argparse.Namespace) -> None:
     """`lmfx export`: writes a saved network as ONNX."""
     folder = Path(args.directory)
     spec, inputs = _model_of(args, folder)
-    net = load(folder, load_model(spec))
+    net = load(folder, load_model(spec, "auto").model)  # its weights are replaced
     positional, keyword = example_of(inputs)
     _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
 

@@ -1,9 +1,12 @@
 """Finds a model by its name, for the command line.
 
-torchvision:NAME          torchvision's builder, random weights
-timm:NAME                 timm's, random weights
+torchvision:NAME          torchvision's builder
+timm:NAME                 timm's
 package.module:factory    anything importable, also from the current folder, that gives an nn.Module
 FILE.pt2                  what torch.export.save wrote; its example is the default one
+
+The weights of the first two are the published ones or random (`lmfx.cli.pretrained`), those of a factory as it makes
+them; a safetensors file may take their place.
 """
 
 from __future__ import annotations
@@ -11,54 +14,73 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import inspect
 import operator
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmfx.cli.pretrained import MODES, Unreachable, timm_model, torchvision_model
 from lmfx.environment.caller_state import one_line
-from lmfx.passes.errors import MissingExtra, ModelError
+from lmfx.passes.errors import ModelError
 from lmfx.passes.model.quiet import quiet
 from lmfx.passes.trace.programs import module_of_program
 
-__all__ = ["PROGRAM", "call", "imported", "load_model", "load_program"]
+__all__ = ["PROGRAM", "Loaded", "call", "check_spec", "imported", "load", "load_model", "load_program"]
 
 FORMS = "write torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
 PROGRAM = ".pt2"
+ZOOS = {"torchvision": torchvision_model, "timm": timm_model}
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode, its weights in words, and why they are random where the published ones were looked for."""
+
+    model: nn.Module
+    weights: str
+    missing: str | None = None
+
+    @property
+    def random(self) -> bool:
+        """Whether outputs mean nothing."""
+        return self.weights == "random"
 
 
 def load_model(spec: str, weights: str | os.PathLike[str] | None = None) -> nn.Module:
-    """The model that `spec` names, in eval mode.
+    """The model that `spec` names, in eval mode; see `load`. Without `weights` those of torchvision and timm are
+    random, which is all that a latency needs."""
+    return load(spec, "random" if weights is None else weights).model
 
-    `weights` is a safetensors file with its state dict. Without it the model has what its factory gives it: random
-    weights for torchvision and timm, which is all that a latency needs.
 
-    Raises `ModelError` for a name that leads to no model (with the closest ones) and for weights that do not fit,
-    `MissingExtra` if torchvision or timm is not installed.
+def load(spec: str, weights: str | os.PathLike[str]) -> Loaded:
+    """The model that `spec` names, in eval mode, with its weights: "pretrained", "random", "auto" (see
+    `lmfx.cli.pretrained`), or a safetensors file with its state dict. What a factory makes stays as it is otherwise.
+
+    Raises `ModelError` for a name that leads to no model (with the closest ones) and for weights that do not fit or
+    cannot be had, `MissingExtra` if torchvision or timm is not installed.
     """
+    check_spec(spec)
+    library, _, name = spec.partition(":")
+    mode = str(weights) if str(weights) in MODES else None
     if spec.endswith(PROGRAM):
-        model: nn.Module = module_of_program(load_program(spec))
-        if weights is not None:
-            _load_weights(model, Path(weights), spec)
-        return model
-    library, colon, name = spec.partition(":")
-    if not (library and colon and name):
-        raise ModelError(f"the model {spec!r} is not understood: {FORMS}")
-    if library == "torchvision":
-        model = _torchvision(name)
-    elif library == "timm":
-        model = _timm(name)
+        loaded = Loaded(module_of_program(load_program(spec)), "those of the program")
+    elif library not in ZOOS:
+        loaded = Loaded(_factory(spec), "as the factory makes them")
     else:
-        model = _factory(spec)
-    if weights is not None:
-        _load_weights(model, Path(weights), spec)
-    return model.eval()
+        loaded = _of_zoo(spec, library, name, mode or "random")
+    if mode is None:
+        _load_weights(loaded.model, Path(weights), spec)
+        loaded = Loaded(loaded.model, str(weights))
+    if not spec.endswith(PROGRAM):  # which is what it was exported as
+        loaded.model.eval()
+    return loaded
 
 
 def load_program(path: str) -> torch.export.ExportedProgram:
@@ -73,40 +95,52 @@ def load_program(path: str) -> torch.export.ExportedProgram:
         ) from error
 
 
-def _torchvision(name: str) -> nn.Module:
-    try:
-        import torchvision
-    except ImportError as error:
-        raise MissingExtra(f'torchvision:{name} needs torchvision ({error}): pip install "lmfx[vision]"') from error
-    known = torchvision.models.list_models()
-    if name not in known:
-        raise ModelError(f"torchvision has no model {name!r}: {_closest(name, known)}")
-    builder = torchvision.models.get_model_builder(name)
-    options: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in inspect.signature(builder).parameters:
-        options["weights_backbone"] = None  # or the backbone's weights are downloaded
-    try:
-        try:  # some draw their weights slowly, and warn that they do, unless they are told not to
-            model: nn.Module = builder(**options, init_weights=False)
-        except TypeError as error:
-            if "init_weights" not in str(error):
-                raise
-            model = builder(**options)
-    except Exception as error:  # the builders of quantized models need an engine that may be missing
-        raise ModelError(f"torchvision could not build {name!r}: {type(error).__name__}: {error}") from error
-    return model
+def check_spec(spec: str) -> None:
+    """Raises `ModelError` for what does not have the form of a model's name."""
+    if spec.endswith(PROGRAM):
+        return
+    library, colon, name = spec.partition(":")
+    misspelt = library not in ZOOS and (library.lower() in ZOOS or name.startswith(":"))
+    if not (library and colon and name) or misspelt:
+        raise ModelError(f"the model {spec!r} is not understood: {_meant(spec)}{FORMS}")
+    if library.endswith(".py") or "/" in library:
+        dotted = library.removesuffix(".py").strip("./").replace("/", ".")
+        raise ModelError(f"{spec}: {library} is a file; write its module, {dotted}:{name}")
 
 
-def _timm(name: str) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingExtra(f"timm:{name} needs timm ({error}): pip install timm") from error
-    known = timm.list_models()
-    if name not in known and not timm.is_model(name):
-        raise ModelError(f"timm has no model {name!r}: {_closest(name, known)}")
-    model: nn.Module = timm.create_model(name, pretrained=False)
-    return model
+def _of_zoo(spec: str, library: str, name: str, mode: str) -> Loaded:
+    missing = None
+    if mode != "random":
+        try:
+            return Loaded(*ZOOS[library](name, True, _closest))
+        except Unreachable as error:
+            missing = str(error)
+        if mode == "pretrained":
+            raise ModelError(
+                f"the pretrained weights of {spec} cannot be had ({missing}): give a file, --weights FILE.safetensors, "
+                "or --weights random, whose latencies hold and whose outputs mean nothing"
+            )
+    return Loaded(*ZOOS[library](name, False, _closest), missing)
+
+
+def _meant(spec: str) -> str:
+    """What was probably meant by a name that is none."""
+    for wrong in ("/", ":", "."):  # timm/resnet18, TIMM::resnet18, torchvision.resnet18
+        library, found, name = spec.partition(wrong)
+        if found and library.lower() in ZOOS:
+            return f"did you mean {library.lower()}:{name.lower().removeprefix('models.').lstrip('/:')}? "
+    path = Path(spec)
+    if Path(f"{spec}.py").is_file():
+        path = Path(f"{spec}.py")
+    if path.suffix in PICKLES or path.suffix == ".safetensors":
+        return (
+            "a file of weights does not say which network it is of: name the network, and give the file to --weights; "
+        )
+    if path.suffix == ".py":
+        return f"did you mean {path.stem}:NAME, with the name of a function in {path} that makes the model? "
+    if spec.isidentifier():
+        return f"did you mean torchvision:{spec} or timm:{spec}? "
+    return ""
 
 
 def _factory(spec: str) -> nn.Module:
@@ -128,8 +162,10 @@ def imported(spec: str) -> Any:
             module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name is not None and (path == error.name or path.startswith(error.name + ".")):
+                near = difflib.get_close_matches(path, [file.stem for file in Path.cwd().glob("*.py")], n=1, cutoff=0.6)
+                meant = f"did you mean {near[0]}:{name}? " if near else ""
                 raise ModelError(
-                    f"{spec}: there is no module {error.name!r} on the path or in {Path.cwd()}; {FORMS}"
+                    f"{spec}: there is no module {error.name!r} on the path or in {Path.cwd()}; {meant}{FORMS}"
                 ) from error
             raise ModelError(f"{spec}: importing {path} failed: {error}; install what it needs") from error
         except (Exception, SystemExit) as error:  # the user's code may raise anything
@@ -157,8 +193,11 @@ def call(function: Any, spec: str) -> Any:
 
 def _closest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names[:3]
-    return f"did you mean {', '.join(close)}?" if close else "it has none"
+    lower = {n.lower(): n for n in names}
+    close = [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"it has {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else "it has none"
 
 
 @contextlib.contextmanager
@@ -177,6 +216,16 @@ def _load_weights(model: nn.Module, path: Path, spec: str) -> None:
     import safetensors
     import safetensors.torch
 
+    if path.suffix in PICKLES:
+        raise ModelError(
+            f"the weights {path} are a pickle, and lmfx reads safetensors only, which run no code. Make such a file: "
+            f'python -c "import torch; from safetensors.torch import save_file; save_file({{k: v.clone() for k, v in '
+            f"torch.load('{path}', map_location='cpu', weights_only=True).items()}}, "
+            f"'{path.with_suffix('.safetensors')}')\""
+        )
+    if not path.exists():
+        choices = ", ".join(MODES)
+        raise ModelError(f"cannot read the weights {path}: there is no such file; give one, or one of {choices}")
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:

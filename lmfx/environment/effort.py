@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from lmfx.environment.progress import step
+
 __all__ = ["Effort", "StageClock"]
 
 
@@ -26,16 +28,19 @@ class Effort:
 
 @dataclass
 class StageClock:
-    """Adds up CPU seconds by stage. Stages do not nest."""
+    """Adds up CPU seconds by stage, and with `say` tells which one has begun. Stages do not nest."""
 
     spent: dict[str, float] = field(default_factory=dict)
+    say: bool = False
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What runs inside counts for this stage, also where it fails."""
+    def stage(self, name: str, text: str | None = None) -> Iterator[None]:
+        """What runs inside counts for this stage, also where it fails. `text` says it to a person, who is not told of a
+        stage that is short by nature."""
         start = time.process_time()
         try:
-            yield
+            with step(text or name, self.say and text is not None):
+                yield
         finally:
             self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - start
 

@@ -1,16 +1,24 @@
-"""Shows progress bars on everything long: tqdm with an ETA, on stderr, and nothing where nobody looks."""
+"""Shows what is being done on stderr: a line for each step, with its time, and a bar with an ETA on everything long.
+
+measuring candidates on onnxruntime ...
+profile: 100%|█████████████████████████| 148/148 [00:21<00:00]
+  22 s
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["progress"]
+__all__ = ["duration", "progress", "step"]
 
 T = TypeVar("T")
+WORTH_SAYING = 1.0  # seconds; the end of a shorter step is no news
 NO_TERMINAL_SECONDS = 10.0  # a log file gets a line this often, not ten a second
 
 
@@ -33,3 +41,27 @@ def progress(work: Iterable[T] | int, desc: str, enabled: bool = True) -> tqdm[T
         dynamic_ncols=terminal,
         leave=True,
     )
+
+
+@contextlib.contextmanager
+def step(text: str, enabled: bool = True) -> Iterator[None]:
+    """Says what is done inside, and afterwards how long it took, where that was a second or more."""
+    shown = enabled and sys.stderr is not None
+    if shown:
+        tqdm.write(f"{text} ...", file=sys.stderr)  # leaves a bar that is being drawn alone
+    start = time.monotonic()
+    yield
+    spent = time.monotonic() - start
+    if shown and spent >= WORTH_SAYING:
+        tqdm.write(f"  {duration(spent)}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 2.3 s, 41 s, 3 min 5 s, 1 h 2 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

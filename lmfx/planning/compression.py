@@ -86,10 +86,10 @@ class Compression:
         self, model: nn.Module, example_input: Any, wanted: Budget | None, share: float | None, calibration: Any
     ) -> fx.GraphModule:
         """The compressed network with its result; `share` is what it must keep, where it takes the budget's place."""
-        estimator, quality, clock = self.estimator, self.quality, StageClock()
-        with clock.stage("trace"):
+        estimator, quality, clock = self.estimator, self.quality, StageClock(say=self.progress)
+        with clock.stage("trace", "tracing the network"):
             graph = stages.trace(model, example_input)
-        with clock.stage("spans"):
+        with clock.stage("spans", "looking for what can be merged"):
             spans = stages.spans(graph, **self.options)
         source: Backend | LatencyTable  # of latencies: measured here, or elsewhere
         if isinstance(self.latency, LatencyTable):
@@ -115,7 +115,7 @@ class Compression:
                 "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
             )
         keeps: Judge | None = None  # what says how much is kept, where that chose the plan
-        with clock.stage("profile"):
+        with clock.stage("profile", f"the original on {_named(source)}, and the merges that lose nothing"):
             found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
         same = MergePlan((), fingerprint(graph))
         if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
@@ -126,7 +126,8 @@ class Compression:
         case = _Case(graph, spans, source, images, example_input, judging, clock)
         options: Sequence[Found | Predicted]
         if found is None:
-            with clock.stage("profile"):
+            count = sum(c.realization != "keep" for c in spans)
+            with clock.stage("profile", f"latencies of {count} candidates on {_named(source)}"):
                 table = profiled(spans)
             options, keeps = self.planned(case, table, wanted, share)
         else:
@@ -134,7 +135,7 @@ class Compression:
         found, student = self.best(case, options, share, keeps)
         lossy = any(not c.exact for c in found.plan.candidates)
         if self.recover is not None and lossy:
-            with clock.stage("recover"):
+            with clock.stage("recover", f"training without labels for {self.recover}"):
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         with clock.stage("merge"):
             net = stages.merge(student) if self.merge else student
@@ -145,13 +146,13 @@ class Compression:
     ) -> tuple[Sequence[Found | Predicted], Judge | None]:
         """Plans of which one will be the best, and what says how much of the original is kept where that chose them."""
         session, judged = None, None
-        with case.clock.stage("score"):
+        with case.clock.stage("score", f"what candidates would cost in quality, on {len(case.images)} images"):
             if case.judging is not None and isinstance(self.estimator, Reconstruction):
                 session = self.estimator.session(case.spans, stages.worth_scoring(case.spans, table), case.images)
             scores = self.scores(case.graph, session or self.estimator, case.images, case.spans, table, wanted)
         with case.clock.stage("solve"):
             frontier = stages.solve(case.graph, table, scores, spans=case.spans, surrogate=self.surrogate)
-        with case.clock.stage("judge plans"):
+        with case.clock.stage("judge plans", "building plans, measuring and judging them"):
             if session is not None and case.judging is not None:
                 judged = Judged(
                     case.spans, table, scores, session, case.images, case.judging, self.surrogate, self.progress
@@ -180,12 +181,12 @@ class Compression:
         judge = Judge(case.graph, roles.comparing()) if len(options) > 1 else None
         best: tuple[float, Found | Predicted, fx.GraphModule] | None = None
         for found in options:
-            with case.clock.stage("rewrite"):
+            with case.clock.stage("rewrite", "fitting a plan"):
                 student = stages.rewrite(
                     case.graph, found.plan, calibration=roles.fit, spans=case.spans, progress=self.progress
                 )
             if self.refit and case.judging is not None and any(not c.exact for c in found.plan.candidates):
-                with case.clock.stage("refit"):
+                with case.clock.stage("refit", "refitting the layers that it keeps"):
                     student = self.refitted(case, student, share, keeps)
             if judge is None or case.judging is None:
                 return found, student
@@ -305,6 +306,10 @@ def _nothing_to_merge(
     )
 
 
+def _named(source: Backend | LatencyTable) -> str:
+    return f"a table of {runtime_of(source).get('backend')}" if isinstance(source, LatencyTable) else source.name
+
+
 def _finish(
     graph: fx.GraphModule,
     net: fx.GraphModule,
@@ -327,9 +332,9 @@ def _finish(
     convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
     int8, form, feeds = None, None, None
     if merged and precision_of(source) == "int8":
-        with clock.stage("quantize"):
+        with clock.stage("quantize", "quantizing it"):
             form, int8, feeds = int8_form(net.train(False), images, noted(graph).example, source, graph)
-    with clock.stage("judge the result"):
+    with clock.stage("judge the result", "judging the result"):
         quality = _quality(graph, net.train(False), images, form, feeds)
     result = Result(
         plan=plan,

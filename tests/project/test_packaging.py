@@ -107,6 +107,7 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
         "trt",
         "trt-rtx",
         "vision",
+        "cli",
         "plot",
         "dask",
         "train",

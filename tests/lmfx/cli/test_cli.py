@@ -607,7 +607,7 @@ def test_a_misspelt_model_of_torchvision_gets_the_closest_names() -> None:
         load_model("torchvision:resnet35")
 
 
-@pytest.mark.parametrize(("library", "hint"), [("torchvision", r"lmfx\[vision\]"), ("timm", "pip install timm")])
+@pytest.mark.parametrize(("library", "hint"), [("torchvision", r"lmfx\[vision\]"), ("timm", r"lmfx\[vision\]")])
 def test_a_library_that_is_not_installed_is_named_with_the_command(
     library: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
