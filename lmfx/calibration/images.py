@@ -111,12 +111,12 @@ class Roles:
     judge: Calibration
     seen: bool
 
-    def comparing(self) -> Calibration:
-        """What whole plans are compared on: the images that choose, and where these are few, some that fits have seen.
+    def comparing(self, count: int = COMPARED) -> Calibration:
+        """What plans are compared on: the images that choose, and where these are fewer than `count`, some of the fits'.
 
         What a fit flatters itself by is much the same for all plans; a few dozen images do not tell plans apart.
         """
-        more = COMPARED - len(self.choose)
+        more = count - len(self.choose)
         return self.choose if self.seen or more <= 0 else Calibration.joined(self.choose, self.fit.evenly(more))
 
 

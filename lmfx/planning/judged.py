@@ -48,7 +48,8 @@ NEAR = 1.5  # those that are predicted to lose up to this many times what the be
 LEAST_LOSS = 1e-6  # below which a loss is rounding
 TRUSTED = 1.25  # by how much predictions may be off, in the middle of those that were judged
 SLOWER = 1.35  # the latency from which steps go down to what is asked for, where predictions are off there
-SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 4e11, 16, 80  # multiply-adds of all steps, and how many are made in any case
+STEPPED = 64  # images that each step looks at
+SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 1e12, 16, 80  # multiply-adds of all steps, and how many are made in any case
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,13 @@ class Judged:
     @cached_property
     def search(self) -> ContextSearch:
         """What goes from plan to plan in steps."""
-        return ContextSearch(self.spans, self.table, self.joint, self.judge, lambda cs: self.sketch(self.plan(cs)))
+        judge = Judge(self.analysis.graph, self.roles.comparing(STEPPED), held_out=not self.roles.seen)
+        return ContextSearch(self.spans, self.table, self.joint, judge, lambda cs: self.sketch(self.plan(cs)))
 
     @property
     def runs(self) -> int:
         """Networks that steps may run for one limit: in a large network fewer."""
-        cost = multiply_accumulates(self.spans.network) * len(self.judge.images) / 2
+        cost = multiply_accumulates(self.spans.network) * len(self.search.judge.images) / 2
         return max(LEAST_RUNS, min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0))))
 
     @staticmethod
