@@ -112,7 +112,7 @@ class Roles:
     seen: bool
 
     def comparing(self, count: int = COMPARED) -> Calibration:
-        """What plans are compared on: the images that choose, and where these are fewer than `count`, some of the fits'.
+        """What plans are compared on: the images that choose, and where they are fewer than `count`, some of the fit.
 
         What a fit flatters itself by is much the same for all plans; a few dozen images do not tell plans apart.
         """
