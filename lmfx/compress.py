@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from lmfx.budget import Budget
 from lmfx.calibration.model_checks import check_run_options, span_options
@@ -19,6 +19,7 @@ from lmfx.latency.chosen_backend import PRECISIONS
 from lmfx.passes.errors import BudgetError, OptionError, QualityError
 from lmfx.passes.ir import Realization, Surrogate
 from lmfx.passes.spans.enumeration import Method, Norm
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.planning.compression import Compression
 from lmfx.planning.input_sizes import at_best_size, parse_sizes
 from lmfx.planning.keeping import parse_keep
@@ -32,7 +33,7 @@ __all__ = ["compress"]
 
 @entry
 def compress(
-    model: nn.Module,
+    model: Model,
     example_input: Any,
     budget: Budget | float | str | None = None,
     *,
@@ -62,7 +63,7 @@ def compress(
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
 
     Args:
-        model: any network that torch.fx or torch.export can trace, in eval mode.
+        model: any network that torch.fx or torch.export can trace, in eval mode, or its `torch.export.ExportedProgram`.
         example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise.
         budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms". A plan that loses nothing is taken
             wherever it is within the budget; 1.0 does that at most.
@@ -110,6 +111,7 @@ def compress(
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
     `InfeasibleBudget` (with the fastest latency reached) if no plan is fast enough.
     """
+    model = as_module(model)
     share = None if keep is None else parse_keep(keep)
     if budget is None and share is None:
         raise BudgetError(

@@ -30,6 +30,7 @@ from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
 from lmfx.passes.spans.costs import kept_cost, layer_cost, merged_cost, merged_ops, span_ops
 from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.equality import check_equal, in_double, merged_form, rounded
 from lmfx.result import Result
@@ -40,7 +41,7 @@ __all__ = ["simplify"]
 
 @entry
 def simplify(
-    model: nn.Module,
+    model: Model,
     example_input: Any,
     *,
     include: tuple[str, ...] = (),
@@ -72,6 +73,7 @@ def simplify(
     if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not growth > 0:
         raise OptionError(f"growth={growth!r}: use a number above 0, like 1.0, or math.inf for no bound")
     options = span_options(realize=("compose",), method="exact", max_kernel_size=None, include=include, exclude=exclude)
+    model = as_module(model)
     graph = trace(model, example_input)
     spans = enumerate_spans(Network(graph, fine=True), options)
     cost, chosen = cheapest(spans, float(growth))

@@ -34,6 +34,7 @@ from lmfx.passes.rewrite.siblings import merge_siblings as merge_sibling_convs
 from lmfx.passes.rewrite.trainable import merge as merge_spans
 from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.passes.trace.tracing import trace as trace_graph
 from lmfx.planning.frontier import Frontier, solve_spans
 
@@ -121,12 +122,13 @@ def merge_siblings(net: fx.GraphModule) -> fx.GraphModule:
 
 
 @entry
-def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
+def trace(model: Model, example_input: Any) -> fx.GraphModule:
     """`model` as a GraphModule in canonical form, checked against it on the example; `model` is not changed.
 
     `example_input` is a tensor, a tuple of positional or a dict of keyword arguments. Raises `ModelError`,
     `InputError` or `DeviceError` for what cannot be compressed, `TraceError` if no tracer gives an equal graph.
     """
+    model = as_module(model)
     example_input = ordinary(example_input)
     check_model(model, example_input)
     graph = trace_graph(model, example_input)

@@ -42,7 +42,7 @@ from torch.utils import _pytree as pytree
 
 from lmfx.passes.errors import DeviceError, LmfxError, ModelError
 from lmfx.passes.model.autocast import no_autocast
-from lmfx.passes.trace.programs import is_program, module_of_program
+from lmfx.passes.trace.programs import as_module, is_program
 
 __all__ = ["check_threads", "entry", "is_entry", "neutral", "one_line", "ordinary"]
 
@@ -66,7 +66,7 @@ def entry(function: Callable[P, R]) -> Callable[P, R]:
 
 def _taken(value: Any) -> Any:
     """The module of an exported program; anything else as it is."""
-    return module_of_program(value) if is_program(value) else value
+    return as_module(value) if is_program(value) else value
 
 
 def is_entry(function: Any) -> bool:

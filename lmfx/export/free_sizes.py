@@ -6,8 +6,9 @@
     dynamic_shapes={"x": (0, 2, 3)}         these dimensions of these inputs, or {"x": {0: "batch", 2: "rows"}}
 
 An exporter decides by the sizes that it sees: a size of one is a number to it, and a branch goes the way of that size.
-So a file is exported at a size where all that is free is larger than one, and run at two more sizes besides the
-example's, a smaller and a larger one that are odd where the network takes that, with one image and with several.
+So a file is exported with several images that are larger than the example's (no map inside is one pixel then that
+is more elsewhere), and run at up to three other sizes, odd ones where the network takes that: several smaller images,
+a single larger one, several still larger ones.
 
 A network that has a size as a number (`SizeError`) cannot be exported for others: it would be wrong there in silence.
 """
@@ -87,10 +88,10 @@ def free_sizes(net: nn.Module, example: Example, batch: bool, shapes: Dynamic) -
     names = _input_names(net, example)
     for leaves in _choices(values, names, batch, shapes, asked):
         trials = _trials(net, values, spec, leaves, asked)
-        if trials:
+        if any(_all_large(e, leaves) for _, e in trials):
             order = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
             dims = {order.index(v.place): _named(v, batch, shapes) for v in leaves}
-            return FreeSizes(dims, trials[0][1], tuple(trials))
+            return FreeSizes(dims, next(e for _, e in reversed(trials) if _all_large(e, leaves)), tuple(trials))
     raise ExportError(
         f"{asked}: {type(net).__name__} runs at none of the other sizes that were tried, so a file for them cannot be "
         "checked; export it without"
@@ -184,16 +185,23 @@ def _larger(n: int, axis: int) -> int | None:
     return (n + n // 4 + 2 + axis) | 1
 
 
-def _steps(step: int, sign: int) -> SizeChange:
+def _far(n: int, axis: int) -> int | None:
+    return (n + n // 2 + 4 + 2 * axis) | 1
+
+
+def _steps(step: int, many: int) -> SizeChange:
+    """Networks that add what they have at other strides; images are no squares."""
+
     def change(n: int, axis: int) -> int | None:
-        return max(step, n + sign * step * (1 + axis)) if n % step == 0 and n + sign * step * (1 + axis) != n else None
+        new = n + many * step * (1 + axis)
+        return new if n % step == 0 and new > 0 else None
 
     return change
 
 
-def _alike(step: int, sign: int) -> SizeChange:
+def _alike(step: int, many: int) -> SizeChange:
     """A square, for networks that take nothing else."""
-    return lambda n, axis: n + sign * step if n % step == 0 and n + sign * step > 0 else None
+    return lambda n, axis: n + many * step if n % step == 0 and n + many * step > 0 else None
 
 
 def _kept(n: int, axis: int) -> int | None:
@@ -201,18 +209,25 @@ def _kept(n: int, axis: int) -> int | None:
 
 
 _STEPS = (2, 4, 8, 16, 32, 64)
-_DOWN: tuple[SizeChange, ...] = (_smaller, *(_steps(s, -1) for s in _STEPS), *(_alike(s, -1) for s in (1, 8, 32)))
-_UP: tuple[SizeChange, ...] = (_larger, *(_steps(s, 1) for s in _STEPS), *(_alike(s, 1) for s in (1, 8, 32)))
+
+
+def _changes(odd: SizeChange, many: int) -> tuple[SizeChange, ...]:
+    """Sizes to try until one runs: an odd one, then `many` steps from the example's own."""
+    return odd, *(_steps(s, many) for s in _STEPS), *(_alike(s, many) for s in (1, 8, 32))
+
+
+_SIZES = (_changes(_smaller, -1), _changes(_larger, 1), _changes(_far, 2))
 
 
 def _trials(
     net: nn.Module, values: Sequence[Any], spec: Any, leaves: tuple[Leaf, ...], asked: str
 ) -> list[tuple[str, Example]]:
-    """One example of more images that are smaller, one of a single larger image: what of that is free, and runs."""
+    """Several smaller images, a single larger one, several still larger ones: what of that is free, and runs."""
     sized = any(v.dims for v in leaves)
     rows = max((v.shape[0] for v in leaves if v.batched), default=0)
     found: list[tuple[str, Example]] = []
-    for changes, batch in ((_DOWN, 3 if rows == 2 else 2), (_UP, 1 if rows != 1 else 5)):
+    several, other = 3 if rows == 2 else 2, 1 if rows != 1 else 5
+    for changes, batch in zip(_SIZES if sized else _SIZES[:2], (several, other, several), strict=False):
         for change in changes if sized else (_kept,):
             shapes = [resized(v, change, batch, leaves) for v in leaves]
             if any(s is None for s in shapes) or [v.shape for v in leaves] == shapes:
@@ -224,7 +239,7 @@ def _trials(
                 )
                 found.append((f"a random input of another {'size' if sized else 'batch'} ({sizes})", example))
                 break
-    return found if found and _all_large(found[0][1], leaves) else found[::-1]
+    return found
 
 
 def _all_large(example: Example, leaves: tuple[Leaf, ...]) -> bool:

@@ -31,6 +31,7 @@ __all__ = [
 BACKENDS = {
     "onnxruntime": "onnxruntime.OnnxRuntimeBackend",
     "torch": "torch_backend.TorchBackend",
+    "aotinductor": "aot_inductor.AotInductorBackend",
     "roofline": "roofline.RooflineBackend",
     "tensorrt": "tensorrt.TensorRTBackend",
 }

@@ -22,6 +22,7 @@ from lmfx.passes.ir import MergePlan
 from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.layers import Network
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.passes.trace.tracing import trace
 from lmfx.planning.plan_file import damaged, encode, make_document, read_json
 from lmfx.planning.saved_files import (
@@ -87,13 +88,14 @@ def _provenance(net: Any) -> tuple[MergePlan, Result | None, dict[str, Any]]:
 
 
 @entry
-def load(directory: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
+def load(directory: str | os.PathLike[str], model: Model) -> fx.GraphModule:
     """The network that `save` wrote, on the device of `model`, in eval mode; its outputs are those it had, bit for bit.
 
     `model` is the network that was compressed, with any weights; it is not changed.
 
     Raises `PlanError` if the folder is damaged, or was made for another model.
     """
+    model = as_module(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"load needs the model that was compressed, an nn.Module, not a {type(model).__name__}")
     folder = Path(directory)

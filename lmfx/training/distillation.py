@@ -31,6 +31,7 @@ from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.training.checkpoints import load_training, make_folder, save_training
 from lmfx.training.losses import Distance, StudentLoss, recorded, shared_layers
 from lmfx.training.moving_average import moving_average
@@ -52,7 +53,7 @@ __all__ = ["distill"]
 @entry
 def distill(
     student: fx.GraphModule,
-    teacher: nn.Module | None,
+    teacher: Model | None,
     batches: Iterable[Any],
     *,
     epochs: int = 1,
@@ -108,6 +109,7 @@ def distill(
     Raises `InputError` for batches that cannot be used or a loss that is not finite, `OptionError` for options,
     `MissingExtra` without Accelerate where it is needed, `StoreError` for a checkpoint of another training.
     """
+    teacher = None if teacher is None else as_module(teacher)
     check_networks(student, teacher, distillation)
     check_steps(epochs, lr, schedule, warmup)
     check_objective(loss, distillation, weight, temperature, features)

@@ -33,6 +33,7 @@ from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InputError
 from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.trace.programs import Model, as_module
 from lmfx.planning.saved_files import example_of
 from lmfx.quality import Judge
 from lmfx.stages import trace
@@ -54,7 +55,7 @@ MOVE_OF_MAPS = 8  # pixels: where the output is a map, phases of mosaics and str
 @entry
 def recover(
     student: fx.GraphModule,
-    model: nn.Module,
+    model: Model,
     images: Any,
     *,
     minutes: float | str = 3.0,
@@ -103,6 +104,7 @@ def recover(
     Raises `InputError` for images or networks that do not fit each other, `OptionError` for options, `MissingExtra`
     without Accelerate where it is needed, `StoreError` for a checkpoint of another training.
     """
+    model = as_module(model)
     check_networks(student, model, "recovery")
     check_recovery(steps, lr, optimizer, norms, batch, temperature, features)
     clock = Clock(seconds_of(minutes), steps)

@@ -20,10 +20,10 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..canonical.decomposed import recompose
@@ -36,7 +36,10 @@ from .exported import erase_checks, name_inputs, name_paths, rooted
 from .tracers import Traced, first_line
 from .tracing import graph_of
 
-__all__ = ["example_of_program", "is_program", "module_of_program"]
+__all__ = ["Model", "as_module", "example_of_program", "is_program", "module_of_program"]
+
+Model = nn.Module | torch.export.ExportedProgram
+"""What is compressed: a module, or what torch.export made of one."""
 
 _NORMS = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit"})
 _TRAINING_NORMS = frozenset({"_native_batch_norm_legit_functional", "_batch_norm_with_update"})
@@ -44,10 +47,17 @@ _DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dr
 _LEAST = 2  # torch.export takes sizes of 0 and 1 for numbers, and says that others start from here
 
 
-def is_program(value: Any) -> TypeGuard[torch.export.ExportedProgram]:
+def is_program(value: Any) -> bool:
     """Whether a value is what torch.export.export gives."""
     kind = type(value)
     return kind.__name__ == "ExportedProgram" and kind.__module__.startswith("torch.export")
+
+
+def as_module(model: Model) -> nn.Module:
+    """A module as it is, and the one that an exported program is."""
+    if isinstance(model, nn.Module):
+        return model
+    return module_of_program(model) if is_program(model) else model  # anything else is for the caller to refuse
 
 
 def module_of_program(program: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -110,9 +110,7 @@ class TorchBackend(TimedBackend):
         inputs = [self._input(torch.rand(s, generator=generator), d) for s, d in workload.inputs]
         sizes = [sum(t.numel() * t.element_size() for t in tensors) for tensors in (module.parameters(), inputs)]
         nbytes = sizes[0] + (3 * sizes[1] if self.cuda else 0)  # a graph holds what is between, too
-        run: Any = module
-        if self.compile:
-            run = torch.compile(module)
+        run = self._callable(module, inputs, workload)
 
         def call() -> None:
             with torch.inference_mode():
@@ -130,6 +128,10 @@ class TorchBackend(TimedBackend):
                 torch.sub(1.0, tensor, out=tensor)
 
         return CallRunner(call, cpu_clock if self.threads == 1 else wall_clock, nbytes, refresh=refresh)
+
+    def _callable(self, module: nn.Module, inputs: list[torch.Tensor], workload: Workload) -> Any:
+        """What is called in the timed part."""
+        return torch.compile(module) if self.compile else module
 
     def _input(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         dtype = self.dtype if dtype == torch.float32 else dtype
