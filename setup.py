@@ -24,6 +24,7 @@ EXTRAS = {
     "trt-rtx": ["tensorrt_rtx>=1.2; platform_machine in 'x86_64 AMD64' and sys_platform in 'linux win32'"],
     "vision": ["pillow", "timm", "torchvision"],
     "plot": ["matplotlib"],
+    "html": ["jinja2>=3.1"],
     "dask": ["distributed>=2024.1"],
     "pruning": ["torch-pruning>=1.5"],
     "train": ["accelerate>=1.0"],
@@ -69,7 +70,7 @@ setup(
     # runs without an install; it is never packaged, so each file is in the wheel once.
     packages=PACKAGES,
     package_dir={"lmfx.passes": "passes", **{f"lmfx.passes.{name}": f"passes/{name}" for name in PASSES}},
-    package_data={"lmfx": ["py.typed"]},
+    package_data={"lmfx": ["py.typed"], "lmfx.report": ["templates/*"]},
     include_package_data=False,
     entry_points={"console_scripts": ["lmfx = lmfx.cli:main"]},
     classifiers=[

@@ -3,8 +3,8 @@
     python examples/demo.py                  half the original's latency
     python examples/demo.py --budget 3x      another budget: 0.4, "60%", "0.5ms", "3x"
 
-Prints one table and writes to out/: net.onnx (what is deployed), plan.json and model.safetensors (for `lmfx.load`), and
-frontier.png (what every other budget would have cost).
+Prints one table and writes to out/: report.html (what became of the network, and what every other budget would have
+cost), net.onnx (what is deployed), plan.json and model.safetensors (for `lmfx.load`), and frontier.png.
 """
 
 from __future__ import annotations
@@ -106,11 +106,13 @@ def main() -> None:
         result.frontier.plot(args.out / "frontier.png", mark=budget)
 
     latency = interleaved_latency(files, example)
-    print(lmfx.report(net))
+    report = lmfx.report(net)
+    report.html(args.out / "report.html", title="digits")
+    print(report)
     print()
     print(f"{len(data.test_labels)} held-out digits; ONNX Runtime, one thread, CPU time, median; budget {budget}")
     print(table(networks, latency, data))
-    print(f"\nWritten to {args.out}/: net.onnx, plan.json, model.safetensors, frontier.png")
+    print(f"\nWritten to {args.out}/: report.html, net.onnx, plan.json, model.safetensors, frontier.png")
 
 
 if __name__ == "__main__":

@@ -35,18 +35,20 @@ from lmfx.passes.errors import (
     VerifyError,
 )
 from lmfx.passes.ir import Candidate, MergePlan, Refusal
+from lmfx.planning.alternatives import alternative
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.plan_file import load_plan, save_plan
 from lmfx.planning.saved_networks import load, save
 from lmfx.quality import Quality, QualityWarning, compare
 from lmfx.report import report
-from lmfx.result import Result, result_of
+from lmfx.result import Alternative, Result, result_of
 from lmfx.simplify import simplify
 from lmfx.stages import merge, merge_siblings, profile, rewrite, score, solve, spans, trace
 from lmfx.training.distillation import distill
 from lmfx.training.recovery import recover
 
 __all__ = [
+    "Alternative",
     "Budget",
     "BudgetError",
     "Candidate",
@@ -79,6 +81,7 @@ __all__ = [
     "TraceError",
     "VerifyError",
     "__version__",
+    "alternative",
     "build_engine",
     "compare",
     "compress",

@@ -14,20 +14,29 @@ from lmfx.int8.report import Int8Facts
 from lmfx.latency import CalibrationLine
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
+from lmfx.passes.html_text import html_facts
 from lmfx.passes.ir import MergePlan, Refusal
+from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import Frontier
-from lmfx.quality.measures import Quality
+from lmfx.quality.measures import Alternative, Quality
 
-__all__ = ["Alternative", "Result", "result_of"]
+__all__ = ["Alternative", "Evidence", "Result", "result_of"]
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """Another way to be as fast: what it is, its share of the original's latency, and what it keeps."""
+class Evidence:
+    """What a page shows of how a result came about; it travels with the network in memory, and no file holds it.
 
-    what: str
-    ratio: float
-    quality: Quality
+    `errors` are those at the end of each span of the plan, on images that no fit saw (`lmfx.quality.span_errors`), None
+    where none was measured. `measured` are (predicted, measured) ms of the networks that the search for the budget
+    built. `model` is the name of the model's class, `parameters` those of the original and of the result.
+    """
+
+    spans: SpanSet
+    model: str
+    parameters: tuple[int, int]
+    errors: tuple[float | None, ...] = ()
+    measured: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,29 @@ class Result:
     # Not saved with the network:
     int8: Int8Facts | None = field(default=None, compare=False, repr=False)  # of a network in 8 bits
     effort: Effort | None = field(default=None, compare=False, repr=False)
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)
     frontier: Frontier | None = field(default=None, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled without the frontier, which holds the whole traced network."""
+        """Pickled without the frontier and the evidence, which hold the whole traced network."""
         values = [getattr(self, name) for name in self.__dataclass_fields__]
-        return type(self), (*values[:-1], None)
+        return type(self), (*values[:-2], None, None)
+
+    def _repr_html_(self) -> str:
+        ways = {
+            way: sum(c.realization == way for c in self.plan.candidates) for way in ("compose", "fit", "narrow", "drop")
+        }
+        facts: list[tuple[str, object]] = [("budget", "none" if self.budget is None else self.budget)]
+        if self.ratio and self.measured is not None and self.original is not None:
+            latency = f"{self.original:.4g} ms before, {self.measured:.4g} ms after"
+            facts.append(("latency", f"{latency} ({self.ratio:.1%}, {1 / self.ratio:.2f}x as fast)"))
+        elif self.predicted is not None and self.original:
+            facts.append(("latency", f"{self.original:.4g} ms before, {self.predicted:.4g} ms after, as predicted"))
+        if self.quality is not None:
+            facts.append(("quality", f"{self.quality}, on {self.quality.images} images"))
+        facts.append(("changed", ", ".join(f"{n} {way}" for way, n in ways.items() if n) or "nothing"))
+        facts += [("kept", f"{len(self.kept)} convs"), ("refused", f"{len(self.refusals)} times")]
+        return html_facts("lmfx: a compressed network", facts)
 
 
 @entry

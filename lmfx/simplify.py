@@ -33,7 +33,7 @@ from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.programs import Model, as_module
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.equality import check_equal, in_double, merged_form, rounded
-from lmfx.result import Result
+from lmfx.result import Evidence, Result
 from lmfx.stages import trace
 
 __all__ = ["simplify"]
@@ -93,6 +93,7 @@ def simplify(
         merged=True,
         backend={},
         names=tuple(span_names(graph, plan)),
+        evidence=Evidence(spans, type(graph).__name__, (_size(graph), _size(net))),
         refusals=_refusals(spans, chosen, float(growth)),
         kept=_untouched(spans.network, chosen),
         candidates=sum(c.realization != "keep" for c in spans),
@@ -103,6 +104,10 @@ def simplify(
     note(net, noted(graph).of_result())
     set_made_of(net, MadeOf(plan, Origin.of(graph), result))
     return net
+
+
+def _size(gm: fx.GraphModule) -> int:
+    return sum(p.numel() for p in gm.parameters())
 
 
 # --- what is merged ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal
 
+from .html_text import escaped, html_table
+
 __all__ = [
     "Candidate",
     "ConvConfig",
@@ -53,6 +55,10 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.reason} ({', '.join(self.nodes)})" if self.nodes else self.reason
+
+    def _repr_html_(self) -> str:
+        nodes = f" <code>{escaped(', '.join(self.nodes))}</code>" if self.nodes else ""
+        return f"<div><strong>refused</strong> {escaped(self.reason)}{nodes}</div>"
 
 
 @dataclass(frozen=True)
@@ -295,6 +301,18 @@ class Candidate:
             parts.append(f"calls{len(self.spans)}")
         return ":".join(parts)
 
+    @property
+    def change(self) -> str:
+        """What it makes of its span, in words: `3 convs as one 5x5`."""
+        count = len(self.all_convs)
+        what = f"{count} conv{'' if count == 1 else 's'}"
+        if self.cuts:
+            return " and ".join(f"{cut.of} to {cut.width} channels" for cut in self.cuts)
+        if self.conv is None or not self.puts_conv:
+            return f"{what} left out" if self.realization == "drop" else "as it is"
+        kernel = "x".join(map(str, self.conv.written)) or "linear"
+        return f"{what} as one {kernel}{' depthwise' if self.conv.depthwise else ''}"
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -320,3 +338,10 @@ class MergePlan:
     def exact(self) -> bool:
         """Whether every candidate is: the network under the plan computes what the original computes."""
         return all(c.exact for c in self.candidates)
+
+    def _repr_html_(self) -> str:
+        rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]
+        figures = [] if self.latency is None else [f"{self.latency:.4g} ms predicted"]
+        figures += [] if self.importance is None else [f"importance {self.importance:.4g}"]
+        caption = "; ".join([f"a plan that changes {len(rows)} spans", *figures])
+        return html_table(("how", "what it makes", "of"), rows, caption=caption)

@@ -24,7 +24,7 @@ from lmfx.environment.bounded_reading import in_one_line
 from lmfx.int8.quantize import file_example, quantize
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import check_table
-from lmfx.passes.errors import OptionError, PlanError
+from lmfx.passes.errors import MissingExtra, OptionError, PlanError
 from lmfx.passes.ir import Refusal
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
@@ -246,6 +246,8 @@ def _output(text: str) -> Path:
 def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, spec: str | None = None) -> None:
     save(net, output, model=spec or args.model)
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
+        _write_page(net, output / "report.html", args.model)
     if getattr(args, "onnx", False):
         _write_onnx(net, x, output / "net.onnx")
     say_next(args, output, spec or args.model)
@@ -343,6 +345,14 @@ def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
     from lmfx.export import export_onnx
 
     print(f"wrote {export_onnx(net, example, path)}")
+
+
+def _write_page(net: fx.GraphModule, path: Path, model: str) -> None:
+    """The result as a page, where what writes pages is installed: the network itself is saved already."""
+    try:
+        print(f"wrote {report(net).html(path, title=model)}")
+    except MissingExtra as error:
+        print(f"no page was written: {error}", file=sys.stderr)
 
 
 def _check_folder(path: Path) -> None:

@@ -12,6 +12,7 @@ from lmfx.calibration.images import Calibration
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.profiling import digest
 from lmfx.passes.errors import StoreError, TableError
+from lmfx.passes.html_text import html_table
 from lmfx.passes.identity.fingerprint import Identity, identify
 from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
@@ -26,6 +27,8 @@ __all__ = [
     "stored_scores",
     "weights_identity",
 ]
+
+SHOWN = 12  # rows in a notebook
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class ImportanceTable(Mapping[str, float]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def _repr_html_(self) -> str:
+        dearest = sorted(self.rows.items(), key=lambda item: item[1])[:SHOWN]
+        rows = [(key, f"{value:.4g}") for key, value in dearest]
+        caption = (
+            f"the {len(rows)} that cost most of {len(self)} candidates, by {self.identity.get('estimator', 'a table')}"
+        )
+        return html_table(("candidate", "importance"), rows, (1,), caption)
 
 
 @runtime_checkable

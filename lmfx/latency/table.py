@@ -18,6 +18,7 @@ from lmfx.environment.bounded_reading import parse_json, read_bounded
 from lmfx.environment.caller_state import entry
 from lmfx.latency.backend import Measurement
 from lmfx.passes.errors import TableError
+from lmfx.passes.html_text import html_facts, html_table
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.store.row_values import check_value
 
@@ -26,6 +27,7 @@ __all__ = ["CalibrationLine", "LatencyTable", "calibrate", "kendall_tau"]
 FORMAT = "lmfx-latency-table"
 VERSION = 1
 LEAST_TO_LEAVE_ONE_OUT = 6
+SHOWN = 12  # rows in a notebook
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,13 @@ class LatencyTable(Mapping[str, Measurement]):
             return cls(rows, dict(body["identity"]), calibration)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise TableError(f"the latency table {path} is damaged ({error}); profile again") from error
+
+    def _repr_html_(self) -> str:
+        slowest = sorted(self.rows.items(), key=lambda item: -item[1].ms)[:SHOWN]
+        facts = [(k, self.identity[k]) for k in ("backend", "version", "device", "threads") if k in self.identity]
+        rows = [(key, f"{m.ms:.4g}", f"{m.spread:.3g}") for key, m in slowest]
+        caption = f"the slowest of {len(self)} rows"
+        return html_facts("lmfx: latencies", facts) + html_table(("candidate", "ms", "spread"), rows, (1, 2), caption)
 
     def _where(self) -> str:
         return " on ".join(str(self.identity[k]) for k in ("backend", "device") if self.identity.get(k))

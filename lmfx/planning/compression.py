@@ -44,7 +44,8 @@ from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.quality import Choosing, Judge, Quality, QualityName
-from lmfx.result import Result
+from lmfx.quality.span_errors import span_errors
+from lmfx.result import Evidence, Result
 from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
@@ -336,12 +337,23 @@ def _finish(
             form, int8, feeds = int8_form(net.train(False), images, noted(graph).example, source, graph)
     with clock.stage("judge the result", "judging the result"):
         quality = _quality(graph, net.train(False), images, form, feeds)
+    names = tuple(span_names(graph, plan))
+    line = found.frontier.line if found else None
+    with clock.stage("look at the spans"):
+        errors = span_errors(graph, net, plan, names, images.roles().judge) if plan.candidates else ()
+    evidence = Evidence(
+        spans=spans,
+        model=type(graph).__name__,
+        parameters=(sum(p.numel() for p in graph.parameters()), sum(p.numel() for p in net.parameters())),
+        errors=errors,
+        measured=tuple((line(s), whole) for s, whole in found.seen) if line and isinstance(found, Found) else (),
+    )
     result = Result(
         plan=plan,
         budget=budget,
         merged=merged,
         backend=runtime_of(source) if isinstance(source, LatencyTable) else dict(source.identity()),
-        names=tuple(span_names(graph, plan)),
+        names=names,
         refusals=spans.refusals,
         kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
         candidates=len(spans),
@@ -350,13 +362,14 @@ def _finish(
         measured=found.measured if found else None,
         original=found.original if found else None,
         ratio=found.ratio if found else None,
-        line=found.frontier.line if found else None,
+        line=line,
         inputs=noted(graph).inputs,
         frontier=found.frontier if found else None,
         quality=quality,
         keep=keep,
         int8=int8,
         effort=clock.effort(),
+        evidence=evidence,
     )
     note(net, noted(graph).of_result())
     set_made_of(net, replace(made, result=result, int8=form))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,16 @@ import numpy as np
 
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
+from lmfx.environment.rows import Rows
 from lmfx.importance import ImportanceTable
 from lmfx.latency import CalibrationLine, LatencyTable
-from lmfx.passes.errors import InfeasibleBudget, MissingExtra
+from lmfx.passes.errors import InfeasibleBudget, MissingExtra, OptionError
+from lmfx.passes.html_text import html_facts
 from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
 from lmfx.passes.solve.dynamic_program import Chain, Entry, ParetoFrontier, solve_chains
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
+from lmfx.quality.measures import Alternative
 
 __all__ = ["Frontier", "Point", "solve_spans"]
 
@@ -43,8 +46,11 @@ class Frontier:
         original: float,
         line: CalibrationLine = IDENTITY,
         surrogate: Surrogate = "identity",
+        latencies: LatencyTable | None = None,
+        scores: ImportanceTable | None = None,
     ) -> None:
         self.spans = spans
+        self.latencies, self.scores = latencies, scores  # the rows that were solved
         self.raw = raw
         self.original_sum = original
         self.line = line
@@ -70,7 +76,7 @@ class Frontier:
     @entry
     def calibrated(self, line: CalibrationLine) -> Frontier:
         """The same frontier with another relation between sums of rows and whole networks."""
-        return Frontier(self.spans, self.raw, self.original_sum, line, self.surrogate)
+        return Frontier(self.spans, self.raw, self.original_sum, line, self.surrogate, self.latencies, self.scores)
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -126,11 +132,50 @@ class Frontier:
         return self.plan(self.index_at(budget))
 
     @entry
-    def plot(self, path: str | os.PathLike[str] | None = None, ax: Any = None, mark: Any = None) -> Any:
+    def table(self) -> Rows:
+        """A row for each point, fastest first: what it is predicted to take and to cost, and what its plan changes.
+
+        `latency_ms` and `of_original` (a share) are of the whole network; `loss` is minus the importance; `compose`,
+        `fit`, `narrow` and `drop` count the spans that the plan changes in that way, `convs` what convolutions of the
+        changed spans become. A list of dicts, as data frames read it, that prints as a table.
+        """
+        ways = ("compose", "fit", "narrow", "drop")
+        rows = []
+        for i, (ms, value) in enumerate(zip(self.latency.tolist(), self.importance.tolist(), strict=True)):
+            chosen = [c for c in self.raw.choice(i) if isinstance(c, Candidate) and c.realization != "keep"]
+            before = len({name for c in chosen for name in c.all_convs})
+            after = sum(len(c.all_convs) if c.cuts else c.puts_conv for c in chosen)
+            counts = {way: sum(c.realization == way for c in chosen) for way in ways}
+            share = ms / self.original if self.original else 1.0
+            convs = f"{before} -> {after}"
+            rows.append({"latency_ms": ms, "of_original": share, "loss": 0.0 - value, **counts, "convs": convs})
+        return Rows(rows)
+
+    def _repr_html_(self) -> str:
+        facts = [
+            ("points", len(self)),
+            ("latency", f"{self.latency[0]:.4g} to {self.latency[-1]:.4g} ms; the original {self.original:.4g} ms"),
+        ]
+        return html_facts("lmfx: every Pareto-optimal plan", facts) + self.table()._repr_html_()
+
+    @entry
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        ax: Any = None,
+        mark: Any = None,
+        alternatives: Sequence[Alternative] = (),
+    ) -> Any:
         """Draw importance over latency with matplotlib, save it to `path` if given, and return the axes.
 
-        `mark` is a budget to mark. Raises `MissingExtra` without matplotlib.
+        `mark` is a budget to mark. `alternatives` are other ways to be as fast, drawn where they were measured: those
+        of a result (`result_of(net).alternatives`), or what `lmfx.alternative` says of any network. Raises
+        `MissingExtra` without matplotlib.
         """
+        for other in alternatives:
+            if not isinstance(other, Alternative):
+                kind = type(other).__name__
+                raise OptionError(f"alternatives= takes what lmfx.alternative gives, or those of a result, not a {kind}")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -142,6 +187,9 @@ class Frontier:
         if mark is not None:
             index = self.index_at(mark)
             ax.plot(self.latency[index], self.importance[index], "o", label=f"budget {mark}")
+        for number, other in enumerate(alternatives):
+            at = other.ratio * self.original, 0.0 - other.quality.loss()
+            ax.plot(*at, "svD^P"[number % 5], color=f"C{2 + number % 8}", label=f"{other.what} (measured)")
         ax.set_xlabel("predicted latency (ms)")
         ax.set_ylabel("importance")
         ax.set_yscale("symlog", linthresh=1e-3)
@@ -194,4 +242,4 @@ def solve_spans(
         return Chain(entries, len(series.layers))
 
     chains = [chain(region.series) for region in spans.network.regions]
-    return Frontier(spans, solve_chains(chains), total, line, surrogate)
+    return Frontier(spans, solve_chains(chains), total, line, surrogate, latency, importance)

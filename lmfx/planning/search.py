@@ -50,6 +50,7 @@ class Found:
     measured: float
     original: float
     ratio: float
+    seen: tuple[tuple[float, float], ...] = ()  # (sum of rows, whole) of the networks that were measured
 
 
 def find_plan(
@@ -133,6 +134,10 @@ class _BudgetSearch:
             return CalibrationLine(self.wholes[0] - self.sums[0], 1.0, 0.0, float("nan"), float("nan"))
         return calibrate([s for s, _ in useful], [w for _, w in useful])
 
+    def seen(self) -> tuple[tuple[float, float], ...]:
+        """(sum of rows, measured whole) of all networks, the original first."""
+        return tuple(zip(self.sums, self.wholes, strict=True))
+
     def begin(self) -> float:
         """Measures the original; the budget as a fraction of it."""
         times = time_wholes(self.backend, [bare(self.graph, self.example)], REPEATS)
@@ -149,14 +154,16 @@ class _BudgetSearch:
         frontier = self.frontier.calibrated(self.line())
         plan = frontier.plan(0)
         predicted = float(frontier.latency[0])
-        return Found(0, plan, frontier, predicted, ratio * self.original, self.original, ratio)
+        return Found(0, plan, frontier, predicted, ratio * self.original, self.original, ratio, self.seen())
 
     def run(self, tick: Callable[[], None]) -> Found:
         fraction = self.begin()
         if fraction >= 1:  # nothing to do: the original is within the budget
             frontier = self.frontier.calibrated(self.line())
             plan = MergePlan((), frontier.plan(0).fingerprint, self.original, 0.0)
-            return Found(len(frontier) - 1, plan, frontier, self.original, self.original, self.original, 1.0)
+            return Found(
+                len(frontier) - 1, plan, frontier, self.original, self.original, self.original, 1.0, self.seen()
+            )
         low, high = -1, len(self.frontier)  # measured within, measured over
         first: dict[int, float] = {}
         while self.steps < STEPS and high - low > 1:
@@ -186,7 +193,7 @@ class _BudgetSearch:
         frontier = self.frontier.calibrated(line)
         predicted = first.get(low, float(line(float(self.frontier.raw.latency[low]))))
         plan = replace(frontier.plan(low), latency=predicted)
-        return Found(low, plan, frontier, predicted, ratio * self.original, self.original, ratio)
+        return Found(low, plan, frontier, predicted, ratio * self.original, self.original, ratio, self.seen())
 
     def ratio(self, index: int) -> float:
         """The last measured ratio of a plan."""

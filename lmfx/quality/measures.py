@@ -24,7 +24,16 @@ from torch import Tensor
 from lmfx.calibration.recording import mean_square_distance
 from lmfx.quality.outputs import Output
 
-__all__ = ["NAMES", "OutputQuality", "Quality", "QualityName", "QualityWarning", "measure_output", "scaled_kl"]
+__all__ = [
+    "NAMES",
+    "Alternative",
+    "OutputQuality",
+    "Quality",
+    "QualityName",
+    "QualityWarning",
+    "measure_output",
+    "scaled_kl",
+]
 
 QualityName = Literal["auto", "kl", "agreement", "divergence", "psnr"]
 NAMES = ("auto", "kl", "agreement", "divergence", "psnr")
@@ -126,6 +135,15 @@ class Quality:
         if len(self.outputs) == 1:
             return str(self.outputs[0])
         return "; ".join(f"{o.name}: {o}" for o in self.outputs)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to be as fast: what it is, its share of the original's latency, and what it keeps."""
+
+    what: str
+    ratio: float
+    quality: Quality
 
 
 def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQuality:

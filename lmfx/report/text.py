@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from torch import fx
@@ -14,10 +16,12 @@ from lmfx.environment.bounded_reading import in_one_line, printable
 from lmfx.environment.caller_state import entry
 from lmfx.environment.effort import Effort
 from lmfx.latency import CalibrationLine, LatencyTable
+from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, Realization, Refusal
 from lmfx.passes.model.size_limits import limits_of
 from lmfx.passes.model.trace_facts import SizeKind, noted
 from lmfx.planning.saved_networks import is_merged
+from lmfx.quality.measures import Alternative
 from lmfx.result import Result, result_of
 
 __all__ = ["Report", "calibration_text", "group_refusals", "report", "short", "size", "table"]
@@ -29,12 +33,37 @@ FEW_IMAGES = 16
 
 
 class Report(str):
-    """Text that a notebook or a prompt shows as it is, not as a quoted string."""
+    """Text that a notebook or a prompt shows as it is, not as a quoted string; `html` writes the same as a page."""
 
-    __slots__ = ()
+    _net: fx.GraphModule | None = None
 
     def __repr__(self) -> str:
         return str(self)
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return str, (str(self),)  # without the network
+
+    @entry
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str | None = None,
+        command: str | None = None,
+        alternatives: Sequence[Alternative] = (),
+    ) -> Path:
+        """Writes the result as one page of HTML that needs nothing from elsewhere, and returns its path.
+
+        `title` is the network's name on it (by default the model's class), `command` what made it (by default how this
+        process was started), `alternatives` are other ways to be as fast, to be shown beside it (`lmfx.alternative`).
+        What was not saved with a network is not on its page: one from `lmfx.load` has no frontier and no drawing.
+        Raises `MissingExtra` without Jinja2, `OptionError` for a file that cannot be written.
+        """
+        from lmfx.report.page import write_page
+
+        if self._net is None:
+            raise InputError("this report was copied without its network: make it anew with lmfx.report(net)")
+        return write_page(self._net, path, title=title, command=command, alternatives=alternatives)
 
 
 @entry
@@ -52,7 +81,9 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
         _kept(result, full),
         _refusals(result, full),
     ]
-    return Report(printable("\n\n".join(p for p in parts if p)))
+    text = Report(printable("\n\n".join(p for p in parts if p)))
+    text._net = net
+    return text
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:

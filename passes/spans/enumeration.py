@@ -12,6 +12,7 @@ What may be enumerated is said by `SpanOptions` (`span_options`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -21,6 +22,7 @@ from ..graph import ops
 from ..graph.conv_configs import is_identity_config, module_config
 from ..graph.map_shapes import follows
 from ..graph.reduction import join_of
+from ..html_text import html_facts, html_table
 from ..ir import Candidate, ConvConfig, Cut, Layer, Refusal, Series, Span
 from .exact import inexact
 from .fit_kernels import centred, fit_kernels
@@ -32,6 +34,8 @@ from .pruning import State, States, side_inputs
 from .span_options import Method, Norm, SpanOptions
 
 __all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
+
+REFUSALS_SHOWN = 20  # in a notebook
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class SpanSet:
 
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self.candidates)
+
+    def _repr_html_(self) -> str:
+        ways = Counter(c.realization for c in self)
+        facts = [("candidates", len(self)), *ways.items(), ("refusals", len(self.refusals))]
+        rows = [(r.reason, ", ".join(r.nodes)) for r in self.refusals[:REFUSALS_SHOWN]]
+        more = f"{len(rows)} of {len(self.refusals)} refusals" if len(rows) < len(self.refusals) else "refusals"
+        shown = html_table(("why not", "where"), rows, caption=more) if rows else ""
+        return html_facts("lmfx: what could be merged", facts) + shown
 
 
 def enumerate_spans(network: Network, options: SpanOptions | None = None) -> SpanSet:

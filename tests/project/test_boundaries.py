@@ -17,13 +17,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSES = sorted((ROOT / "passes").rglob("*.py"))
-# A folder imports only folders before it. `errors` and `ir` stand before all.
+# A folder imports only folders before it. `errors`, `html_text` and `ir` stand before all.
 STAGES = ("model", "graph", "identity", "algebra", "fit", "canonical", "trace", "spans", "solve", "rewrite")
 OPTIONAL = (
     "accelerate",
     "dask",
     "diffusers",
     "distributed",
+    "jinja2",
     "matplotlib",
     "onnx",
     "onnxruntime",
@@ -155,7 +156,7 @@ def test_a_stage_imports_only_stages_before_it(folder: str) -> None:
 
 def test_every_stage_is_a_folder_and_every_folder_a_stage() -> None:
     assert sorted(STAGES) == sorted(p.name for p in (ROOT / "passes").iterdir() if (p / "__init__.py").exists())
-    assert {p.name for p in (ROOT / "passes").glob("*.py")} == {"__init__.py", "errors.py", "ir.py"}
+    assert {p.name for p in (ROOT / "passes").glob("*.py")} == {"__init__.py", "errors.py", "html_text.py", "ir.py"}
 
 
 @pytest.mark.parametrize(

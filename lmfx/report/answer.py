@@ -1,0 +1,116 @@
+"""Says in one line what a compression gave: how much faster, how much of the quality is kept, on what it was judged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmfx.environment.bounded_reading import in_one_line
+from lmfx.report.charts import number
+from lmfx.result import Result
+
+__all__ = ["answer_of", "figures_of", "machine_of", "ratio_of"]
+
+COLLAPSED = (
+    "It no longer does what the original did. Allow a larger budget, train it (lmfx.recover, lmfx.distill), or keep "
+    "layers with exclude=."
+)
+
+
+def ratio_of(result: Result) -> float | None:
+    """The share of the original's latency: measured, or predicted where nothing was measured."""
+    if result.ratio is not None:
+        return result.ratio
+    return result.predicted / result.original if result.predicted is not None and result.original else None
+
+
+def answer_of(result: Result) -> dict[str, Any]:
+    """`head` is the answer, `detail` on what it rests, `warning` what is wrong with it (or empty)."""
+    ratio, quality = ratio_of(result), result.quality
+    parts = []
+    if not result.plan.candidates:
+        parts.append("Nothing was changed")
+    elif ratio:
+        parts.append(f"{1 / ratio:.2f}× as fast")
+    if result.plan.candidates and (result.checked or result.plan.exact):
+        parts.append("computes the same")
+    elif quality is not None and result.plan.candidates:
+        kept = f"{quality.kept:.1%}"
+        if quality.agreement is not None:
+            parts.append(f"{kept} of the answers are the same")
+        else:
+            parts.append(f"{kept} of what it computes is kept")
+    head, detail = ", ".join(parts) or "Compressed", " ".join(_detail(result))
+    collapsed = quality is not None and quality.collapsed
+    return {"head": head, "detail": detail, "warning": COLLAPSED if collapsed else ""}
+
+
+def _detail(result: Result) -> list[str]:
+    quality, said = result.quality, []
+    if quality is not None:
+        seen = "that no fit saw" if quality.held_out else "that the fits saw as well"
+        said.append(f"Judged on {quality.images} image{'' if quality.images == 1 else 's'} {seen} ({quality}).")
+    if result.checked:
+        said.append(f"Compared with the model: {result.checked}.")
+    where = machine_of(result)
+    if result.measured is not None and result.original is not None:
+        said.append(
+            f"Measured: {number(result.original, 4)} ms before, {number(result.measured, 4)} ms after, {where}."
+        )
+    elif result.predicted is not None and result.original is not None:
+        text = (
+            f"Predicted, not measured: {number(result.original, 4)} ms before, {number(result.predicted, 4)} ms after"
+        )
+        said.append(f"{text}, {where}.")
+    if result.input_size:
+        said.append(f"For images of {' × '.join(map(str, result.input_size))}.")
+    return said
+
+
+def machine_of(result: Result) -> str:
+    """What the latencies hold for."""
+    b = result.backend
+    name = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
+    device = f" on {b['device']}" if b.get("device") else ""
+    threads = f", {b['threads']} thread{'' if b['threads'] == 1 else 's'}" if isinstance(b.get("threads"), int) else ""
+    return in_one_line(f"with {name or 'an unknown runtime'}{device}{threads}")
+
+
+def figures_of(result: Result) -> list[dict[str, str]]:
+    """The figures beneath the answer: `name`, `before`, `after` (texts; `before` may be empty)."""
+    ratio = ratio_of(result)
+    found = []
+    after = result.measured if result.measured is not None else result.predicted
+    if after is not None and result.original is not None:
+        how = "measured" if result.measured is not None else "predicted"
+        found.append(_figure(f"latency, {how}", f"{number(result.original, 4)} ms", f"{number(after, 4)} ms"))
+    if ratio:
+        budget = "" if result.budget is None else f"budget {result.budget}"
+        found.append(_figure("of the original's latency", budget, f"{ratio:.1%}"))
+    if result.quality is not None:
+        q = result.quality
+        if q.agreement is not None:
+            found.append(
+                _figure("answers that are the same", "" if q.kl is None else f"KL {q.kl:.3g}", f"{q.kept:.1%}")
+            )
+        else:
+            more = "" if q.psnr is None else f"PSNR {q.psnr:.1f} dB"
+            found.append(_figure("kept of what it computes", more, f"{q.kept:.1%}"))
+    changed = {name for c in result.plan.candidates for name in c.all_convs}
+    convs = len(changed) + len(result.kept)
+    left = len(result.kept) + sum(len(c.all_convs) if c.cuts else c.conv is not None for c in result.plan.candidates)
+    found.append(_figure("convolutions", str(convs), str(left)))
+    if result.evidence is not None:
+        before, now = result.evidence.parameters
+        found.append(_figure("parameters", _short(before), _short(now)))
+    return found
+
+
+def _figure(name: str, before: str, after: str) -> dict[str, str]:
+    return {"name": name, "before": before, "after": after}
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

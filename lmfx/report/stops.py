@@ -1,0 +1,65 @@
+"""The points of a frontier that a page's slider stops at, and what there is to say of each.
+
+All of them where there are few. A large frontier has thousands of points that nobody can tell apart: then the best one
+in each of `MOST` equal steps of latency, and always the fastest and the slowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from lmfx.passes.ir import Candidate
+from lmfx.planning.frontier import Frontier
+from lmfx.report.changes import KINDS
+from lmfx.report.charts import number
+
+__all__ = ["MOST", "counts_of", "stop_indices", "stop_of"]
+
+MOST = 120
+
+
+def stop_indices(frontier: Frontier, most: int = MOST) -> list[int]:
+    """The points that are shown, fastest first."""
+    if len(frontier) <= most:
+        return list(range(len(frontier)))
+    latency = frontier.latency
+    limits = np.linspace(float(latency[0]), float(latency[-1]), most)
+    found = np.searchsorted(latency, limits, side="right") - 1
+    return sorted({0, len(frontier) - 1, *(int(i) for i in found)})
+
+
+def stop_of(frontier: Frontier, index: int, number_of: Mapping[str, int]) -> dict[str, Any]:
+    """One point as plain values: its figures, and the changes of its plan by their numbers."""
+    plan = frontier.plan(index)
+    ms, original = float(frontier.latency[index]), frontier.original
+    loss = 0.0 - float(frontier.importance[index])
+    return {
+        "point": index,
+        "ms": ms,
+        "share": ms / original if original else 1.0,
+        "loss": loss,
+        "changes": [number_of[c.key] for c in plan.candidates if c.key in number_of],
+        "say": say(ms, original, loss, plan.candidates),
+    }
+
+
+def say(ms: float, original: float | None, loss: float | None, candidates: Iterable[Candidate]) -> dict[str, str]:
+    """The figures of a plan as texts."""
+    share = ms / original if original else 1.0
+    return {
+        "ms": f"{number(ms, 4)} ms",
+        "share": f"{share:.1%}",
+        "speed": f"{1 / share:.2f}×" if share else "–",
+        "loss": "–" if loss is None else number(loss),
+        "plan": counts_of(candidates),
+    }
+
+
+def counts_of(candidates: Iterable[Candidate]) -> str:
+    """How many spans are changed in which way."""
+    kinds = [c.realization for c in candidates]
+    parts = [f"{kinds.count(kind)} {word}" for kind, word in KINDS.items() if kind in kinds and kind != "keep"]
+    return ", ".join(parts) or "nothing is changed"
