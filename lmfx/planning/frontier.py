@@ -175,7 +175,9 @@ class Frontier:
         for other in alternatives:
             if not isinstance(other, Alternative):
                 kind = type(other).__name__
-                raise OptionError(f"alternatives= takes what lmfx.alternative gives, or those of a result, not a {kind}")
+                raise OptionError(
+                    f"alternatives= takes what lmfx.alternative gives, or those of a result, not a {kind}"
+                )
         try:
             from matplotlib.figure import Figure
         except ImportError as error:

@@ -53,9 +53,8 @@ def _detail(result: Result) -> list[str]:
         said.append(f"Compared with the model: {result.checked}.")
     where = machine_of(result)
     if result.measured is not None and result.original is not None:
-        said.append(
-            f"Measured: {number(result.original, 4)} ms before, {number(result.measured, 4)} ms after, {where}."
-        )
+        how = "Calculated" if _calculated(result) else "Measured"
+        said.append(f"{how}: {number(result.original, 4)} ms before, {number(result.measured, 4)} ms after, {where}.")
     elif result.predicted is not None and result.original is not None:
         text = (
             f"Predicted, not measured: {number(result.original, 4)} ms before, {number(result.predicted, 4)} ms after"
@@ -64,6 +63,11 @@ def _detail(result: Result) -> list[str]:
     if result.input_size:
         said.append(f"For images of {' × '.join(map(str, result.input_size))}.")
     return said
+
+
+def _calculated(result: Result) -> bool:
+    """Whether the backend is no clock: the analytic model gives what others measure."""
+    return result.backend.get("backend") == "roofline"
 
 
 def machine_of(result: Result) -> str:
@@ -81,8 +85,8 @@ def figures_of(result: Result) -> list[dict[str, str]]:
     found = []
     after = result.measured if result.measured is not None else result.predicted
     if after is not None and result.original is not None:
-        how = "measured" if result.measured is not None else "predicted"
-        found.append(_figure(f"latency, {how}", f"{number(result.original, 4)} ms", f"{number(after, 4)} ms"))
+        how = "predicted" if result.measured is None else "calculated" if _calculated(result) else "measured"
+        found.append(_figure(f"latency, {how}", f"from {number(result.original, 4)} ms", f"{number(after, 4)} ms"))
     if ratio:
         budget = "" if result.budget is None else f"budget {result.budget}"
         found.append(_figure("of the original's latency", budget, f"{ratio:.1%}"))
@@ -98,10 +102,10 @@ def figures_of(result: Result) -> list[dict[str, str]]:
     changed = {name for c in result.plan.candidates for name in c.all_convs}
     convs = len(changed) + len(result.kept)
     left = len(result.kept) + sum(len(c.all_convs) if c.cuts else c.conv is not None for c in result.plan.candidates)
-    found.append(_figure("convolutions", str(convs), str(left)))
+    found.append(_figure("convolutions", f"from {convs}", str(left)))
     if result.evidence is not None:
         before, now = result.evidence.parameters
-        found.append(_figure("parameters", _short(before), _short(now)))
+        found.append(_figure("parameters", f"from {_short(before)}", _short(now)))
     return found
 
 

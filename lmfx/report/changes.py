@@ -7,6 +7,7 @@ have fewer channels. Each change is drawn once and shown whenever a plan has it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def change_of(
         key=candidate.key,
         kind=candidate.realization,
         name=(candidate.convs or candidate.all_convs or (candidate.span.exit,))[0],
-        text=candidate.change,
+        text=re.sub(r"(?<=\d)x(?=\d)", "×", candidate.change),
         kernel=kernel,
         channels=(_channels(shape(candidate.span.entry)), _channels(shape(candidate.span.exit))),
         rows=rows,

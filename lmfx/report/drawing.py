@@ -26,7 +26,8 @@ from lmfx.report.lanes import Lanes, Route, in_lanes
 __all__ = ["Drawing", "draw", "shortened"]
 
 ROW, GLYPH, TRACK, MARGIN = 26, 16, 12, 12
-NAME, CHANNELS, GAP, WORDS = 214, 72, 36, 410
+NAME, CHANNELS, GAP = 214, 72, 36
+LETTER = 6.6  # about the width of one in the last column
 LONGEST = 32  # letters of a name
 
 
@@ -108,7 +109,8 @@ def draw(picture: Picture, changes: Sequence[Change], latencies: LatencyTable | 
     lanes = in_lanes(len(picture.blocks), picture.edges)
     places = _Places(picture, lanes)
     columns = {"original": places.left, "result": places.right, "words": places.words}
-    made = Drawing(places.words + WORDS, len(picture.blocks) * ROW, columns)
+    longest = max((len(words_of(c)) for c in changes), default=30)
+    made = Drawing(places.words + round(LETTER * longest) + MARGIN, len(picture.blocks) * ROW, columns)
     number_of = {edge: i for i, edge in enumerate(picture.edges)}
     made.edges = [{"edge": number_of[r.source, r.target], "d": places.path(r)} for r in lanes.routes]
     for block in picture.blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def span_rows(result: Result, scores: ImportanceTable | None) -> list[dict[str, 
                 "name": in_one_line(c.convs[0] if c.convs else name),
                 "kind": c.realization,
                 "word": KINDS[c.realization],
-                "text": c.change,
+                "text": re.sub(r"(?<=\d)x(?=\d)", "×", c.change),
                 "of": [in_one_line(n) for n in c.all_convs],
                 "error": None if error is None else number(error),
                 "part": 0.0 if error is None else round(100 * min(error, 1.0), 2),

@@ -80,16 +80,18 @@ const mark = (stop, own) => {
 const go = (stop) => {
   const plan = data.stops[stop];
   slider.value = stop;
-  document.body.dataset.stop = stop;
+  document.body.dataset.plan = stop;
+  $("back").disabled = false;
   say(plan, "Point " + (plan.point + 1));
   mark(stop, false);
   show(plan);
 };
 const result = () => {
-  document.body.dataset.stop = "result";
+  document.body.dataset.plan = "result";
   show(data.result);
   if (!slider) return;
   slider.value = data.nearest;
+  $("back").disabled = true;
   say(data.result, "The result");
   mark(data.nearest, true);
 };
@@ -97,7 +99,7 @@ if (slider) {
   slider.addEventListener("input", () => go(Number(slider.value)));
   $("back").addEventListener("click", result);
   $("chart").addEventListener("click", (event) => {
-    const points = all("[data-stop]").filter((e) => e !== document.body);
+    const points = all("[data-stop]");
     const far = (e) => { const b = e.getBoundingClientRect(); return Math.hypot(b.left + b.width / 2 - event.clientX, b.top + b.height / 2 - event.clientY); };
     go(Number(points.reduce((a, b) => (far(b) < far(a) ? b : a)).dataset.stop));
     slider.focus({ preventScroll: true });
