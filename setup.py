@@ -29,8 +29,9 @@ EXTRAS = {
     "pruning": ["torch-pruning>=1.5"],
     "train": ["accelerate>=1.0"],
 }
-# All of the command line on a machine without a GPU: models by name, pictures, ONNX Runtime, files, plots.
-EXTRAS["cli"] = sorted({requirement for name in ("onnx", "ort", "vision", "plot") for requirement in EXTRAS[name]})
+# All of the command line on a machine without a GPU: models by name, pictures, ONNX Runtime, files, plots, pages.
+CLI = ("html", "onnx", "ort", "plot", "vision")
+EXTRAS["cli"] = sorted({requirement for name in CLI for requirement in EXTRAS[name]})
 EXTRAS["dev"] = sorted(
     {requirement for name, extra in EXTRAS.items() if name != "trt" for requirement in extra}
     | {

@@ -175,6 +175,13 @@ def _pillow() -> str:
     return "JPEG was written and read"
 
 
+def _jinja2() -> str:
+    import jinja2
+
+    text = jinja2.Environment(autoescape=True).from_string("<p>{{ name }}</p>").render(name="<page>")
+    return f"a template was filled ({len(text)} bytes)"
+
+
 def _matplotlib() -> str:
     import matplotlib.figure
 
@@ -213,6 +220,7 @@ CHECKS = {
         Check("timm", EXTRA, ("timm",), "vision", _timm),
         Check("pictures", EXTRA, ("pillow",), "vision", _pillow),
         Check("plots", EXTRA, ("matplotlib",), "plot", _matplotlib),
+        Check("pages", EXTRA, ("jinja2",), "html", _jinja2),
         Check("several GPUs", EXTRA, ("accelerate",), "train", _imports("accelerate")),
         Check("dask", EXTRA, ("distributed",), "dask", _imports("distributed")),
         Check("pruning", EXTRA, ("torch-pruning",), "pruning", _imports("torch_pruning")),

@@ -209,7 +209,7 @@ def test_what_the_tests_need_anyway_works_on_this_machine(
 @pytest.mark.parametrize(
     ("name", "package"),
     [("onnxruntime", "onnxruntime"), ("onnx export", "onnxscript"), ("torchvision", "torchvision"), ("timm", "timm"),
-     ("pictures", "PIL"), ("plots", "matplotlib"), ("onnxruntime providers", "onnxruntime")],
+     ("pictures", "PIL"), ("plots", "matplotlib"), ("pages", "jinja2"), ("onnxruntime providers", "onnxruntime")],
 )  # fmt: skip
 def test_an_extra_that_is_installed_is_really_tried(name: str, package: str) -> None:
     pytest.importorskip(package)
