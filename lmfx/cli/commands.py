@@ -248,7 +248,7 @@ def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, s
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
     if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
         _write_page(net, output / "report.html", args.model)
-    if getattr(args, "onnx", False):
+    if getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8":
         _write_onnx(net, x, output / "net.onnx")
     say_next(args, output, spec or args.model)
 

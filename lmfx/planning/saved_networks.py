@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.environment.caller_state import entry
-from lmfx.made_of import MadeOf, made_of, set_made_of
+from lmfx.made_of import MadeOf, made_of, set_made_of, weights_digest
 from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.passes.errors import InputError, LmfxError, PlanError
 from lmfx.passes.identity.fingerprint import Origin, fingerprint, is_of
@@ -37,6 +37,7 @@ from lmfx.planning.saved_files import (
     tensors_of,
     write_folder,
 )
+from lmfx.planning.saved_int8 import read_form, write_form
 from lmfx.result import Result
 
 __all__ = ["is_merged", "load", "model_spec", "save"]
@@ -48,7 +49,7 @@ __all__ = ["is_merged", "load", "model_spec", "save"]
 def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str | None = None) -> Path:
     """Write a network that `compress`, `rewrite` or `merge` made to `directory`, and return its path.
 
-    Both forms can be saved, trained further or not. Other files in the folder stay; an older save in it is replaced as
+    Both forms can be saved, trained further or not; of one in 8 bits the Q/DQ file as well. Other files in the folder stay; an older save in it is replaced as
     a whole or not at all. `model` is the command line's name of the model, for `lmfx export`.
 
     Raises `InputError` for a network that lmfx did not make, `PlanError` if it cannot be written.
@@ -63,6 +64,8 @@ def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str |
     saved = SavedNetwork(merged, inputs, digest_of(tensors), shared, result, model, origin)
     target = Path(directory)
     write_folder(target, make_document(plan, encode(saved)), tensors)
+    if made is not None and made.int8 is not None and made.int8.weights == weights_digest(net):
+        write_form(target, made.int8)
     return target
 
 
@@ -111,7 +114,7 @@ def load(directory: str | os.PathLike[str], model: Model) -> fx.GraphModule:
         target.data = weights[name].to(target.device, copy=True)
     if saved.result is not None:
         note(net, noted(net).of_result())
-    set_made_of(net, MadeOf(plan, saved.origin, saved.result))
+    set_made_of(net, MadeOf(plan, saved.origin, saved.result, read_form(folder, net)))
     return net.eval()
 
 

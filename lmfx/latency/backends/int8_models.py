@@ -8,6 +8,7 @@ Weights and ranges do not matter for the time, so they are made up here; `lmfx.i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = ["ChosenForms", "Int8Models"]
 
 SAMPLES, LEAST_MS = 7, 1.0  # of a unit: the least of so many, each of so many ms
 WHOLE_SAMPLES = 5
+KEPT = 4  # whole networks: the original is measured beside every plan
 GAIN = 0.99  # an 8-bit network that takes more than this share of the float one's time is not worth what it loses
 
 
@@ -47,6 +49,7 @@ class Int8Models:
     def __init__(self, optimize: Callable[[bytes], Any], runner: Callable[[bytes, bool], Runner]) -> None:
         self.optimize, self.runner = optimize, runner
         self.scheme = SCHEMES["onnxruntime"]
+        self.known: dict[str, tuple[ChosenForms, bytes]] = {}  # of whole networks, the newest few
         self.forms = Forms(self.scheme, FormTimes(self._float_ms, self._int8_ms, self._conversion_ms))
 
     def row(self, model: bytes) -> tuple[Any, list[str]]:
@@ -60,6 +63,10 @@ class Int8Models:
 
     def whole(self, model: bytes) -> tuple[bytes, ChosenForms]:
         """The model of a whole network that runs fastest, and what was found."""
+        key = hashlib.sha256(model).hexdigest()
+        if key in self.known:
+            found, made = self.known[key] = self.known.pop(key)  # the newest now
+            return made, found
         view = view_of(model)
         forms = self.forms.choose(view)
         every = [f.unit for f in forms]
@@ -74,7 +81,10 @@ class Int8Models:
             tried["int8"], times["int8"] = tried["all int8"], times["all int8"]
         pays = bool(chosen) and times["int8"] < GAIN * times["float32"]
         found = ChosenForms(tuple(forms), {k: times[k] for k in ("int8", "float32")}, pays)
-        return tried["int8" if pays else "float32"], found
+        while len(self.known) >= KEPT:
+            del self.known[next(iter(self.known))]
+        self.known[key] = found, tried["int8" if pays else "float32"]
+        return self.known[key][1], found
 
     def _with(self, view: GraphView, units: Sequence[Unit]) -> bytes:
         return bytes(with_qdq(view, units, self.scheme).SerializeToString())
@@ -82,11 +92,9 @@ class Int8Models:
     def _times(self, models: Sequence[bytes]) -> list[float]:
         runners = [self.runner(m, False) for m in models]
         try:
-            for r in runners:
-                r.time(1)
-            return [
-                min(times) for times in zip(*([r.time(1) for r in runners] for _ in range(WHOLE_SAMPLES)), strict=True)
-            ]
+            counts = [max(1, round(LEAST_MS / max(min(r.time(1), r.time(1)), 1e-4))) for r in runners]
+            rounds = [[r.time(n) / n for r, n in zip(runners, counts, strict=True)] for _ in range(WHOLE_SAMPLES)]
+            return [min(times) for times in zip(*rounds, strict=True)]
         finally:
             for r in runners:
                 r.close()

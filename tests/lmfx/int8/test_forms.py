@@ -145,12 +145,18 @@ def test_compress_in_8_bits_measures_judges_and_exports_one_file(tmp_path: Path)
         assert float((y - net(images)).square().mean() / y.var(0).mean()) < 0.1
     reference = lmfx.compare(net, lmfx.trace(small(), images[:1]), images[7::8])
     assert result.quality is not None and result.quality.divergence != reference.divergence  # of the file, not of net
+    again = lmfx.load(lmfx.save(net, tmp_path / "saved"), small())
+    lmfx.export_onnx(again, images[:1], tmp_path / "again.onnx")
+    session = ort.InferenceSession(str(tmp_path / "again.onnx"), providers=["CPUExecutionProvider"])
+    assert torch.equal(y[:1], torch.from_numpy(session.run(None, {name: images[:1].numpy()})[0]))
     with pytest.raises(ExportError, match="shapes"):
         lmfx.export_onnx(net, pictures(2, 33), tmp_path / "other.onnx")
     with torch.no_grad():
         next(net.parameters()).add_(1.0)
     with pytest.raises(ExportError, match="weights of this network changed"):
         lmfx.export_onnx(net, pictures(1, 33), tmp_path / "other.onnx")
+    other = lmfx.load(lmfx.save(net, tmp_path / "saved"), small())  # the file of other weights is not taken
+    assert "QuantizeLinear" not in ops(lmfx.export_onnx(other, images[:1], tmp_path / "float.onnx"))
 
 
 @pytest.mark.filterwarnings("ignore::lmfx.QualityWarning")

@@ -1,0 +1,158 @@
+"""8 bits in ONNX Runtime: the original, the best float plan and the best int8 plan, each as a Q/DQ file.
+
+    REAL=... python benchmarks/runtimes/int8.py [--networks drawn-resnet ...] [--budgets 0.7 0.5] [--out FILE.jsonl]
+
+Files of a network, measured in turn (CPU time of one thread) beside its float original, and judged on inputs that
+calibration never saw:
+
+    original            float32
+    original static     onnxruntime.quantization.quantize_static of the original's file, by channel and by tensor
+    original int8       lmfx.quantize: weights by their Gram, or the nearest; by channel and by tensor
+    float plan          compress at a budget, in float; and its int8 files as above
+    int8 plan           compress(precision="int8") at the same budget, of the original in 8 bits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lmfx
+from benchmarks.real.exported import latencies, outputs
+from benchmarks.real.real import NETWORKS, subjects, version
+from benchmarks.real.subjects import Subject
+
+FORMS: dict[str, dict[str, Any]] = {
+    "int8": {},
+    "int8, nearest": {"weights": "nearest"},
+    "int8 by tensor": {"per_channel": False},
+    "int8 by tensor, nearest": {"per_channel": False, "weights": "nearest"},
+}
+BYTES = {"": True, " by tensor": False}
+
+
+def static(source: Path, images: Tensor, target: Path, per_channel: bool) -> None:
+    """onnxruntime's own: its defaults but for what they say is best on a CPU with VNNI, uint8 times int8, Q/DQ."""
+    import onnxruntime as ort
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()[0].name
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.left, None)
+            return None if image is None else {name: image[None].numpy()}
+
+    ready = target.with_suffix(".ready.onnx")
+    quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
+    quantize_static(
+        str(ready),
+        str(target),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=per_channel,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    ready.unlink()
+
+
+def files_of(subject: Subject, budgets: list[float], folder: Path, quick: bool) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Every file with what is to be said of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, example = subject.model(), subject.example
+    images = subject.images("cal", subject.calibration, subject.size)
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def timed(name: str, write: Callable[[Path], Any]) -> None:
+        target, start = folder / (name.replace(" ", "-").replace(",", "") + ".onnx"), time.process_time()
+        told = write(target)
+        facts: dict[str, Any] = {"seconds": round(time.process_time() - start, 1)}
+        if isinstance(told, lmfx.Quantized):
+            worst = max(told.layers, key=lambda x: (x.error == x.error, x.error))
+            facts |= {"divergence": told.divergence, "worst layer": [worst.name, worst.error, worst.nearest_error]}
+            facts["warnings"] = list(told.warnings)
+        if isinstance(told, dict):
+            facts |= told
+        made[name] = target, facts
+        print(f"{subject.name}: {name} {facts}", flush=True)
+
+    def quantized(base: str, net: Any) -> None:
+        for form, options in FORMS.items():
+            if not quick or "nearest" in form or form == "int8":
+                timed(f"{base} {form}", lambda t: lmfx.quantize(net, images, t, progress=False, **options))  # noqa: B023
+
+    timed("original", lambda t: lmfx.export_onnx(model, example, t))
+    for text, per_channel in BYTES.items():
+        timed(
+            f"original static{text}",
+            lambda t: static(made["original"][0], images[: min(128, len(images))], t, per_channel),  # noqa: B023
+        )
+    quantized("original", made["original"][0])
+    for budget in budgets:
+        for precision in ("fp32", "int8"):
+            start = time.process_time()
+            try:
+                net = lmfx.compress(
+                    model, example, budget, calibration=images, latency="onnxruntime", precision=precision, progress=False
+                )
+            except lmfx.InfeasibleBudget as error:
+                print(f"{subject.name}: {precision} plan {budget}: {error}", flush=True)
+                continue
+            result = lmfx.result_of(net)
+            facts: dict[str, Any] = {"asked": budget, "compressed": round(time.process_time() - start, 1)}
+            facts |= {"predicted": result.predicted, "measured": result.measured, "of original": result.ratio}
+            facts["quality"] = str(result.quality)
+            if result.int8 is not None:
+                facts |= {"ms": result.int8.ms, "pays": result.int8.pays}
+                left = result.int8.quantized.float_layers if result.int8.quantized else ()
+                facts["stay float"] = [f"{n}: {w}" for n, w in left]
+            base = "float plan" if precision == "fp32" else "int8 plan"
+            name = f"{base} {budget}"
+            timed(name, lambda t: {**facts, "wrote": str(lmfx.export_onnx(net, example, t).name)})  # noqa: B023
+            if precision == "fp32":
+                quantized(name, made[name][0])
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["drawn-resnet", "drawn-mobilenet"], choices=list(NETWORKS))
+    parser.add_argument("--budgets", nargs="*", type=float, default=[0.7, 0.5])
+    parser.add_argument("--held", type=int, default=None, help="inputs to judge on (default: the benchmark's)")
+    parser.add_argument("--folder", type=Path, default=Path("out/int8"))
+    parser.add_argument("--quick", action="store_true", help="no files by tensor of weights by their Gram")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/int8.jsonl"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name, subject in subjects(args.networks).items():
+        made = files_of(subject, args.budgets, args.folder / name, args.quick)
+        original = made["original"][0]
+        held = subject.images("held", args.held or subject.held, subject.size)
+        reference = outputs(original, held)
+        times = latencies(original, [f for f, _ in made.values()])
+        with args.out.open("a") as file:
+            for (what, (path, facts)), ms in zip(made.items(), times, strict=True):
+                judged = subject.judge(outputs(path, held), reference)
+                row = {"network": name, "file": what, "ratio": ms.ratio, "spread": ms.spread, "ms": ms.ms, **judged}
+                file.write(json.dumps({**row, **facts, "commit": version()}) + "\n")
+                figures = ", ".join(f"{k} {v:.4g}" for k, v in judged.items())
+                print(f"{name:18} {what:34} {ms.ms:8.3f} ms {ms.ratio:6.3f}   {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
