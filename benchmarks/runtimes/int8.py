@@ -48,7 +48,7 @@ def static(source: Path, images: Tensor, target: Path, per_channel: bool) -> Non
 
     name = ort.InferenceSession(str(source), providers=["CPUExecutionProvider"]).get_inputs()[0].name
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.left = iter(images)
 
@@ -70,7 +70,9 @@ def static(source: Path, images: Tensor, target: Path, per_channel: bool) -> Non
     ready.unlink()
 
 
-def files_of(subject: Subject, budgets: list[float], folder: Path, quick: bool) -> dict[str, tuple[Path, dict[str, Any]]]:
+def files_of(
+    subject: Subject, budgets: list[float], folder: Path, quick: bool
+) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Every file with what is to be said of it."""
     folder.mkdir(parents=True, exist_ok=True)
     model, example = subject.model(), subject.example
@@ -107,7 +109,13 @@ def files_of(subject: Subject, budgets: list[float], folder: Path, quick: bool) 
             start = time.process_time()
             try:
                 net = lmfx.compress(
-                    model, example, budget, calibration=images, latency="onnxruntime", precision=precision, progress=False
+                    model,
+                    example,
+                    budget,
+                    calibration=images,
+                    latency="onnxruntime",
+                    precision=precision,
+                    progress=False,
                 )
             except lmfx.InfeasibleBudget as error:
                 print(f"{subject.name}: {precision} plan {budget}: {error}", flush=True)
@@ -129,6 +137,7 @@ def files_of(subject: Subject, budgets: list[float], folder: Path, quick: bool) 
 
 
 def main() -> None:
+    """Makes, measures and judges all that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["drawn-resnet", "drawn-mobilenet"], choices=list(NETWORKS))
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.7, 0.5])

@@ -21,9 +21,10 @@ from lmfx.int8.report import Int8Facts
 from lmfx.int8.units import SCHEMES, Unit
 from lmfx.made_of import weights_digest
 from lmfx.passes.errors import ExportError
-from lmfx.quality import Judge
+from lmfx.passes.rewrite.trainable import merge
+from lmfx.quality import Judge, Quality
 
-__all__ = ["Int8Form", "Int8Judge", "int8_form"]
+__all__ = ["Int8Form", "Int8Judge", "Int8Keeps", "int8_form"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,30 @@ class Int8Judge:
         ]
 
 
+class Int8Keeps:
+    """Says what the 8-bit form of a student keeps, or the student where there is none; `judge` has the images."""
+
+    def __init__(self, judge: Judge, images: Calibration, example: Any, source: Any) -> None:
+        self.judge, self.images, self.example, self.source = judge, images, example, source
+
+    def __call__(self, student: fx.GraphModule) -> Quality:
+        net = merge(student).train(False)
+        form, _, feeds = int8_form(net, self.images, self.example, self.source)
+        return self.judge(net) if form is None else self.judge.of(Int8Judge(self.judge).outputs(form.model, feeds))
+
+
 def _rows(value: Tensor, dim: int, short: int, images: int) -> int:
     """How many rows of an output belong to images that were only filled in."""
     return value.shape[dim] // (images + short) * short
 
 
 def int8_form(
-    net: fx.GraphModule, images: Calibration, example: Any, source: Any, original: fx.GraphModule
+    net: fx.GraphModule, images: Calibration, example: Any, source: Any, original: fx.GraphModule | None = None
 ) -> tuple[Int8Form | None, Int8Facts, Any]:
     """(the form or None where it does not pay, the facts, what makes feeds of images) of a compressed network.
 
-    `source` is the backend or table whose precision is "int8".
+    The times of the `original` are facts as well, where it is given. `source` is the backend or table, of the precision
+    "int8".
     """
     view, feeds = float_form(net, example, images)
     choose = getattr(source, "int8_forms", None)
@@ -75,10 +89,12 @@ def int8_form(
     rows: tuple[str, ...] = ()
     times: dict[str, str] = {}
     if choose is not None:
-        before, _ = float_form(original, example, images)
-        first = choose(bytes(before.model.SerializeToString()))
+        if original is not None:
+            before, _ = float_form(original, example, images)
+            first = choose(bytes(before.model.SerializeToString()))
+            ms = {f"original {k}": v for k, v in first.ms.items()}
         found = choose(bytes(view.model.SerializeToString()))
-        ms = {f"original {k}": v for k, v in first.ms.items()} | found.ms
+        ms |= found.ms
         rows = tuple(str(f) for f in found.forms if f.unit.kind == "weighted")
         times = {f.unit.name: f"int8 {f.int8:.4f} ms, float {f.float32:.4f} ms" for f in found.forms}
         if not found.pays:

@@ -24,7 +24,7 @@ from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
 from lmfx.importance.reconstruction import ReconstructionSession
-from lmfx.int8.compressed import Int8Form, Int8Judge, int8_form
+from lmfx.int8.compressed import Int8Form, Int8Judge, Int8Keeps, int8_form
 from lmfx.latency import Backend, LatencyTable
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.chosen_backend import chosen_backend, precision_of
@@ -50,6 +50,7 @@ from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
 MOST_REFITTED = 2e11  # multiply-adds of one network on the images of its fits, up to which more than one is refitted
+Keeps = Callable[[fx.GraphModule], Quality]  # how much of the original a network keeps
 WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
 
@@ -115,7 +116,7 @@ class Compression:
                 f"keep={share:g} is measured, on at least {LEAST_JUDGED} calibration images (there are {len(images)}), "
                 "with importance='reconstruction' and a quality: pass calibration=, or a budget instead"
             )
-        keeps: Judge | None = None  # what says how much is kept, where that chose the plan
+        keeps: Keeps | None = None  # what says how much is kept, where that chose the plan
         with clock.stage("profile", f"the original on {_named(source)}, and the merges that lose nothing"):
             found = None if wanted is None else _loss_free(graph, spans, profiled, source, wanted, example_input)
         same = MergePlan((), fingerprint(graph))
@@ -144,7 +145,7 @@ class Compression:
 
     def planned(
         self, case: _Case, table: LatencyTable, wanted: Budget | None, share: float | None
-    ) -> tuple[Sequence[Found | Predicted], Judge | None]:
+    ) -> tuple[Sequence[Found | Predicted], Keeps | None]:
         """Plans of which one will be the best, and what says how much of the original is kept where that chose them."""
         session, judged = None, None
         with case.clock.stage("score", f"what candidates would cost in quality, on {len(case.images)} images"):
@@ -160,7 +161,8 @@ class Compression:
                 )
             if wanted is None:
                 assert judged is not None and share is not None
-                return [_that_keeps(judged, frontier, share, case.source, case.example)], keeping_judge(judged)
+                keeps = self.judging(case, keeping_judge(judged))
+                return [_that_keeps(judged, frontier, share, case.source, case.example, keeps)], keeps
             if isinstance(case.source, LatencyTable):
                 known = predict_plan(frontier, wanted)
                 limit = wanted.resolve(frontier.original)
@@ -171,15 +173,21 @@ class Compression:
                 return [found], None
             return best_measured(judged, found, case.source, case.example, part), None
 
+    def judging(self, case: _Case, judge: Judge) -> Keeps:
+        """What judges students in the precision that they will run in."""
+        if precision_of(case.source) == "int8" and self.merge:
+            return Int8Keeps(judge, case.images, case.example, case.source)
+        return judge
+
     def best(
-        self, case: _Case, options: Sequence[Found | Predicted], share: float | None, keeps: Judge | None
+        self, case: _Case, options: Sequence[Found | Predicted], share: float | None, keeps: Keeps | None
     ) -> tuple[Found | Predicted, fx.GraphModule]:
         """The plan whose student loses least once it is refitted, and that student."""
         roles = case.images.roles()
         work = multiply_accumulates(case.spans.network) * len(roles.fit)
         if not self.refit or case.judging is None or work > MOST_REFITTED:
             options = options[:1]
-        judge = Judge(case.graph, roles.comparing()) if len(options) > 1 else None
+        judge = self.judging(case, Judge(case.graph, roles.comparing())) if len(options) > 1 else None
         best: tuple[float, Found | Predicted, fx.GraphModule] | None = None
         for found in options:
             with case.clock.stage("rewrite", "fitting a plan"):
@@ -198,7 +206,7 @@ class Compression:
         return best[1:]
 
     def refitted(
-        self, case: _Case, student: fx.GraphModule, share: float | None, keeps: Judge | None
+        self, case: _Case, student: fx.GraphModule, share: float | None, keeps: Keeps | None
     ) -> fx.GraphModule:
         """The student with its layers refitted; as it was where a promised share would be lost."""
         roles, made, options = case.images.roles(), made_of(student), case.spans.options
@@ -262,10 +270,15 @@ def _loss_free(
 
 
 def _that_keeps(
-    judged: Judged, frontier: Frontier, share: float, source: Backend | LatencyTable, example_input: Any
+    judged: Judged,
+    frontier: Frontier,
+    share: float,
+    source: Backend | LatencyTable,
+    example_input: Any,
+    keeps: Keeps,
 ) -> Found | Predicted:
     """The fastest plan that keeps a share, with its latency: measured, or predicted where nothing is measured."""
-    kept = fastest_that_keeps(judged, frontier, share)
+    kept = fastest_that_keeps(judged, frontier, share, keeps)
     predicted = frontier.line(kept.proposal.sum)
     plan = replace(kept.proposal.plan, latency=predicted)
     if isinstance(source, LatencyTable):

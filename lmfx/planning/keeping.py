@@ -8,8 +8,11 @@ halved. Each step builds, fits and judges the best plan that is proposed there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+
+from torch import fx
 
 from lmfx.calibration.images import Calibration
 from lmfx.passes.errors import OptionError
@@ -17,7 +20,7 @@ from lmfx.passes.ir import MergePlan
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.joint_search import Proposal
 from lmfx.planning.judged import Judged
-from lmfx.quality import Judge
+from lmfx.quality import Judge, Quality
 
 __all__ = ["Kept", "fastest_that_keeps", "keeping_judge", "parse_keep"]
 
@@ -54,9 +57,12 @@ def keeping_judge(judged: Judged) -> Judge:
     return Judge(judged.analysis.graph, pooled, held_out=not roles.seen)
 
 
-def fastest_that_keeps(judged: Judged, frontier: Frontier, keep: float) -> Kept:
-    """The fastest plan that keeps the share `keep`; an empty one where every change loses more than that."""
-    judge = keeping_judge(judged)
+def fastest_that_keeps(
+    judged: Judged, frontier: Frontier, keep: float, judge: Callable[[fx.GraphModule], Quality] | None = None
+) -> Kept:
+    """The fastest plan that keeps the share `keep`, by a judge of students; an empty one where every change loses more
+    than that."""
+    judge = judge or keeping_judge(judged)
     none = MergePlan((), judged.analysis.fingerprint, surrogate=judged.surrogate)
     best = Kept(Proposal(none, frontier.original_sum, 0.0), 1.0)
     low, high = float(frontier.raw.latency[0]), frontier.original_sum

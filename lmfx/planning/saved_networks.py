@@ -49,8 +49,9 @@ __all__ = ["is_merged", "load", "model_spec", "save"]
 def save(net: fx.GraphModule, directory: str | os.PathLike[str], *, model: str | None = None) -> Path:
     """Write a network that `compress`, `rewrite` or `merge` made to `directory`, and return its path.
 
-    Both forms can be saved, trained further or not; of one in 8 bits the Q/DQ file as well. Other files in the folder stay; an older save in it is replaced as
-    a whole or not at all. `model` is the command line's name of the model, for `lmfx export`.
+    Both forms can be saved, trained further or not; of one in 8 bits the Q/DQ file as well. Other files in the folder
+    stay; an older save in it is replaced as a whole or not at all. `model` is the command line's name of the model, for
+    `lmfx export`.
 
     Raises `InputError` for a network that lmfx did not make, `PlanError` if it cannot be written.
     """
