@@ -3,7 +3,7 @@
     REAL=... python benchmarks/runtimes/int8.py [--networks drawn-resnet ...] [--budgets 0.7 0.5] [--out FILE.jsonl]
 
 Files of a network, measured in turn (CPU time of one thread) beside its float original, and judged on inputs that
-calibration never saw:
+calibration never saw; files that an earlier run made are taken as they are (`--folder`):
 
     original            float32
     original static     onnxruntime.quantization.quantize_static of the original's file, by channel and by tensor
@@ -79,8 +79,20 @@ def files_of(
     images = subject.images("cal", subject.calibration, subject.size)
     made: dict[str, tuple[Path, dict[str, Any]]] = {}
 
+    def place(name: str) -> Path:
+        return folder / (name.replace(" ", "-").replace(",", "") + ".onnx")
+
+    def there(name: str) -> bool:
+        """Takes a file that an earlier run has made."""
+        told = place(name).with_suffix(".json")
+        if told.exists():
+            made[name] = place(name), json.loads(told.read_text())
+        return told.exists()
+
     def timed(name: str, write: Callable[[Path], Any]) -> None:
-        target, start = folder / (name.replace(" ", "-").replace(",", "") + ".onnx"), time.process_time()
+        if there(name):
+            return
+        target, start = place(name), time.process_time()
         told = write(target)
         facts: dict[str, Any] = {"seconds": round(time.process_time() - start, 1)}
         if isinstance(told, lmfx.Quantized):
@@ -90,6 +102,7 @@ def files_of(
         if isinstance(told, dict):
             facts |= told
         made[name] = target, facts
+        target.with_suffix(".json").write_text(json.dumps(facts))
         print(f"{subject.name}: {name} {facts}", flush=True)
 
     def quantized(base: str, net: Any) -> None:
@@ -106,6 +119,12 @@ def files_of(
     quantized("original", made["original"][0])
     for budget in budgets:
         for precision in ("fp32", "int8"):
+            base = "float plan" if precision == "fp32" else "int8 plan"
+            name = f"{base} {budget}"
+            if there(name):
+                if precision == "fp32":
+                    quantized(name, made[name][0])
+                continue
             start = time.process_time()
             try:
                 net = lmfx.compress(
@@ -128,8 +147,6 @@ def files_of(
                 facts |= {"ms": result.int8.ms, "pays": result.int8.pays}
                 left = result.int8.quantized.float_layers if result.int8.quantized else ()
                 facts["stay float"] = [f"{n}: {w}" for n, w in left]
-            base = "float plan" if precision == "fp32" else "int8 plan"
-            name = f"{base} {budget}"
             timed(name, lambda t: {**facts, "wrote": str(lmfx.export_onnx(net, example, t).name)})  # noqa: B023
             if precision == "fp32":
                 quantized(name, made[name][0])
