@@ -16,6 +16,7 @@ import json
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     x = torch.rand(1, 3, args.size, args.size)
     images = torch.rand(4, 3, args.size, args.size)
-    common = {"calibration": images, "importance": "magnitude", "refit": False, "progress": False}
+    common: dict[str, Any] = {"calibration": images, "importance": "magnitude", "refit": False, "progress": False}
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.networks:
         torch.manual_seed(0)
