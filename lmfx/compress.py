@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -15,7 +16,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable
-from lmfx.latency.chosen_backend import PRECISIONS
+from lmfx.latency.chosen_backend import PRECISIONS, chosen_backend
 from lmfx.passes.errors import BudgetError, OptionError, QualityError
 from lmfx.passes.ir import Realization, Surrogate
 from lmfx.passes.spans.enumeration import Method, Norm
@@ -23,9 +24,11 @@ from lmfx.passes.trace.programs import Model, as_module
 from lmfx.planning.compression import Compression
 from lmfx.planning.input_sizes import at_best_size, parse_sizes
 from lmfx.planning.keeping import parse_keep
+from lmfx.planning.several_shapes import OverShapes, shapes_of, with_shape_times
 from lmfx.quality import QualityName, QualityWarning
 from lmfx.quality.measures import NAMES
 from lmfx.result import result_of
+from lmfx.stages import default_backend
 from lmfx.training.recovery_clock import seconds_of
 
 __all__ = ["compress"]
@@ -58,13 +61,15 @@ def compress(
     recover: float | str | None = None,
     precision: str | None = None,
     input_sizes: Sequence[int | Sequence[int]] = (),
+    weights: Sequence[float] | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
     """`model` with fewer, merged convolutions, whose *measured* latency is within `budget`. `model` is not changed.
 
     Args:
         model: any network that torch.fx or torch.export can trace, in eval mode, or its `torch.export.ExportedProgram`.
-        example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise.
+        example_input: a tensor, a tuple of positional or a dict of keyword arguments, with the batch size to optimise;
+            or a list of those, of several shapes, where the forward does not take the list's entries as its arguments.
         budget: 0.6 or "60%" of the original's latency, "2x" as fast, or "4.5ms". A plan that loses nothing is taken
             wherever it is within the budget; 1.0 does that at most.
         keep: the share of what the original does that must be left, 0.98 or "98%" (agreement of the arg-max, or 1 -
@@ -106,6 +111,8 @@ def compress(
         input_sizes: other sizes that the images may be scaled to, heights or (height, width): the network is compressed
             for each, and the one of best quality against the original at its own size is returned. `Result.input_size`
             says which, `Result.alternatives` what the others keep, and what a smaller input alone would.
+        weights: of the shapes of an `example_input` that is a list (each 1): latency is the weighted sum of those at
+            each shape, in rows, search and budget; `Result.shapes` has each. Quality is that on the images.
         progress: show progress bars on stderr.
 
     Returns an ordinary GraphModule in eval mode; `lmfx.report` tells what was done. Raises subclasses of `LmfxError`,
@@ -158,7 +165,17 @@ def compress(
         progress=progress,
         precision=precision,
     )
-    if sizes := parse_sizes(input_sizes):
+    several = shapes_of(model, example_input, weights)
+    if several is not None:
+        if input_sizes or isinstance(latency, LatencyTable) or precision == "int8":
+            raise OptionError("several shapes need a backend to measure on, in float, and no input_sizes=")
+        example_input = several[0][0]
+        inner = chosen_backend(latency, default_backend(model), precision)
+        assert not isinstance(inner, LatencyTable)
+        over = OverShapes(inner, model, *several, options)
+        asked = replace(asked, latency=over, precision=None)
+        net = with_shape_times(asked.run(model, example_input, wanted, share, calibration), over)
+    elif sizes := parse_sizes(input_sizes):
         if wanted is None or quality is None or isinstance(latency, LatencyTable):
             raise OptionError("input_sizes= needs a budget, a quality and a backend to measure on")
         net = at_best_size(asked, model, example_input, wanted, sizes, calibration, quality)

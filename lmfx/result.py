@@ -20,7 +20,7 @@ from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import Frontier
 from lmfx.quality.measures import Alternative, Quality
 
-__all__ = ["Alternative", "Evidence", "Result", "result_of"]
+__all__ = ["Alternative", "Evidence", "Result", "ShapeTime", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,17 @@ class Evidence:
     parameters: tuple[int, int]
     errors: tuple[float | None, ...] = ()
     measured: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ShapeTime:
+    """The latencies in ms at one of several shapes, of the original and of the network, measured side by side."""
+
+    shape: str
+    weight: float
+    original: float
+    measured: float
+    ratio: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Result:
     # With input_sizes=: (height, width) that this network is for, and what else was made and judged.
     input_size: tuple[int, ...] = field(default=(), metadata={"optional": True})
     alternatives: tuple[Alternative, ...] = field(default=(), metadata={"optional": True})
+    # With example_input=[...], a list of shapes: the latency at each of them.
+    shapes: tuple[ShapeTime, ...] = field(default=(), metadata={"optional": True})
     # Not saved with the network:
     int8: Int8Facts | None = field(default=None, compare=False, repr=False)  # of a network in 8 bits
     effort: Effort | None = field(default=None, compare=False, repr=False)

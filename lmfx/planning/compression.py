@@ -43,6 +43,7 @@ from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
+from lmfx.planning.several_shapes import OverShapes
 from lmfx.quality import Choosing, Judge, Quality, QualityName
 from lmfx.quality.span_errors import span_errors
 from lmfx.result import Evidence, Result
@@ -105,6 +106,8 @@ class Compression:
         def profiled(some: SpanSet) -> LatencyTable:
             if isinstance(source, LatencyTable):
                 return source
+            if isinstance(source, OverShapes):
+                return source.table(some, self.cache_dir, self.progress)
             return stages.profile(
                 graph, source, spans=some, cache_dir=self.cache_dir, progress=self.progress, calibrate=False
             )

@@ -157,6 +157,7 @@ def _head(result: Result) -> str:
         budget = f"{result.budget}{_budget_ms(result)}" if result.budget is not None else "none"
         asked = budget if result.keep is None else f"{budget}, and to keep {result.keep:.4g}"
         lines[1:] = [f"  budget     {asked}", f"  latency    {_latency(result)}"]
+        lines += [f"             at {s.shape}: {_percent(s.ratio)}, weight {s.weight:.4g}" for s in result.shapes]
         lines.append(f"  backend    {_backend(result)}")
     lines += _int8(result)
     lines += _quality(result)

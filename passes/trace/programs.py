@@ -57,7 +57,8 @@ def as_module(model: Model) -> nn.Module:
     """A module as it is, and the one that an exported program is."""
     if isinstance(model, nn.Module):
         return model
-    return module_of_program(model) if is_program(model) else model  # anything else is for the caller to refuse
+    other: Any = module_of_program(model) if is_program(model) else model
+    return other  # what is no model is for the caller to refuse
 
 
 def module_of_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
