@@ -9,7 +9,8 @@ W0 is its own weight, `place` and `goal` are where student and original are comp
 held-out images (`passes.fit.changes`). A fit that is better at its place can still make the network worse, so the
 student as a whole is judged on images that no fit saw, and a layer stays as it was where its loss would rise. At the
 end the layers are set together (`joint_fit`): as many of the last ones as `MOST_WORK` allows, in a small network all,
-in a large one none.
+in a large one none. So many unknowns would learn a few hundred images by heart, so they see mixtures of them as well
+(`shown_images`): what is wanted of those the original says.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lmfx.calibration.images import Calibration
 from lmfx.calibration.joint_fit import CHUNK, PASSES, JointFit, metric_of
 from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import Site, find_sites
+from lmfx.calibration.shown_images import shown
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of
 from lmfx.passes.fit import feature_rows
@@ -48,6 +50,8 @@ HOLD_OUT_EVERY = 4  # of the fitting images, to choose damping by
 LEAST_STEPS, MOST_STEPS = 2, 5  # joint ones
 LEAST_GAIN = 0.01  # the share by which a step must lower the loss for there to be another
 MOST_WORK = 4e11  # multiply-adds of all joint steps
+MIXED, MOST_MIXED = 3, 1024  # images that are made of each for joint steps, and with how many in all there are enough
+MOVED = 8  # pixels by multiples of which they are moved, so that strides and mosaics stay in phase
 
 
 def split_to_judge(calibration: Calibration) -> tuple[Calibration, Calibration]:
@@ -99,7 +103,7 @@ class _Refit:
         plan: MergePlan | None,
         globs: Globs | None = None,
     ) -> None:
-        self.sites = [s for s in find_sites(student, graph, plan) if globs is None or not _left_alone(s, graph, globs)]
+        self.sites = [s for s in find_sites(student, graph, plan) if globs is None or not globs.leaves(s.node.name)]
         self.ours, self.theirs = Lockstep(student, calibration), Lockstep(graph, calibration)
         self.judged, self.judge = Lockstep(student, judge.images), judge
         self.generator = torch.Generator().manual_seed(0)
@@ -125,12 +129,13 @@ class _Refit:
         if not self.metrics or not self.differs:
             return
         first = self.ours.index[self.metrics[0][0].node]
-        start, judged = Lockstep(self.student, self.images, CHUNK), Lockstep(self.student, self.judge.images)
+        images = mixed(self.images)
+        start, judged = Lockstep(self.student, images, CHUNK), Lockstep(self.student, self.judge.images)
         start.hold(first)
         judged.hold(first)
         work = sum(_work(self.student, n) for n in start.nodes[start.at :]) * PASSES * sum(start.images)
         steps = min(max(int(MOST_WORK / work), LEAST_STEPS), MOST_STEPS) if work else MOST_STEPS
-        joint = JointFit(self.student, start, Divergence(self.graph, self.images, CHUNK), self.metrics)
+        joint = JointFit(self.student, start, Divergence(self.graph, images, CHUNK), self.metrics)
         with progress_bar(steps, "setting layers together", progress) as bar:
             for _ in range(steps):
                 before = best
@@ -222,11 +227,15 @@ class _Refit:
         return Rows(features, now, goal, site.scale, sum(len(p[1]) for p in held))
 
 
-def _left_alone(site: Site, graph: fx.GraphModule, globs: Globs) -> bool:
-    """Whether the original's node of a site is one that was to stay as it is."""
-    if all(n.name != site.node.name for n in graph.graph.nodes):
-        return False  # merged, which only what is included and not excluded is
-    return globs.excluded(site.node.name) is not None or globs.omitted(site.node.name) is not None
+def mixed(images: Calibration) -> Calibration:
+    """The images and, where they are few, some more that are made of them; themselves where they cannot be mixed."""
+    count, more = len(images), min(MIXED * len(images), MOST_MIXED - len(images))
+    if more <= 0 or count < 2 or not all(t.is_floating_point() for t in images.tensors):
+        return images
+    random = torch.Generator().manual_seed(0)
+    parts = [shown(images.tensors, random, move=MOVED) for _ in range(-(-more // count))]
+    made = Calibration(tuple(torch.cat(ts)[:more] for ts in zip(*parts, strict=True)), images.names)
+    return Calibration.joined(images, made)
 
 
 def _work(gm: fx.GraphModule, node: fx.Node) -> float:

@@ -45,6 +45,7 @@ from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.planning.several_shapes import OverShapes
 from lmfx.quality import Choosing, Judge, Quality, QualityName
+from lmfx.quality.output_scale import set_scale
 from lmfx.quality.span_errors import span_errors
 from lmfx.result import Evidence, Result
 from lmfx.training.recovery import recover as recover_student
@@ -214,9 +215,10 @@ class Compression:
         """The student with its layers refitted; as it was where a promised share would be lost."""
         roles, made, options = case.images.roles(), made_of(student), case.spans.options
         assert made is not None and case.judging is not None  # its plan says which channels stay
-        choosing = Choosing(Judge(case.graph, roles.choose), case.judging)
+        choosing = Choosing(judge := Judge(case.graph, roles.choose), case.judging)
         globs = Globs(case.graph, options.include, options.exclude)
         mended = refit_layers(student, case.graph, roles.fit, choosing, made.plan, self.progress, globs)
+        set_scale(mended, judge, lambda name: not globs.leaves(name))
         # A lower loss may come with another arg-max here and there, and the share was promised.
         if share is None or keeps is None or keeps(mended).kept >= min(share, keeps(student).kept):
             return mended

@@ -20,33 +20,42 @@ from lmfx.planning.search import ACCEPT, Found, measure_plan
 
 __all__ = ["best_measured", "best_predicted"]
 
-ROUNDS = 3  # of proposals, where the best of them measure over the budget
+ROUNDS = 3  # of proposals, where the best of them measure over the budget, or well below it
+WELL_BELOW = 0.98  # of what rows promise
 
 
 def best_measured(judged: Judged, found: Found, backend: Backend, example_input: Any, fraction: float) -> list[Found]:
     """Plans of good quality that measure within the budget, `fraction` of the original; `found` does. The best first.
 
-    Where the best plans measure over the budget, it looks again among plans of so much less latency.
+    Where plans measure over the budget, it looks again among those of so much less latency, and where the best ones are
+    well below it, among those of so much more: rows of narrowed layers and of merged ones are off in different ways.
     """
     limit = max(_sum_at(found, ACCEPT * fraction), _sum(found))
     own, own_loss = _proposal(judged, found), judged.loss(found.plan)
     taken: dict[bool, tuple[float, Found]] = {}  # by whether steps led to it
+    measured: dict[tuple[str, ...], float] = {judged.key(found.plan): found.ratio}
     for _ in range(ROUNDS):
-        over = 1.0  # the most that a plan measured over what its rows promise
+        over, under = 1.0, 0.0  # the most that plans measured of what their rows promise: those over, those within
         for finalist in judged.finalists(limit, [own]):
-            plan = finalist.proposal.plan
-            if finalist.stepped in taken or finalist.loss > own_loss or plan.candidates == found.plan.candidates:
+            plan, predicted = finalist.proposal.plan, found.frontier.line(finalist.proposal.sum)
+            best = taken.get(finalist.stepped, (own_loss, found))
+            if finalist.loss >= best[0]:
                 continue
-            ratio = measure_plan(judged.analysis, plan, backend, example_input, found.original)
-            predicted = found.frontier.line(finalist.proposal.sum)
+            if (key := judged.key(plan)) not in measured:
+                measured[key] = measure_plan(judged.analysis, plan, backend, example_input, found.original)
+            ratio = measured[key]
+            off = ratio * found.original / predicted
             if ratio <= fraction:
-                plan, measured = replace(plan, latency=predicted), ratio * found.original
-                better = replace(found, plan=plan, predicted=predicted, measured=measured, ratio=ratio)
+                whole = replace(plan, latency=predicted)
+                better = replace(found, plan=whole, predicted=predicted, measured=ratio * found.original, ratio=ratio)
                 taken[finalist.stepped] = finalist.loss, better
+                under = max(under, off)
             else:
-                over = max(over, ratio * found.original / predicted)
-        limit = _sum_at(found, ACCEPT * fraction / over)
-        if over == 1 or limit < float(found.frontier.raw.latency[0]):
+                over = max(over, off)
+        if over == 1 and not 0 < under < WELL_BELOW:
+            break
+        limit = _sum_at(found, ACCEPT * fraction / (over if over > 1 else under))
+        if limit < float(found.frontier.raw.latency[0]):
             break
     taken.setdefault(False, (own_loss, found))
     return [plan for _, plan in sorted(taken.values(), key=lambda t: t[0])]

@@ -23,7 +23,7 @@ from lmfx.calibration.recording import Rows
 from lmfx.passes.graph.node_facts import is_floating
 from lmfx.passes.graph.ops import function_name
 
-__all__ = ["Kind", "Output", "outputs_of"]
+__all__ = ["LAYERS", "MOVES", "SOFTMAX", "Kind", "Output", "op_of", "outputs_of"]
 
 Kind = Literal["scores", "map", "values"]
 
@@ -84,8 +84,7 @@ class _Source:
 
 def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
     while True:
-        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        name = function_name(node).lower().removesuffix("_") if module is None else type(module).__name__.lower()
+        module, name = op_of(gm, node)
         if name in SOFTMAX:
             return _Source(True, True, name == "log_softmax")
         if isinstance(module, LAYERS) or name in LAYER_OPS:
@@ -94,6 +93,14 @@ def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
             # A pooled activation (a classifier that ends in a conv) is a row of scores as well.
             return _Source(name in ("relu", "batchnorm1d", "batchnorm2d"), False)
         node = node.all_input_nodes[0]
+
+
+def op_of(gm: fx.GraphModule, node: fx.Node) -> tuple[nn.Module | None, str]:
+    """(the module that a node calls, if it is one; the plain name of what it does)."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return module, type(module).__name__.lower()
+    return None, function_name(node).lower().removesuffix("_")
 
 
 def _differs(rows: torch.Tensor) -> bool:

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import batches_for
+from lmfx.calibration.shown_images import shown
 from lmfx.passes.errors import InputError
 from lmfx.training.norm_statistics import renew_statistics, running_norms, set_norms
 from lmfx.training.recovery_objective import RecoveryObjective, arguments
 from lmfx.training.relative_steps import Kind, RelativeSteps
-from lmfx.training.shown_images import shown
 
 __all__ = ["Trainer"]
 

@@ -63,6 +63,10 @@ class Globs:
             self._omitted[node] = None if covers(self.include, path) else path
         return self._omitted[node]
 
+    def leaves(self, node: str) -> bool:
+        """Whether a node was to stay as it is; False for one that the graph does not have, such as a merged conv."""
+        return node in self._nodes and (self.excluded(node) is not None or self.omitted(node) is not None)
+
     def paths(self, node: str) -> tuple[str, ...]:
         """The module path of a node, and those of everything inside its module."""
         if node not in self._paths:

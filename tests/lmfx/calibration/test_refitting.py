@@ -17,7 +17,7 @@ from lmfx.calibration.divergence import Divergence
 from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.places import find_sites
-from lmfx.calibration.refitting import refit
+from lmfx.calibration.refitting import mixed, refit
 from lmfx.importance import Reconstruction
 from lmfx.passes.spans.globs import Globs
 from tests.helpers import double
@@ -399,3 +399,34 @@ def test_an_estimate_that_needs_a_derivative_says_so_and_another_one_does_withou
     with pytest.raises(lmfx.ModelError, match=r"igamma.*Reconstruction\(exact=True\)"):
         lmfx.score(graph, Reconstruction(exact=False), cache_dir=tmp_path, **options)
     assert len(lmfx.score(graph, Reconstruction(exact=True), cache_dir=tmp_path, **options)) > 2
+
+
+@pytest.mark.parametrize(("count", "in_all"), [(2, 8), (48, 192), (600, 1024), (1100, 1100), (1, 1)])
+def test_joint_steps_see_mixtures_of_few_images(count: int, in_all: int) -> None:
+    x = torch.randn(count, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    (found,) = mixed(Calibration((x,))).tensors
+    assert found.shape == (in_all, 2, 5, 3)
+    assert torch.equal(found[:count], x)
+    assert torch.equal(found, mixed(Calibration((x,))).tensors[0]), "the same each time"
+    if in_all > count > 2:
+        assert len(torch.unique(found.flatten(1), dim=0)) > 0.75 * in_all
+
+
+def test_integers_are_not_mixed() -> None:
+    data = Calibration((torch.randn(8, 3, 4, 4), torch.arange(8)))
+    assert mixed(data) is data
+
+
+def test_mixtures_keep_joint_steps_from_learning_few_images_by_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On images that nothing saw, more of what the steps gain is left."""
+    graph, x = traced(Block, 3, 9, 7, images=400)
+    student = wrecked(graph, "conv1", "conv2")
+    few, fresh = calibrated(x[:24]), Divergence(graph, calibrated(x[200:]))
+
+    def left() -> float:
+        net = refit(student, graph, few, Divergence(graph, calibrated(x[24:40])))
+        return fresh.loss(Lockstep(net, calibrated(x[200:])).outputs())
+
+    with_mixtures = left()
+    monkeypatch.setattr("lmfx.calibration.refitting.MIXED", 0)
+    assert with_mixtures < 0.97 * left()

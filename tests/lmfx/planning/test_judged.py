@@ -125,3 +125,20 @@ def test_where_the_best_plans_measure_over_the_budget_faster_ones_are_looked_for
     assert found.ratio <= BUDGET
     assert found.plan != case.found.plan
     assert case.judged.loss(found.plan) < 0.95 * case.judged.loss(case.found.plan)
+
+
+class Cheaper(RooflineBackend):
+    """Measures that every network but the original takes a good deal less than its rows promise."""
+
+    def measure_interleaved(self, modules: Sequence[Any], repeats: int = 5) -> list[list[float]]:
+        first, *others = super().measure_interleaved(modules, repeats)
+        return [first, *([0.8 * t for t in row] for row in others)]
+
+
+def test_where_the_best_plans_measure_well_below_the_budget_slower_ones_are_looked_for() -> None:
+    case = misled_by("inverted")  # whose best plans are not the one that is measured already
+    found = case.better(Cheaper())
+    plain = case.better()
+    assert found.ratio <= BUDGET
+    assert case.judged.table.total(found.plan) > case.judged.table.total(plain.plan)
+    assert case.judged.loss(found.plan) < case.judged.loss(plain.plan)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfx
+from lmfx.calibration.shown_images import moved, shown
 from lmfx.quality.outputs import Output
 from lmfx.training.rate_search import FACTOR, Watch, find_rate
 from lmfx.training.recovery_objective import RecoveryObjective, distance
 from lmfx.training.relative_steps import Kind, RelativeSteps, orthogonal
 from lmfx.training.shared_values import Tapped, shared_values
-from lmfx.training.shown_images import moved, shown
 from tests.toys import compress, images, toy
 
 
