@@ -21,6 +21,7 @@ from lmfx.importance import Estimator, ImportanceTable, get_estimator
 from lmfx.importance.base import check_made_for
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency import Backend, LatencyTable, Store, get_backend
+from lmfx.latency.cache_state import suited
 from lmfx.latency.carried_table import check_table
 from lmfx.latency.profiling import profile_spans
 from lmfx.latency.whole_networks import calibrate_table
@@ -176,7 +177,7 @@ def profile(
     check_traced(graph, "profile")
     check_run_options(cache_dir=cache_dir)
     candidates = _candidates(graph, spans)
-    made = get_backend(backend if backend is not None else default_backend(graph), **options)
+    made = suited(get_backend(backend if backend is not None else default_backend(graph), **options), graph)
     with Store.open(cache_dir) as store:
         table = profile_spans(candidates, made, store, progress)
         whole = calibrate and made.name != "roofline"  # whose networks are sums by definition

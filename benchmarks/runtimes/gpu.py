@@ -42,6 +42,7 @@ from lmfx.environment.atomic_files import atomic_write
 from lmfx.export.tensorrt import PACKAGES
 from lmfx.latency import Store, get_backend
 from lmfx.latency.backends.gpu_state import monitor_of
+from lmfx.latency.cache_state import suited
 from lmfx.latency.sampling import Sampling
 from lmfx.latency.table import kendall_tau
 from lmfx.latency.whole_networks import timing_form
@@ -151,7 +152,8 @@ def compress(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = NETWORKS[case["network"]]().eval().requires_grad_(False)
     example = torch.randn(case["batch"], 3, options.size, options.size)
-    backend = table_backend(case["precision"], options.quick)
+    graph = lmfx.trace(model, example)
+    backend = suited(table_backend(case["precision"], options.quick), graph)
     with tempfile.TemporaryDirectory() as folder:
         net = lmfx.compress(
             model,
@@ -165,7 +167,6 @@ def compress(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         )
         with Store.open(folder) as store:
             stored = list(store.get_many("latency", backend.identity()).values())
-    graph = lmfx.trace(model, example)
     case |= {"_graph": graph, "_net": net, "_example": example, "_backend": backend}
     result = lmfx.result_of(net)
     full = [row for row in stored if row["quality"] in ("full", "noisy", "busy")]

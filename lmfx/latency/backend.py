@@ -15,6 +15,7 @@ Several processes may measure into one store: each claims a few rows before it m
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -99,6 +100,16 @@ class TimedBackend:
 
     def identity(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def for_network(self, nbytes: int) -> TimedBackend:
+        """This backend, with the caches of its rows as a network that touches so many bytes finds them (`Sampling`);
+        as it is where its identity does not follow the sampling in that, as those of GPUs do not."""
+        sampling = self.sampling.for_network(nbytes)
+        if sampling == self.sampling or self.identity().get("caches") != self.sampling.state:
+            return self
+        other = copy.copy(self)
+        other.sampling = sampling
+        return other
 
     def prepare(self, workload: Workload) -> Runner:
         """Makes a workload ready to run."""

@@ -14,6 +14,13 @@ Inside a network a row finds its input where the row before has just written it,
 of the network has left them. A row that is run in a loop finds everything in the nearest cache, and is too fast.
 So (`caches="network"`) a sample is a single run, right after the inputs were written, with all other rows and
 the sweep between two samples of a row. Runners that cannot time a single run (GPU events) are looped until `min_ms`.
+
+A network that is no larger than one sweep throws nothing out, though: all of its rows do find their weights in the
+nearer caches, and there a loop (`caches="hot"`) is right. Between that and `FAR` sweeps both are timed and mixed:
+
+    ms = t single run + (1 - t) loop        t = log(bytes of the network / sweep) / log FAR, in quarters, from 0 to 1
+
+"auto" is what suits the network (`for_network`); `caches=0.5` is a mixture that was asked for.
 """
 
 from __future__ import annotations
@@ -22,13 +29,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from lmfx.passes.errors import OptionError
+
 __all__ = ["CallRunner", "Runner", "Sampling", "Session", "Taken", "cpu_clock", "summary", "wall_clock"]
 
+FAR = 16  # sweeps from which on a network throws out all that its rows need
 CallClock = Callable[[Callable[[], Any], int], float]
 
 
@@ -63,8 +73,32 @@ class Sampling:
     every: int = 8
     batch_rows: int = 64
     batch_bytes: int = 768 * 2**20
-    caches: Literal["network", "hot"] = "network"
+    caches: Literal["auto", "network", "hot"] | float = "auto"
     sweep_bytes: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        named = self.caches in ("auto", "network", "hot")
+        if not named and not (isinstance(self.caches, float) and 0 < self.caches < 1):
+            raise OptionError(f'caches is "auto", "network", "hot" or a number between 0 and 1, not {self.caches!r}')
+
+    @property
+    def single(self) -> float:
+        """The share of single runs in a row's time. Rows of no network in particular are not looped."""
+        return self.caches if isinstance(self.caches, float) else 0.0 if self.caches == "hot" else 1.0
+
+    @property
+    def state(self) -> str | float:
+        """What `caches` means for rows that are timed now: what tells their times from others."""
+        return "network" if self.caches == "auto" else self.caches
+
+    def for_network(self, nbytes: int) -> Sampling:
+        """With `caches` decided for a network that touches so many bytes."""
+        if self.caches != "auto":
+            return self
+        share = round(4 * math.log(max(nbytes, 1) / self.sweep_bytes, FAR)) / 4
+        if 0 < share < 1:
+            return replace(self, caches=share)
+        return replace(self, caches="hot" if share <= 0 else "network")
 
 
 @dataclass
@@ -73,6 +107,11 @@ class Taken:
 
     samples: list[float] = field(default_factory=list)
     busy: bool = False
+
+    def mixed(self, looped: Taken, share: float) -> Taken:
+        """So much of these samples, and the rest of what the row takes in a loop."""
+        other = (1 - share) * summary(looped.samples)[0]
+        return Taken([share * ms + other for ms in self.samples], self.busy or looped.busy)
 
 
 def cpu_clock(call: Callable[[], Any], repeats: int) -> float:
@@ -167,8 +206,16 @@ class Session:
 
     def time(self, rows: Mapping[str, Runner], quick: Mapping[str, float]) -> dict[str, Taken]:
         """Samples for every row; more where the spread is large or the machine was busy, see `Sampling`."""
+        share = self.sampling.single
+        if not 0 < share < 1:
+            return self._time(rows, quick, share == 1)
+        single, looped = (self._time(rows, quick, once) for once in (True, False))
+        return {k: single[k].mixed(looped[k], share) for k in rows}
+
+    def _time(self, rows: Mapping[str, Runner], quick: Mapping[str, float], by_one: bool) -> dict[str, Taken]:
+        """The same in one of the two ways: single runs, of runners that can be run once, or loops."""
         reference, s = self.start(), self.sampling
-        once = {k: s.caches == "network" and getattr(r, "refresh", None) is not None for k, r in rows.items()}
+        once = {k: by_one and getattr(r, "refresh", None) is not None for k, r in rows.items()}
         single = all(once.values())
         least, most = (s.visits, s.extra_visits) if single else (s.rounds, s.extra_rounds)
         taken: dict[str, list[float]] = {k: [] for k in rows}

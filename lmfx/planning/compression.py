@@ -26,6 +26,7 @@ from lmfx.importance.pool import ExecutorLike
 from lmfx.importance.reconstruction import ReconstructionSession
 from lmfx.int8.compressed import Int8Form, Int8Judge, Int8Keeps, int8_form
 from lmfx.latency import Backend, LatencyTable
+from lmfx.latency.cache_state import suited
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.chosen_backend import chosen_backend, precision_of
 from lmfx.latency.whole_times import time_wholes
@@ -101,7 +102,7 @@ class Compression:
             chosen_backend(source, "", self.precision)
             check_table(spans, source)
         else:
-            source = chosen_backend(self.latency, stages.default_backend(graph), self.precision)
+            source = suited(chosen_backend(self.latency, stages.default_backend(graph), self.precision), graph)
         images = as_calibration(calibration, example_input)
 
         def profiled(some: SpanSet) -> LatencyTable:

@@ -112,7 +112,7 @@ class OnnxRuntimeBackend(TimedBackend):
             "clock": "cpu" if self._cpu_time else "wall",
             "pinned": bool(self._pinned()),
             "layout": self.layout,
-            "caches": "hot" if self.gpu else self.sampling.caches,
+            "caches": "hot" if self.gpu else self.sampling.state,
             **gpu,
             **host_facts(),
         }

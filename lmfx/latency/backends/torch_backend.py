@@ -79,7 +79,7 @@ class TorchBackend(TimedBackend):
             "device": torch.cuda.get_device_name(self.device) if self.cuda else cpu_name(),
             "threads": self.threads,
             "clock": "cpu" if self.threads == 1 else "wall",
-            "caches": "hot" if self.cuda else self.sampling.caches,
+            "caches": "hot" if self.cuda else self.sampling.state,
             **host_facts(),
         }
         if self.cuda:
