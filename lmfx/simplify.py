@@ -23,6 +23,7 @@ from lmfx.passes.errors import OptionError
 from lmfx.passes.graph.node_facts import note_like
 from lmfx.passes.identity.fingerprint import Origin
 from lmfx.passes.ir import Candidate, MergePlan, Refusal, Series
+from lmfx.passes.model.memory_format import like
 from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.regrouped_sums import groups, regrouped
 from lmfx.passes.rewrite.trainable import span_names
@@ -100,7 +101,7 @@ def simplify(
         inputs=noted(graph).inputs,
         checked=checked,
     )
-    net.train(False)
+    like(net.train(False), graph)
     note(net, noted(graph).of_result())
     set_made_of(net, MadeOf(plan, Origin.of(graph), result))
     return net

@@ -34,6 +34,7 @@ from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InfeasibleBudget, ModelError, OptionError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Surrogate
+from lmfx.passes.model.memory_format import like
 from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import SpanSet
@@ -390,6 +391,7 @@ def _finish(
         effort=clock.effort(),
         evidence=evidence,
     )
+    like(net, graph)
     note(net, noted(graph).of_result())
     set_made_of(net, replace(made, result=result, int8=form))
     return net

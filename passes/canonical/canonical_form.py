@@ -26,6 +26,7 @@ from .arithmetic import SCALAR, arithmetic, concatenation
 from .cats import share_prefixes
 from .formulas import group_formulas
 from .functional import global_pool, module_of
+from .image_inputs import normalised_inputs
 from .layouts import channels_first
 from .pixels import slice_pixels
 from .selections import select_channels
@@ -54,6 +55,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     changed += group_formulas(gm)
     changed += pads_before(gm)
     changed += _written_copies(gm)
+    changed += normalised_inputs(gm)
     changed += channels_first(gm)
     changed += slice_pixels(gm)
     changed += select_channels(gm)

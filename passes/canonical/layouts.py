@@ -36,7 +36,7 @@ from ..graph.raw_nodes import NotConstant, constant, op_name
 from ..graph.union_find import UnionFind
 from .arithmetic import SCALAR, scale_and_bias
 
-__all__ = ["channels_first"]
+__all__ = ["channels_first", "leaves_channels_last"]
 
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
 _JOINS = (torch.add, torch.sub, torch.mul)
@@ -68,7 +68,7 @@ def _islands(gm: fx.GraphModule, maps: frozenset[str]) -> int:
             found.add(node)
             for member in members:
                 found.unite(member, node)
-        elif members and not _leaves(gm, node):
+        elif members and not leaves_channels_last(gm, node):
             spoiled += members
     islands: dict[fx.Node, list[fx.Node]] = {}
     for node in found:
@@ -119,7 +119,8 @@ def _enters(gm: fx.GraphModule, node: fx.Node, maps: frozenset[str]) -> bool:
     return order is not None and order == (0, *range(2, len(order)), 1) and node.all_input_nodes[0].name in maps
 
 
-def _leaves(gm: fx.GraphModule, node: fx.Node) -> bool:
+def leaves_channels_last(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node makes a map of channels first of one of channels last."""
     order = _permutation(gm, node)
     return order is not None and order == (0, len(order) - 1, *range(1, len(order) - 1))
 
