@@ -311,7 +311,8 @@ class Candidate:
         if self.conv is None or not self.puts_conv:
             return f"{what} left out" if self.realization == "drop" else "as it is"
         kernel = "x".join(map(str, self.conv.written)) or "linear"
-        return f"{what} as one {kernel}{' depthwise' if self.conv.depthwise else ''}"
+        into = f"{kernel}{' depthwise' if self.conv.depthwise else ''}"
+        return into if count == 1 else f"{what} as one {into}"
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def answer_of(result: Result) -> dict[str, Any]:
             parts.append(f"{kept} of what it computes is kept")
     head, detail = ", ".join(parts) or "Compressed", " ".join(_detail(result))
     collapsed = quality is not None and quality.collapsed
+    detail = detail.replace(" ms", "\u00a0ms")  # no line ends between a number and its unit
     return {"head": head, "detail": detail, "warning": COLLAPSED if collapsed else ""}
 
 

@@ -26,8 +26,8 @@ from lmfx.report.lanes import Lanes, Route, in_lanes
 __all__ = ["Drawing", "draw", "shortened"]
 
 ROW, GLYPH, TRACK, MARGIN = 26, 16, 12, 12
-NAME, CHANNELS, GAP = 214, 72, 36
-LETTER = 6.6  # about the width of one in the last column
+CHANNELS, GAP = 58, 24
+LETTER, MONO = 6.2, 6.7  # about the width of one in the last column, and in the first
 LONGEST = 32  # letters of a name
 
 
@@ -56,7 +56,8 @@ class _Places:
         self.least, self.most = (min(counts), max(counts)) if counts else (1, 1)
         self.tracks = MARGIN + TRACK * lanes.tracks
         self.breadth = self.tracks + self.pitch * max(lanes.lanes, 1)
-        self.left = NAME + CHANNELS
+        longest = max((len(shortened(b.name)) for b in picture.blocks), default=8)
+        self.left = round(MONO * longest) + CHANNELS + 16
         self.right = self.left + self.breadth + GAP
         self.words = self.right + self.breadth + MARGIN
 

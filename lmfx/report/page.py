@@ -112,6 +112,7 @@ def _values(
         "strips": None,
         "layers": [],
         "data": None,
+        "now": None,
     }
     if evidence is None:
         return values
@@ -124,6 +125,7 @@ def _values(
     number_of = {c.key: i for i, c in enumerate(changes)}
     stops = [stop_of(frontier, i, number_of) for i in indices] if frontier is not None else []
     own = _own(result, number_of)
+    values["now"] = _shown(changes, own["changes"])
     values["drawing"] = draw(picture, changes, latencies)
     values["layers"] = latency_rows(picture, changes, latencies)
     values["strips"] = strips(picture, changes, latencies)
@@ -149,6 +151,12 @@ def _own(result: Result, number_of: dict[str, int]) -> dict[str, Any]:
         "changes": [number_of[c.key] for c in plan.candidates if c.key in number_of],
         "say": say(ms or 0.0, result.original, loss, plan.candidates),
     }
+
+
+def _shown(changes: Sequence[Change], chosen: Sequence[int]) -> dict[str, Any]:
+    """What is to be seen under a plan: its changes, what becomes of each row that they cover, and the edges that go."""
+    rows = {row: changes[i].kind for i in chosen for a, b in changes[i].rows for row in range(a, b + 1)}
+    return {"changes": set(chosen), "rows": rows, "edges": {e for i in chosen for e in changes[i].edges}}
 
 
 def _nearest(stops: Sequence[dict[str, Any]], own: dict[str, Any]) -> int:

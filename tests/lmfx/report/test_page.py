@@ -166,10 +166,18 @@ def test_the_result_is_shown_first(page: str, result: Result) -> None:
     assert 0 <= found["nearest"] < len(found["stops"])
 
 
+def test_without_scripts_the_plan_of_the_result_is_shown(page: str) -> None:
+    found = data(page)
+    wanted = set(found["result"]["changes"])
+    seen = [(int(a["data-change"]), "hidden" in a) for _, a in read(page).seen if "data-change" in a]  # type: ignore[arg-type]
+    assert {i for i, hidden in seen if not hidden} == wanted
+    assert {i for i, hidden in seen if hidden} == set(range(len(found["changes"]))) - wanted
+
+
 def test_the_latencies_of_layers_are_rows_of_the_table(page: str, result: Result) -> None:
     assert result.frontier is not None and result.frontier.latencies is not None
     table = result.frontier.latencies
-    cells = re.findall(r'data-row="\d+">.*?<td class="num">(.*?)</td><td class="num">(.*?)</td>', page)
+    cells = re.findall(r'data-row="\d+"[^>]*>.*?<td class="num">(.*?)</td><td class="num">(.*?)</td>', page)
     assert len(cells) > 5
     rows = {f"{m.ms:.3g}" for key, m in table.items() if key.endswith(":keep")}
     for before, after in cells:

@@ -33,7 +33,7 @@ def data(browser: Chromium, what: str) -> Any:
 
 def show(browser: Chromium, name: str) -> None:
     """Scrolls to an element, and waits until it is drawn there."""
-    browser.evaluate(f"document.getElementById('{name}').scrollIntoView({{block: 'start', behavior: 'instant'}})")
+    browser.evaluate(f"document.getElementById('{name}').scrollIntoView({{block: 'center', behavior: 'instant'}})")
     browser.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
 
 

@@ -1,0 +1,154 @@
+"""Pages of results: how large, how soon they are open, how fast the slider is, and how they look.
+
+    PYTHONPATH=. python benchmarks/promises/pages.py [--networks resnet50 ...] [--budgets 0.7 0.45] [--pictures DIR]
+
+Needs Chromium. Random weights, 16 random images, latencies of the analytic backend and importances of magnitudes (for
+the diffusion network: reconstruction): pages are looked at here, not networks, so a percentage on them means nothing.
+
+    bytes     of the file
+    write     CPU seconds from the result to the file
+    elements  of the document
+    open      ms from navigation to the end of `load`, with all scripts run, median of five
+    move      ms of script, style and layout for one step of the slider, median over twenty steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lmfx
+from tests.chromium import Chromium
+
+Case = tuple[nn.Module, Any, Any, str]  # model, example, images, importance
+STEP = """(() => {
+const slider = document.getElementById('budget'), times = [];
+for (let i = 0; i < 20; i++) {
+  slider.value = Math.round(i * slider.max / 19);
+  const start = performance.now();
+  slider.dispatchEvent(new Event('input'));
+  document.getElementById('network').getBoundingClientRect();
+  times.push(performance.now() - start);
+}
+document.getElementById('back').click();
+return times;
+})()"""
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """The model with batch statistics that differ by channel, in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def resnet(name: str) -> Case:
+    """A network of torchvision at 96 pixels."""
+    import torchvision
+
+    images = torch.randn(16, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, "magnitude"
+
+
+def efficientnet() -> Case:
+    """timm's EfficientNet-Lite0 at 96 pixels."""
+    import timm
+
+    images = torch.randn(16, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    return drawn(timm.create_model("tf_efficientnet_lite0", pretrained=False)), images[:1], images, "magnitude"
+
+
+def diffusion() -> Case:
+    """The denoising network of benchmarks/diffusion, with its time step."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "diffusion"))
+    found = importlib.import_module("diffusion_network")
+    size, times = found.SIZE, found.TIMES
+
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, 1, size, size, generator=generator)
+    steps = torch.randint(0, times, (16,), generator=generator)
+    return found.Denoiser().eval(), (images[:1], steps[:1]), [(images, steps)], "reconstruction"
+
+
+NETWORKS: dict[str, Callable[[], Case]] = {
+    "resnet50": lambda: resnet("resnet50"),
+    "resnet152": lambda: resnet("resnet152"),
+    "efficientnet-lite0": efficientnet,
+    "diffusion-unet": diffusion,
+}
+
+
+def measured(browser: Chromium, path: Path) -> dict[str, float]:
+    """How soon a page is open, and how fast its slider is."""
+    opened = []
+    for _ in range(5):
+        browser.open(path)
+        opened.append(float(browser.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")))
+    elements = browser.evaluate("document.querySelectorAll('*').length")
+    return {
+        "elements": elements,
+        "open": statistics.median(opened),
+        "move": statistics.median(browser.evaluate(STEP)),
+    }
+
+
+def pictures(browser: Chromium, path: Path, folder: Path, name: str) -> None:
+    """The page as one sees it first, and its drawing: light and dark, as WebP."""
+    folder.mkdir(parents=True, exist_ok=True)
+    browser.resize(1280, 800)
+    for scheme in ("light", "dark"):
+        browser.media("screen", scheme)
+        browser.evaluate("scrollTo({top: 0, behavior: 'instant'})")
+        browser.screenshot(folder / f"{name}-answer-{scheme}.webp", kind="webp", quality=80)
+        browser.evaluate("document.getElementById('budgets').scrollIntoView({behavior: 'instant'})")
+        browser.resize(1280, 1150)
+        browser.screenshot(folder / f"{name}-budgets-{scheme}.webp", kind="webp", quality=80)
+        browser.resize(1280, 800)
+    browser.media("screen", "light")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compress, write, open, look."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.45])
+    parser.add_argument("--out", type=Path, default=Path("out/pages"))
+    parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
+    args = parser.parse_args(arguments)
+    print(f"{'page':26} {'bytes':>9} {'write':>7} {'elements':>9} {'open':>8} {'move':>8}  errors", flush=True)
+    for name in args.networks:
+        torch.manual_seed(0)
+        model, example, images, importance = NETWORKS[name]()
+        for budget in args.budgets:
+            options: dict[str, Any] = {"importance": importance, "latency": "roofline", "refit": False}
+            net = lmfx.compress(
+                model, example, budget, calibration=images, cache_dir=args.out / "cache", progress=False, **options
+            )
+            start = time.process_time()
+            path = lmfx.report(net).html(args.out / f"{name}-{budget:g}.html", title=name)
+            write = time.process_time() - start
+            with Chromium() as browser:
+                row = measured(browser, path)
+                if args.pictures is not None:
+                    pictures(browser, path, args.pictures, f"{name}-{budget:g}")
+                wrong = len(browser.errors)
+            print(
+                f"{path.name:26} {path.stat().st_size:9,} {write:6.2f}s {row['elements']:9,} {row['open']:5.0f} ms "
+                f"{row['move']:5.1f} ms  {wrong}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
