@@ -9,7 +9,7 @@ calibration never saw; files that an earlier run made are taken as they are (`--
     original static     onnxruntime.quantization.quantize_static of the original's file, by channel and by tensor
     original int8       lmfx.quantize: weights by their Gram, or the nearest; by channel and by tensor
     float plan          compress at a budget, in float; and its int8 files as above
-    int8 plan           compress(precision="int8") at the same budget, of the original in 8 bits
+    int8 plan           compress(precision="int8") for the latency that the float plan has in 8 bits
 """
 
 from __future__ import annotations
@@ -126,11 +126,14 @@ def files_of(
                     quantized(name, made[name][0])
                 continue
             start = time.process_time()
+            share = budget
+            if precision == "int8":  # as fast as the float plan is in 8 bits
+                share = latencies(made["original int8"][0], [made[f"float plan {budget} int8"][0]])[0].ratio
             try:
                 net = lmfx.compress(
                     model,
                     example,
-                    budget,
+                    share,
                     calibration=images,
                     latency="onnxruntime",
                     precision=precision,
@@ -140,7 +143,7 @@ def files_of(
                 print(f"{subject.name}: {precision} plan {budget}: {error}", flush=True)
                 continue
             result = lmfx.result_of(net)
-            facts: dict[str, Any] = {"asked": budget, "compressed": round(time.process_time() - start, 1)}
+            facts: dict[str, Any] = {"asked": share, "compressed": round(time.process_time() - start, 1)}
             facts |= {"predicted": result.predicted, "measured": result.measured, "of original": result.ratio}
             facts["quality"] = str(result.quality)
             if result.int8 is not None:
