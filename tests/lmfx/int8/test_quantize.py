@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lmfx
+from lmfx.cli.command_line import main
 from lmfx.export.tensorrt import network_layers
 from lmfx.int8.forms import made_up_int8
 from lmfx.int8.graph_view import view_of
@@ -269,3 +270,18 @@ def test_what_is_no_file_and_images_that_are_not_finite_are_refused(tmp_path: Pa
         lmfx.quantize(small(), pictures(), tmp_path / "no" / "q.onnx")
     with pytest.raises(InputError, match="NaN"):
         lmfx.quantize(small(), pictures() * float("nan"), tmp_path / "q.onnx")
+
+
+# the command line
+
+
+def test_the_command_line_quantizes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = lmfx.export_onnx(small(), pictures(1), tmp_path / "net.onnx")
+    np.save(tmp_path / "images.npy", pictures().numpy())
+    words = ["quantize", str(source), "--calibration", str(tmp_path / "images.npy"), "-o", str(tmp_path / "q.onnx")]
+    assert main([*words, "--runtime", "tensorrt", "--per-tensor", "--rounding", "nearest", "-q"]) == 0
+    told = capsys.readouterr().out
+    assert "5 convolutions and Linears in 8 bits for tensorrt (a scale a layer" in told
+    assert "24 images of" in told and ops(tmp_path / "q.onnx")["QuantizeLinear"] >= 5
+    assert main(["quantize", str(tmp_path / "absent.onnx"), *words[2:]]) == 2
+    assert "there is no ONNX file" in capsys.readouterr().err
