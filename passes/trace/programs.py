@@ -238,7 +238,7 @@ def _sizes(program: torch.export.ExportedProgram, binding: Binding) -> tuple[lis
     for path, value in zip(paths, values, strict=True):
         if not isinstance(value, Tensor):
             continue
-        name = f"{path[0].key}{pytree.keystr(path[1:])}"  # type: ignore[attr-defined]
+        name = _expression(path)
         known = [d for d, n in enumerate(value.shape) if isinstance(n, int)]
         shape = tuple(n if isinstance(n, int) else 0 for n in value.shape)
         if 0 in known:
@@ -259,10 +259,22 @@ def _sizes(program: torch.export.ExportedProgram, binding: Binding) -> tuple[lis
                 conditions += [f"{size} <= {found.upper}"] if found.upper.is_number and found.upper < 2**40 else []
             elif (step := _multiple(expression)) > 1:
                 conditions.append(f"{size} % {step} == 0")
+    tensors = [(_expression(path), v) for path, v in pytree.tree_flatten_with_path(binding.given)[0]]
     for text in getattr(program, "_guards_code", ()) or ():
-        if (said := _condition(str(text), binding)) is not None:
+        said = _condition(str(text), [name for name, _ in tensors], set(binding.given))
+        if said is not None:
             conditions.append(said)
+        else:  # nobody knows what it excludes, so only the example's sizes are known to be right
+            sizes = [(name, tuple(v.shape)) for name, v in tensors if isinstance(v, Tensor) and v.dim()]
+            limits = [Limit(name, shape, (0,), "batch") for name, shape in sizes]
+            limits += [Limit(name, shape, tuple(range(1, len(shape))), "size") for name, shape in sizes if shape[1:]]
+            break
     return limits, list(dict.fromkeys(conditions))
+
+
+def _expression(path: Any) -> str:
+    """An input, or an entry of one, in Python."""
+    return f"{path[0].key}{pytree.keystr(path[1:])}"
 
 
 def _multiple(expression: Any) -> int:
@@ -277,13 +289,14 @@ _PLAIN: tuple[type[ast.AST], ...] = (
 )
 
 
-def _condition(text: str, binding: Binding) -> str | None:
+def _condition(text: str, flat: list[str], names: set[str]) -> str | None:
     """A guard as a condition over the inputs by their names; None for what is more than arithmetic with sizes.
 
-    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`. The text may come from a file, and becomes code.
+    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`; a strict export may call the inputs `L['flat_args'][0]`. The
+    text may come from a file, and becomes code.
     """
     try:
-        tree = _Named(binding).visit(ast.parse(text, mode="eval"))
+        tree = _Named(flat, names).visit(ast.parse(text, mode="eval"))
     except (SyntaxError, _NotPlain):
         return None
     return ast.unparse(tree)
@@ -296,8 +309,8 @@ class _NotPlain(Exception):
 class _Named(ast.NodeTransformer):
     """`L['x']` becomes `x`; anything but `x.size()[2]`, numbers and arithmetic raises `_NotPlain`."""
 
-    def __init__(self, binding: Binding) -> None:
-        self.names = set(binding.given)
+    def __init__(self, flat: list[str], names: set[str]) -> None:
+        self.flat, self.names = flat, names
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Subscript):
@@ -325,5 +338,10 @@ class _Named(ast.NodeTransformer):
             raise _NotPlain
         if isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value in self.names:
             return ast.Name(str(node.slice.value), ast.Load())
+        if isinstance(node.value, ast.Subscript) and ast.unparse(node.value) == "L['flat_args']":
+            place = node.slice.value
+            if type(place) is not int or not 0 <= place < len(self.flat):
+                raise _NotPlain
+            return ast.parse(self.flat[place], mode="eval").body
         node.value = self._input(node.value)
         return node

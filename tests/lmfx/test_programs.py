@@ -54,6 +54,14 @@ def test_the_result_is_exported_again_with_free_sizes(compressed: Any) -> None:
         torch.testing.assert_close(run(again.module(), x), run(net, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_the_result_is_compiled_in_one_piece_and_exported_strictly(free: bool) -> None:
+    net = lmfx.simplify(exported(network(), X, free=free), X)
+    assert torch.equal(run(torch.compile(net, backend="eager", fullgraph=True), X), run(net, X))
+    strict = torch.export.export(net, (X,), strict=True)
+    torch.testing.assert_close(run(strict.module(), X), run(net, X))
+
+
 def test_the_result_of_a_program_of_one_size_says_so_when_it_is_used_at_another() -> None:
     net = lmfx.simplify(exported(network(), X, free=False), X)
     with pytest.raises(lmfx.SizeError, match="a batch of 2"):

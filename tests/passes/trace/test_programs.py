@@ -247,8 +247,20 @@ def test_a_guard_from_a_file_is_arithmetic_with_sizes_or_no_code_at_all() -> Non
     program = exported(double(Aligned()), torch.randn(2, 3, 16, 16, dtype=torch.float64), (0, 2, 3))
     evil = ["__import__('os').system('false') == 0", "L['x'].size(exit())[0] > 0", "L['x'].resize()[0] > 0", "("]
     program._guards_code = [*program._guards_code, *evil]
-    code = module_of_program(program).code
-    assert "% 8 == 0" in code and not any(word in code for word in ("import", "exit", "resize"))
+    module = module_of_program(program)
+    assert "% 8 == 0" in module.code and not any(word in module.code for word in ("import", "exit", "resize"))
+    with pytest.raises(SizeError, match="a batch of 2, and x has a batch of 3"):  # what it excludes, nobody knows
+        module(torch.randn(3, 3, 16, 16, dtype=torch.float64))
+
+
+def test_a_strict_export_of_a_graph_assumes_as_much() -> None:
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    net = module_of_program(exported(double(Aligned()), x, (0, 2, 3)))
+    again = torch.export.export(net, (x,), dynamic_shapes=(dict.fromkeys((0, 2, 3), AUTO),), strict=True)
+    module = module_of_program(again)
+    assert module(torch.randn(3, 3, 24, 11, dtype=torch.float64)).shape == (3, 3, 24, 11)
+    with pytest.raises(SizeError, match=r"% 8 == 0"):
+        module(torch.randn(2, 3, 15, 16, dtype=torch.float64))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
