@@ -292,7 +292,7 @@ _PLAIN: tuple[type[ast.AST], ...] = (
 def _condition(text: str, flat: list[str], names: set[str]) -> str | None:
     """A guard as a condition over the inputs by their names; None for what is more than arithmetic with sizes.
 
-    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`; a strict export may call the inputs `L['flat_args'][0]`. The
+    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`; a strict export may call inputs `L['flat_args'][0]`. The
     text may come from a file, and becomes code.
     """
     try:
