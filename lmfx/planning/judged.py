@@ -49,7 +49,7 @@ LEAST_LOSS = 1e-6  # below which a loss is rounding
 TRUSTED = 1.25  # by how much predictions may be off, in the middle of those that were judged
 SLOWER = 1.35  # the latency from which steps go down to what is asked for, where predictions are off there
 STEPPED = 64  # images that each step looks at
-SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 1e12, 16, 80  # multiply-adds of all steps, and how many are made in any case
+SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 1e12, 16, 80  # multiply-adds of all steps, how many for each limit, and in all
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,10 @@ class Judged:
     def search(self) -> ContextSearch:
         """What goes from plan to plan in steps."""
         judge = Judge(self.analysis.graph, self.roles.comparing(STEPPED), held_out=not self.roles.seen)
-        return ContextSearch(self.spans, self.table, self.joint, judge, lambda cs: self.sketch(self.plan(cs)))
-
-    @property
-    def runs(self) -> int:
-        """Networks that steps may run for one limit: in a large network fewer."""
-        cost = multiply_accumulates(self.spans.network) * len(self.search.judge.images) / 2
-        return max(LEAST_RUNS, min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0))))
+        search = ContextSearch(self.spans, self.table, self.joint, judge, lambda cs: self.sketch(self.plan(cs)))
+        cost = multiply_accumulates(self.spans.network) * len(judge.images) / 2
+        search.left = min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0)))
+        return search
 
     @staticmethod
     def key(plan: MergePlan) -> tuple[str, ...]:
@@ -167,7 +164,7 @@ class Judged:
         """What steps come to within `limit` ms, from a slower plan and from the best that there is."""
         slower = self.proposals(SLOWER * limit)[:FINALISTS]
         start = self._judged(slower)[0].proposal
-        self.search.left = self.runs
+        self.search.left = max(self.search.left, LEAST_RUNS)
         found = [self.search.down(s.plan.candidates, limit) for s in (start, best)]
         found = [s for s in found if s.sum <= limit * (1 + 1e-9)]
         if found:
