@@ -176,18 +176,15 @@ class ContextSearch:
         if key not in self.states:
             self.left -= 1
             outputs = self.outputs(candidates)
+            # The images of the joint loss are the first ones.
+            seen = len(self.joint.space.reference)
             rows = [
-                o if dim is None else o.narrow(dim, 0, self._seen(dim, o))
-                for o, dim in zip(outputs, self.judge.rows, strict=True)
+                o if dim is None else o.narrow(dim, 0, seen) for o, dim in zip(outputs, self.judge.rows, strict=True)
             ]
             change = self.joint.space.flat(rows) - self.joint.space.reference
             latency = self.original - sum(self.saved[c.key] for c in candidates)
             self.states[key] = _State(candidates, self.judge.of(outputs).loss(), change, latency)
         return self.states[key]
-
-    def _seen(self, dim: int, output: Tensor) -> int:
-        """The rows of an output that belong to the images of the joint loss, which are the judge's first ones."""
-        return output.shape[dim] * len(self.joint.judge.images) // len(self.judge.images)
 
     def hold(self, state: _State) -> None:
         """Keep the values of a plan's network where others begin to differ from it."""

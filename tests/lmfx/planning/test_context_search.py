@@ -12,6 +12,7 @@ import lmfx
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import Reconstruction
 from lmfx.passes.ir import MergePlan
+from lmfx.passes.model.trace_facts import noted
 from lmfx.planning import context_search
 from lmfx.planning.context_search import ContextSearch
 from lmfx.planning.judged import Judged
@@ -180,3 +181,29 @@ def test_with_no_runs_left_one_network_a_step_is_run(case: Judged) -> None:
     held = len(search.states)  # each plan on the way once, and once more for the values that the next step begins at
     assert steps <= 2 * held
     assert search.improved(state, 0.6 * search.original) is state
+
+
+def test_a_network_of_one_batch_size_is_searched_too() -> None:
+    """The joint loss looks at fewer images than steps do, and not at a whole number of batches of them."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.reshape(3, 3, 11, 9)).view(3, 5)
+
+    torch.manual_seed(4)
+    images = torch.randn(46, 3, 11, 9, dtype=torch.float64)
+    graph = lmfx.trace(double(Fixed()), images[:3])
+    spans = lmfx.spans(graph)
+    table = lmfx.profile(graph, "roofline", spans=spans, progress=False)
+    data = as_calibration(images, images[:3])
+    session = Reconstruction().session(spans, lmfx.stages.worth_scoring(spans, table), data)
+    case = Judged(spans, table, session.score(spans, session.candidates, data), session, data, "auto", "affine")
+    search = fresh(case)
+    state = search.down((), 0.7 * search.original)
+    assert state.sum <= 0.7 * search.original * (1 + 1e-9)
+    assert state.change.shape == case.joint.space.reference.shape
+    assert not noted(graph).any_batch, "else this says nothing"
