@@ -78,13 +78,13 @@ class _Places:
         return round(least + part * (self.wide - least), 1)
 
     def path(self, route: Route) -> str:
-        """The line of an edge, from under its source to the top of its target."""
+        """The line of an edge, from its source to its target, both of which lie on its ends."""
         x1, y1 = self.x(self.lanes.lane[route.source]), self.top(route.source) + GLYPH
         x2, y2 = self.x(self.lanes.lane[route.target]), self.top(route.target)
         xm = self.x(route.lane) if route.lane is not None else self.track(route.track or 0)
         gutter = ROW - GLYPH
         if route.target == route.source + 1:
-            return _line(x1, y1) + (f"V{y2:g}" if x1 == x2 else _bend(x1, y1, x2, y2))
+            return _line(x1, y1) + (f"V{y2:g}" if x1 == x2 else _bend(x1, y1, x2, y2)) + f"V{y2 + GLYPH / 2:g}"
         text = _line(x1, y1)
         down, up = y1, y2
         if xm != x1:
@@ -93,11 +93,11 @@ class _Places:
         if xm != x2:
             up = y2 - gutter
         text += f"V{up:g}" if up != down else ""
-        return text + (_bend(xm, up, x2, y2) if xm != x2 else "")
+        return text + (_bend(xm, up, x2, y2) if xm != x2 else "") + f"V{y2 + GLYPH / 2:g}"
 
 
 def _line(x: float, y: float) -> str:
-    return f"M{x:g} {y:g}"
+    return f"M{x:g} {y - GLYPH / 2:g}V{y:g}"
 
 
 def _bend(x1: float, y1: float, x2: float, y2: float) -> str:

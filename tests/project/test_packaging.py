@@ -172,3 +172,8 @@ def test_an_install_in_a_fresh_environment_works(way: str, wheel: Path, sdist: P
     done = subprocess.run([fresh.parent / "lmfx", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "compress" in done.stdout
+
+
+def test_the_wheel_has_the_templates_of_pages(wheel: Path) -> None:
+    here = {f"lmfx/report/templates/{p.name}" for p in (ROOT / "lmfx" / "report" / "templates").iterdir()}
+    assert len(here) == 4 and here <= set(zipfile.ZipFile(wheel).namelist())
