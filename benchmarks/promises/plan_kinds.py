@@ -70,6 +70,11 @@ def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
     return {**{k: round(float(v), 4) for k, v in figures.items()}, "tau": round(kendall_tau(predicted, measured), 3)}
 
 
+def caches(text: str) -> Any:
+    """What `Sampling(caches=...)` takes."""
+    return text if text.isalpha() else float(text)
+
+
 def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One network."""
     model, example = network(name, args.size)
@@ -108,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--plans", type=int, default=8, help="of each kind (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="of the input of networks of torchvision and timm")
-    parser.add_argument("--caches", choices=("auto", "network", "hot"), default="auto", help="what rows find")
+    parser.add_argument("--caches", type=caches, default="auto", help="what rows find: auto, network, hot, or a share")
     parser.add_argument("--cache-dir", help="keep the tables here (default: measure them anew)")
     parser.add_argument("--rows", type=Path, help="append the rows to this file of JSON lines")
     args = parser.parse_args(arguments)
