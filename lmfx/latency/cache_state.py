@@ -12,11 +12,13 @@ from typing import TypeVar
 from torch import fx
 
 from lmfx.latency.backend import Backend
+from lmfx.latency.chosen_backend import precision_of
 from lmfx.latency.table import LatencyTable
 from lmfx.passes.graph.node_facts import dtype_of, shape_of
 
 __all__ = ["suited", "touched_bytes"]
 
+SHARES = {"fp16": 0.5, "bf16": 0.5, "int8": 0.25}  # of the bytes in float32, where the backend runs networks so
 Source = TypeVar("Source", bound=Backend | LatencyTable)
 
 
@@ -30,7 +32,9 @@ def touched_bytes(graph: fx.GraphModule) -> int:
 def suited(source: Source, graph: fx.GraphModule) -> Source:
     """A backend as it is to time the rows of a network; one of somebody else, and a table, as it is."""
     change: Callable[[int], Source] | None = getattr(source, "for_network", None)
-    return source if change is None else change(touched_bytes(graph))
+    if change is None:
+        return source
+    return change(int(touched_bytes(graph) * SHARES.get(precision_of(source), 1.0)))
 
 
 def _bytes(node: fx.Node) -> int:

@@ -88,6 +88,23 @@ def test_a_backend_that_says_nothing_of_caches_and_one_of_somebody_else_are_take
     assert suited(device, graph) is device
 
 
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("fp16", 0.5), ("int8", 0.25)])
+def test_a_network_in_a_smaller_type_touches_less(precision: str, share: float) -> None:
+    asked: list[int] = []
+
+    class InPrecision(FakeBackend):
+        def identity(self) -> dict[str, Any]:
+            return {"precision": precision}
+
+        def for_network(self, nbytes: int) -> InPrecision:
+            asked.append(nbytes)
+            return self
+
+    graph = lmfx.trace(toy(), images(1))
+    suited(InPrecision(), graph)
+    assert asked == [int(share * touched_bytes(graph))]
+
+
 def test_profile_and_compress_time_rows_as_the_network_runs_them() -> None:
     pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
