@@ -28,6 +28,7 @@ EXTRAS = {
     "dask": ["distributed>=2024.1"],
     "pruning": ["torch-pruning>=1.5"],
     "train": ["accelerate>=1.0"],
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.27"],
 }
 # All of the command line on a machine without a GPU: models by name, pictures, ONNX Runtime, files, plots, pages.
 CLI = ("html", "onnx", "ort", "plot", "vision")

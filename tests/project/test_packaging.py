@@ -112,6 +112,7 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
         "dask",
         "train",
         "pruning",
+        "docs",
         "dev",
     }
 
