@@ -41,7 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _links(text: str, base: str, folder: str) -> str:
-    """The text with links that leave docs/ led to the site's pages, or taken out. The page lies in `folder` of `base`."""
+    """The text with links that leave docs/ led to the site's pages or taken out; the page is in `folder` of `base`."""
 
     def changed(found: re.Match[str]) -> str:
         shown, target = found[1], found[2]
