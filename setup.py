@@ -66,7 +66,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4", "torch>=2.4", "tqdm"],
+    install_requires=["filelock>=3.12", "numpy>=1.26", "safetensors>=0.4", "torch>=2.11", "tqdm"],
     extras_require=EXTRAS,
     # `passes/` is a top-level folder and a package only under the name lmfx.passes. The symlink lmfx/passes serves
     # runs without an install; it is never packaged, so each file is in the wheel once.
