@@ -202,7 +202,8 @@ def _divergence(reference: list[list[Tensor]], others: list[list[Tensor]]) -> fl
     for y, z in zip(zip(*reference, strict=True), zip(*others, strict=True), strict=True):
         if not y[0].is_floating_point() or not y[0].dim():
             continue
-        a, b = torch.cat(y).double(), torch.cat(z).double()
+        a, b = (torch.cat(v).double() for v in (y, z))
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
         found.append(float((a - b).square().sum()) / (len(a) * mean_square_distance(a)))
     return sum(found) / max(len(found), 1)
 

@@ -224,6 +224,26 @@ def test_an_activation_that_somebody_else_reads_before_it_is_not_fused() -> None
     assert kinds == [("weighted", None), ("pointwise", 0.0)]
 
 
+def test_inputs_by_name_and_one_number_an_image(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = torch.relu(self.conv(x)) * scale
+            return {"map": y, "mean": y.mean((1, 2, 3))}
+
+    data = [{"x": x[None], "scale": torch.full((1, 1, 1, 1), 1.0 + i % 3)} for i, x in enumerate(pictures(8))]
+    made = lmfx.quantize(Scaled().eval(), data, tmp_path / "q.onnx", example_input=data[0], progress=False)
+    assert np.isfinite(made.divergence) and [x.name for x in made.layers] == ["conv"]
+    session = ort.InferenceSession(str(tmp_path / "q.onnx"), providers=["CPUExecutionProvider"])
+    feed = {n.name: v.numpy() for n, v in zip(session.get_inputs(), data[0].values(), strict=True)}
+    assert [v.shape for v in session.run(None, feed)] == [(1, 16, 19, 19), (1,)]
+    with pytest.raises(InputError, match="pass example_input="):
+        lmfx.quantize(Scaled().eval(), data, tmp_path / "q.onnx", progress=False)
+
+
 # what is refused
 
 
