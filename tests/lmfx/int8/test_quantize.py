@@ -236,7 +236,7 @@ def test_inputs_by_name_and_one_number_an_image(tmp_path: Path) -> None:
 
     data = [{"x": x[None], "scale": torch.full((1, 1, 1, 1), 1.0 + i % 3)} for i, x in enumerate(pictures(8))]
     made = lmfx.quantize(Scaled().eval(), data, tmp_path / "q.onnx", example_input=data[0], progress=False)
-    assert np.isfinite(made.divergence) and [x.name for x in made.layers] == ["conv"]
+    assert np.isfinite(made.divergence) and len(made.layers) == 1
     session = ort.InferenceSession(str(tmp_path / "q.onnx"), providers=["CPUExecutionProvider"])
     feed = {n.name: v.numpy() for n, v in zip(session.get_inputs(), data[0].values(), strict=True)}
     assert [v.shape for v in session.run(None, feed)] == [(1, 16, 19, 19), (1,)]
