@@ -8,15 +8,14 @@ the diffusion network: reconstruction): pages are looked at here, not networks, 
     bytes     of the file
     write     CPU seconds from the result to the file
     elements  of the document
-    open      ms from navigation to the end of `load`, with all scripts run, median of five
-    move      ms of script, style and layout for one step of the slider, median over twenty steps
+    open      CPU ms of the page's thread in a new browser until it is loaded, with all scripts run
+    move      CPU ms of the same thread for one step of the slider, mean over twenty steps
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,16 +30,13 @@ from tests.chromium import Chromium
 
 Case = tuple[nn.Module, Any, Any, str]  # model, example, images, importance
 STEP = """(() => {
-const slider = document.getElementById('budget'), times = [];
+const slider = document.getElementById('budget');
 for (let i = 0; i < 20; i++) {
   slider.value = Math.round(i * slider.max / 19);
-  const start = performance.now();
   slider.dispatchEvent(new Event('input'));
   document.getElementById('network').getBoundingClientRect();
-  times.push(performance.now() - start);
 }
 document.getElementById('back').click();
-return times;
 })()"""
 
 
@@ -90,17 +86,19 @@ NETWORKS: dict[str, Callable[[], Case]] = {
 
 
 def measured(browser: Chromium, path: Path) -> dict[str, float]:
-    """How soon a page is open, and how fast its slider is."""
-    opened = []
-    for _ in range(5):
-        browser.open(path)
-        opened.append(float(browser.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")))
+    """What it costs to open a page, and to move its slider."""
+    browser.call("Performance.enable", timeDomain="threadTicks")
+
+    def spent() -> float:
+        metrics = browser.call("Performance.getMetrics")["metrics"]
+        return 1e3 * float(next(m["value"] for m in metrics if m["name"] == "TaskDuration"))
+
+    browser.open(path)
+    opened = start = spent()
+    browser.evaluate(STEP)
+    move = (spent() - start) / 20
     elements = browser.evaluate("document.querySelectorAll('*').length")
-    return {
-        "elements": elements,
-        "open": statistics.median(opened),
-        "move": statistics.median(browser.evaluate(STEP)),
-    }
+    return {"elements": elements, "open": opened, "move": move}
 
 
 def pictures(browser: Chromium, path: Path, folder: Path, name: str) -> None:

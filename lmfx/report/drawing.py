@@ -54,7 +54,8 @@ class _Places:
         self.wide = self.pitch - 10
         counts = [b.channels for b in picture.blocks if b.channels]
         self.least, self.most = (min(counts), max(counts)) if counts else (1, 1)
-        self.tracks = MARGIN + TRACK * lanes.tracks
+        self.pace = TRACK if lanes.tracks <= 8 else TRACK * 2 // 3
+        self.tracks = MARGIN + self.pace * lanes.tracks
         self.breadth = self.tracks + self.pitch * max(lanes.lanes, 1)
         longest = max((len(shortened(b.name)) for b in picture.blocks), default=8)
         self.left = round(MONO * longest) + CHANNELS + 16
@@ -65,7 +66,7 @@ class _Places:
         return self.tracks + self.pitch * (lane + 0.5)
 
     def track(self, track: int) -> float:
-        return self.tracks - TRACK * (track + 0.5)
+        return self.tracks - self.pace * (track + 0.5)
 
     def top(self, row: int) -> float:
         return row * ROW + (ROW - GLYPH) / 2

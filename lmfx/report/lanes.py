@@ -19,6 +19,7 @@ from dataclasses import dataclass
 __all__ = ["Lanes", "Route", "in_lanes"]
 
 Edge = tuple[int, int]
+CROWDED, NEAR = 4, 4  # lanes from which on room is scarce; rows that an edge may then be long to have a lane
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,31 @@ class Lanes:
 
 
 def in_lanes(rows: int, edges: Iterable[Edge]) -> Lanes:
-    """Lanes and routes of a graph whose edges lead downwards."""
+    """Lanes and routes of a graph whose edges lead downwards; where lanes are many, long edges have tracks."""
     edges = sorted(set(edges))
+    found = _laid(rows, edges, rows)
+    if found.lanes <= CROWDED:
+        return found
+    narrow = _laid(rows, edges, NEAR)
+    return narrow if narrow.lanes < found.lanes else found
+
+
+def _laid(rows: int, edges: list[Edge], near: int) -> Lanes:
+    """Lanes and routes; an edge to another path that is longer than `near` rows takes no lane."""
     after, before = defaultdict(list), defaultdict(list)
     for a, b in edges:
         after[a].append(b)
         before[b].append(a)
     path_of, paths = _paths(rows, after, before)
-    lane_of = _lanes_of(paths, after, before)
+    lane_of = _lanes_of(paths, after, before, near)
     lane = tuple(lane_of[path_of[row]] for row in range(rows))
     free: dict[int, list[Edge]] = defaultdict(list)  # block -> its edges that need a track
     routes: list[Route] = []
     for a, b in edges:
         mine, theirs = paths[path_of[a]], paths[path_of[b]]
-        if (mine is theirs and mine.index(b) == mine.index(a) + 1) or a == mine[-1]:
+        if (mine is theirs and mine.index(b) == mine.index(a) + 1) or (a == mine[-1] and b - a <= near):
             routes.append(Route(a, b, lane[a], None))
-        elif b == theirs[0]:
+        elif b == theirs[0] and b - a <= near:
             routes.append(Route(a, b, lane[b], None))
         else:
             free[a].append((a, b))
@@ -93,13 +103,15 @@ def _paths(rows: int, after: dict[int, list[int]], before: dict[int, list[int]])
     return path_of, paths
 
 
-def _lanes_of(paths: list[list[int]], after: dict[int, list[int]], before: dict[int, list[int]]) -> dict[int, int]:
+def _lanes_of(
+    paths: list[list[int]], after: dict[int, list[int]], before: dict[int, list[int]], near: int
+) -> dict[int, int]:
     """The lane of each path, the longest first; a path needs its lane from what it reads to what reads it."""
     spans = {}
     for i, path in enumerate(paths):
-        starts = min(before[path[0]], default=path[0])
-        ends = max(after[path[-1]], default=path[-1])
-        spans[i] = starts, ends
+        starts = min((a for a in before[path[0]] if path[0] - a <= near), default=path[0])
+        ends = max((b for b in after[path[-1]] if b - path[-1] <= near), default=path[-1])
+        spans[i] = starts, max(ends, starts + 1)
     longest = sorted(spans.items(), key=lambda item: -len(paths[item[0]]))
     return _first_fit(longest)
 

@@ -66,3 +66,13 @@ def test_nested_skips_have_their_own_tracks_the_short_one_next_to_the_blocks() -
 
 def test_nothing_is_nothing() -> None:
     assert in_lanes(0, []).lanes == 0
+
+
+def test_many_vectors_for_one_long_path_do_not_take_a_lane_each() -> None:
+    sides, rest = 12, 40
+    edges = [(0, 1 + i) for i in range(sides)]  # each is read far below
+    edges += [(i, i + 1) for i in range(sides + 1, sides + rest)]
+    edges += [(1 + i, sides + 4 + 3 * i) for i in range(sides)] + [(0, sides + 1)]
+    found = in_lanes(sides + rest + 1, edges)
+    assert found.lanes <= 5
+    assert found.tracks >= sides
