@@ -108,6 +108,7 @@ def test_the_wheel_is_pure_and_names_its_version_licence_command_and_dependencie
         "trt-rtx",
         "vision",
         "cli",
+        "html",
         "plot",
         "dask",
         "train",

@@ -91,6 +91,9 @@ STATEFUL: list[tuple[Callable[[Any, Tensor], Tensor], Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Pickle, copy, and deepcopy support will be removed:DeprecationWarning"
+)  # of counters
 @pytest.mark.parametrize(("between", "start"), STATEFUL, ids=[f.__name__ for f, _ in STATEFUL])
 def test_a_network_that_remembers_is_refused_and_the_attribute_named(between: Any, start: Any) -> None:
     model = double(Keeps(between, seen=start))

@@ -20,7 +20,7 @@ def chain(scales: tuple[float, ...], first: bool = False) -> nn.Module:
     body: list[nn.Module] = []
     for i in range(len(scales)):
         conv = nn.Conv2d(4, 4, 3, padding=1, groups=2 if i == 1 else 1, bias=False)
-        pair: list[nn.Module] = [nn.BatchNorm2d(4, eps=0.0), conv] if first else [conv, nn.BatchNorm2d(4, eps=0.0)]
+        pair: list[nn.Module] = [nn.BatchNorm2d(4, eps=1e-30), conv] if first else [conv, nn.BatchNorm2d(4, eps=1e-30)]
         body += [*pair, nn.ReLU()]
     model = double(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), *body))
     for i, scale in enumerate(scales):
