@@ -235,8 +235,8 @@ class _Writer:
         """Q and DQ of a value; of an input in 8 bits only DQ, of such an output only Q."""
         scale, zero = self.grid[name]
         parameters = [
-            self.constant(f"{name}.scale", np.asarray(scale, np.float32)),
-            self.constant(f"{name}.zero", np.asarray(zero, self.number)),
+            self.constant(f"{name}.q.scale", np.asarray(scale, np.float32)),
+            self.constant(f"{name}.q.zero", np.asarray(zero, self.number)),
         ]
         q, dq = f"{name}.q", f"{name}.dq"
         if name in self.byte_ends and name in self.view.inputs:
