@@ -6,6 +6,7 @@ trace ─▶ spans ─▶ profile ─▶ score ─▶ solve ─▶ search the bu
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +54,8 @@ from lmfx.result import Evidence, Result
 from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
-MOST_REFITTED = 2e11  # multiply-adds of one network on the images of its fits, up to which more than one is refitted
+# Multiply-adds of one network on the images of its fits, up to which one plan is refitted, two, three and four.
+MOST_REFITTED = (math.inf, 2e11, 4e10, 2e10)
 Keeps = Callable[[fx.GraphModule], Quality]  # how much of the original a network keeps
 WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
@@ -191,8 +193,8 @@ class Compression:
         """The plan whose student loses least once it is refitted, and that student."""
         roles = case.images.roles()
         work = multiply_accumulates(case.spans.network) * len(roles.fit)
-        if not self.refit or case.judging is None or work > MOST_REFITTED:
-            options = options[:1]
+        refits = 1 if not self.refit or case.judging is None else sum(work <= most for most in MOST_REFITTED)
+        options = options[:refits]
         judge = self.judging(case, Judge(case.graph, roles.comparing())) if len(options) > 1 else None
         best: tuple[float, Found | Predicted, fx.GraphModule] | None = None
         for found in options:

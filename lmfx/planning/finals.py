@@ -1,7 +1,7 @@
 """Finds the plans of best quality that hold the budget, of those that were judged; they are refitted afterwards.
 
-What a network loses before its refit does not say for sure what it loses after it, so the best of each kind of search
-is handed on: the best of what was proposed, and the best of what steps led to.
+What a network loses before its refit does not say for sure what it loses after it (widths are mended best), so the best
+of each search is handed on: of all that was proposed, of widths alone, of layers alone, and of what steps led to.
 
 Nothing depends on the clock but what is within the budget: with the same rows of latency the same plans are judged, and
 of two plans of equal quality the faster one is taken.
@@ -15,12 +15,13 @@ from typing import Any
 from lmfx.latency import Backend
 from lmfx.latency.carried_table import Predicted
 from lmfx.planning.joint_search import Proposal
-from lmfx.planning.judged import Judged
+from lmfx.planning.judged import Judged, Search
 from lmfx.planning.search import ACCEPT, Found, measure_plan
 
 __all__ = ["best_measured", "best_predicted"]
 
 ROUNDS = 3  # of proposals, where the best of them measure over the budget, or well below it
+MENDED = 2.5  # times the loss of the plan that is there, from which on no refit is tried
 WELL_BELOW = 0.98  # of what rows promise
 
 
@@ -32,14 +33,14 @@ def best_measured(judged: Judged, found: Found, backend: Backend, example_input:
     """
     limit = max(_sum_at(found, ACCEPT * fraction), _sum(found))
     own, own_loss = _proposal(judged, found), judged.loss(found.plan)
-    taken: dict[bool, tuple[float, Found]] = {}  # by whether steps led to it
+    taken: dict[Search, tuple[float, Found]] = {}
     measured: dict[tuple[str, ...], float] = {judged.key(found.plan): found.ratio}
     for _ in range(ROUNDS):
         over, under = 1.0, 0.0  # the most that plans measured of what their rows promise: those over, those within
         for finalist in judged.finalists(limit, [own]):
             plan, predicted = finalist.proposal.plan, found.frontier.line(finalist.proposal.sum)
-            best = taken.get(finalist.stepped, (own_loss, found))
-            if finalist.loss >= best[0]:
+            least = own_loss if finalist.search == "all" else MENDED * own_loss
+            if finalist.loss >= (taken[finalist.search][0] if finalist.search in taken else least):
                 continue
             if (key := judged.key(plan)) not in measured:
                 measured[key] = measure_plan(judged.analysis, plan, backend, example_input, found.original)
@@ -48,7 +49,7 @@ def best_measured(judged: Judged, found: Found, backend: Backend, example_input:
             if ratio <= fraction:
                 whole = replace(plan, latency=predicted)
                 better = replace(found, plan=whole, predicted=predicted, measured=ratio * found.original, ratio=ratio)
-                taken[finalist.stepped] = finalist.loss, better
+                taken[finalist.search] = finalist.loss, better
                 under = max(under, off)
             else:
                 over = max(over, off)
@@ -57,20 +58,20 @@ def best_measured(judged: Judged, found: Found, backend: Backend, example_input:
         limit = _sum_at(found, ACCEPT * fraction / (over if over > 1 else under))
         if limit < float(found.frontier.raw.latency[0]):
             break
-    taken.setdefault(False, (own_loss, found))
+    taken.setdefault("all", (own_loss, found))
     return [plan for _, plan in sorted(taken.values(), key=lambda t: t[0])]
 
 
 def best_predicted(judged: Judged, found: Predicted, limit_ms: float) -> list[Predicted]:
     """The same with a table that was measured elsewhere: what is predicted within the budget of `limit_ms`."""
     line = found.frontier.line
-    taken: dict[bool, Predicted] = {}
+    taken: dict[Search, Predicted] = {}
     for finalist in judged.finalists((limit_ms - line.a) / line.b, [_proposal(judged, found)]):
         plan, predicted = finalist.proposal.plan, line(finalist.proposal.sum)
-        if finalist.stepped in taken or predicted > limit_ms:
+        if finalist.search in taken or predicted > limit_ms:
             continue
         same = plan.candidates == found.plan.candidates
-        taken[finalist.stepped] = (
+        taken[finalist.search] = (
             found if same else replace(found, plan=replace(plan, latency=predicted), predicted=predicted)
         )
     return list(taken.values()) or [found]

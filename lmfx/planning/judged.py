@@ -3,7 +3,8 @@
     scores ─▶ solver ─▶ a plan that holds the budget     `planning.search`
                  │
                  └▶ proposals of as little latency        `planning.joint_search`: by a sum of vectors
-                        ├▶ the best few as students       with the fits that were scored
+                        ├▶ the best few as students       with the fits that were scored; of widths alone and of
+                        │                                 layers alone as well
                         └▶ steps from a slower plan       `planning.context_search`: where the sum of vectors
                               │                           does not tell what those networks lose
                               └▶ those within the budget  `planning.finals`: measured, then refitted and compared
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import log
 from statistics import median
+from typing import Literal
 
 from torch import fx
 
@@ -44,6 +46,7 @@ from lmfx.quality import Judge, Quality, QualityName
 __all__ = ["Finalist", "Judged"]
 
 FINALISTS = 5  # proposals that are built
+PART_FINALISTS, PART_DRAWS = 2, 4  # the same of widths alone and layers alone
 NEAR = 1.5  # those that are predicted to lose up to this many times what the best one does
 LEAST_LOSS = 1e-6  # below which a loss is rounding
 TRUSTED = 1.25  # by how much predictions may be off, in the middle of those that were judged
@@ -52,13 +55,16 @@ STEPPED = 64  # images that each step looks at
 SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 1e12, 16, 80  # multiply-adds of all steps, how many for each limit, and in all
 
 
+Search = Literal["all", "widths", "layers", "steps"]  # proposals of all candidates, of some, and what steps led to
+
+
 @dataclass(frozen=True)
 class Finalist:
-    """A plan whose network was judged: `loss` on the images that plans are chosen by; `stepped` if steps led to it."""
+    """A plan whose network was judged: `loss` on the images that plans are chosen by; `search` found it."""
 
     proposal: Proposal
     loss: float
-    stepped: bool = False
+    search: Search = "all"
 
 
 class Judged:
@@ -144,11 +150,34 @@ class Judged:
         proposals = self.proposals(limit)
         near = [p for p in proposals if p.loss <= NEAR * proposals[0].loss][:FINALISTS]
         found = self._judged((*near, *also))
-        if near and not self._trusted(found):
-            steps = self._judged(self._stepped(limit, found[0].proposal))
-            known = {self.key(f.proposal.plan) for f in found}
-            found += [replace(f, stepped=True) for f in steps if self.key(f.proposal.plan) not in known]
+        trusted = not near or self._trusted(found)
+        for search, spans in self.parts.items():
+            some = propose(spans, self.table, self.scores, self.joint, limit, self.surrogate, draws=PART_DRAWS)
+            found += self._new(search, some[:PART_FINALISTS], found)
+        if not trusted:
+            best = min(found, key=lambda f: f.loss).proposal
+            found += self._new("steps", self._stepped(limit, best), found)
         return sorted(found, key=lambda f: (f.loss, f.proposal.sum))
+
+    @cached_property
+    def parts(self) -> dict[Search, SpanSet]:
+        """The candidates that change widths alone, and those that change layers alone, where there are both."""
+        changing = [c for c in self.spans if c.realization != "keep" and not c.exact]
+        widths = {c.key for c in changing if c.cuts}
+        if not 0 < len(widths) < len(changing):
+            return {}
+        layers = {c.key for c in changing} - widths
+        parts: dict[Search, set[str]] = {"widths": layers, "layers": widths}
+        return {
+            name: replace(self.spans, candidates=tuple(c for c in self.spans if c.key not in left))
+            for name, left in parts.items()
+        }
+
+    def _new(self, search: Search, proposals: Iterable[Proposal], found: Iterable[Finalist]) -> list[Finalist]:
+        """Those of the proposals of a search that are not there yet, judged."""
+        known = {self.key(f.proposal.plan) for f in found}
+        new = self._judged(p for p in proposals if self.key(p.plan) not in known)
+        return [replace(f, search=search) for f in new]
 
     def _judged(self, proposals: Iterable[Proposal]) -> list[Finalist]:
         """The networks of some proposals, the best first."""
