@@ -52,7 +52,7 @@ EXTRAS["dev"] = sorted(
 # Every folder of lmfx/ and of passes/ is a package; a test compares this list with the folders.
 PASSES = ("algebra", "canonical", "fit", "graph", "identity", "model", "rewrite", "solve", "spans", "trace")
 FOLDERS = (
-    *("calibration", "cli", "environment", "export", "importance", "latency", "latency.backends"),
+    *("calibration", "cli", "environment", "export", "importance", "int8", "latency", "latency.backends"),
     *("planning", "quality", "report", "store", "training"),
 )
 PACKAGES = ["lmfx", *(f"lmfx.{name}" for name in FOLDERS), "lmfx.passes", *(f"lmfx.passes.{name}" for name in PASSES)]

@@ -204,7 +204,7 @@ def _imports(*modules: str) -> Callable[[], str]:
 RUNTIME = "runtimes to measure on"
 EXTRA = "extras"
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",), "torch": (), "roofline": ()}
-EXTRAS = {"onnxruntime": "ort", "tensorrt": "trt", "torch": "", "roofline": ""}
+EXTRAS = {"onnxruntime": "ort", "tensorrt": "trt", "torch": "", "aotinductor": "", "roofline": ""}
 
 CHECKS = {
     check.name: check

@@ -1,4 +1,4 @@
-"""`Rows`: a list of dicts that shows itself as a table, in a terminal and in a notebook; pandas and polars read it.
+"""`RowTable`: a list of dicts that shows itself as a table, in a terminal and in a notebook; pandas and polars read it.
 
 pandas.DataFrame(frontier.table())
 """
@@ -11,12 +11,12 @@ from typing import Any
 from lmfx.environment.bounded_reading import in_one_line
 from lmfx.passes.html_text import html_table
 
-__all__ = ["Rows"]
+__all__ = ["RowTable"]
 
 SHOWN = 24  # rows that are shown; all are there
 
 
-class Rows(list[dict[str, Any]]):
+class RowTable(list[dict[str, Any]]):
     """Rows of plain values with the same keys, in order. `str()` is a table of text, a notebook shows one of HTML."""
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:

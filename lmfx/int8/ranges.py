@@ -32,7 +32,7 @@ RARE = 16.0  # the largest value over the root of the mean square of those that 
 
 
 @dataclass
-class _Seen:
+class _Extremes:
     low: float = np.inf
     high: float = -np.inf
     lows: np.ndarray | None = None  # of channels
@@ -47,7 +47,7 @@ class Ranges:
 
     method: RangeMethod = "minmax"
     percentile: float = PERCENTILE
-    seen: dict[str, _Seen] = field(default_factory=dict)
+    seen: dict[str, _Extremes] = field(default_factory=dict)
     _collector: Any = None
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Ranges:
     def add(self, values: dict[str, np.ndarray]) -> None:
         """One batch. Raises `InputError` for values that are not finite."""
         for name, value in values.items():
-            seen = self.seen.setdefault(name, _Seen())
+            seen = self.seen.setdefault(name, _Extremes())
             axes = tuple(i for i in range(value.ndim) if i != 1)
             lows, highs = (value.min(axes), value.max(axes)) if value.ndim > 1 else (value, value)
             low, high = float(lows.min()), float(highs.max())

@@ -27,7 +27,7 @@ from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.grid_rounding import bias_change, gram_error, nearest, round_by_gram, scales_of
 from lmfx.passes.fit.normal_equations import Sums
 
-__all__ = ["Layer", "RoundedLayer", "layer_of", "round_weights"]
+__all__ = ["RoundedLayer", "UnitLayer", "layer_of", "round_weights"]
 
 MOST_UNKNOWNS = 4700
 SUM_BYTES = 1 << 30  # of Grams at a time
@@ -36,7 +36,7 @@ CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
-class Layer:
+class UnitLayer:
     """A weighted unit as a torch layer without padding; `pads` (F.pad's order) come before it."""
 
     unit: Unit
@@ -61,13 +61,13 @@ class RoundedLayer:
     """A weight on its grid, and by how much the layer's output is off, relative to its own size: with these weights and
     with the nearest ones (NaN where there is no Gram)."""
 
-    layer: Layer
+    layer: UnitLayer
     rounded: Rounded
     error: float
     nearest_error: float
 
 
-def layer_of(view: GraphView, unit: Unit) -> Layer:
+def layer_of(view: GraphView, unit: Unit) -> UnitLayer:
     """The layer of a weighted unit."""
     node = view.graph.node[unit.nodes[0]]
     weight = torch.from_numpy(view.array(unit.weight).copy())
@@ -76,7 +76,7 @@ def layer_of(view: GraphView, unit: Unit) -> Layer:
         axis = out_axis(view, node)
         weight = weight if axis == 0 else weight.T
         module: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        return Layer(unit, module, (), weight, bias, axis, (unit.reads[0], "linear"))
+        return UnitLayer(unit, module, (), weight, bias, axis, (unit.reads[0], "linear"))
     dims, groups = weight.dim() - 2, int(view.attribute(node, "group", 1))
     stride = tuple(view.attribute(node, "strides", [1] * dims))
     dilation = tuple(view.attribute(node, "dilations", [1] * dims))
@@ -86,7 +86,7 @@ def layer_of(view: GraphView, unit: Unit) -> Layer:
         weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride, 0, dilation, groups, device="meta"
     )
     key = (unit.reads[0], tuple(weight.shape[2:]), stride, dilation, flat, groups)
-    return Layer(unit, module, flat, weight, bias, 0, key)
+    return UnitLayer(unit, module, flat, weight, bias, 0, key)
 
 
 def _pads(
@@ -111,12 +111,12 @@ def round_weights(
 ) -> Iterator[RoundedLayer]:
     """Every weighted unit's weight on its grid; without `feeds` all are rounded to the nearest."""
     layers = [layer_of(view, u) for u in units if u.kind == "weighted"]
-    groups: dict[tuple[Any, ...], list[Layer]] = {}
+    groups: dict[tuple[Any, ...], list[UnitLayer]] = {}
     for layer in layers:
         groups.setdefault(layer.key, []).append(layer)
     waiting = list(groups.values())
     while waiting:
-        taken: list[list[Layer]] = []
+        taken: list[list[UnitLayer]] = []
         held = 0
         while waiting and (not taken or held + waiting[0][0].gram_bytes <= SUM_BYTES):
             group = waiting.pop(0)
@@ -132,7 +132,7 @@ def round_weights(
                 yield _rounded(layer, gram, mean, per_channel)
 
 
-def _sums(view: GraphView, layers: Sequence[Layer], feeds: Feeds) -> dict[tuple[Any, ...], Sums]:
+def _sums(view: GraphView, layers: Sequence[UnitLayer], feeds: Feeds) -> dict[tuple[Any, ...], Sums]:
     """Sums over sampled patches of what each layer reads."""
     generator = torch.Generator().manual_seed(0)
     device = torch.device("cpu")
@@ -172,7 +172,7 @@ def _centred(sums: Sums) -> tuple[Tensor, Tensor]:
     return gram / sums.n, mean
 
 
-def _rounded(layer: Layer, gram: Tensor | None, mean: Tensor | None, per_channel: bool) -> RoundedLayer:
+def _rounded(layer: UnitLayer, gram: Tensor | None, mean: Tensor | None, per_channel: bool) -> RoundedLayer:
     columns = feature_rows.columns_of(layer.module, layer.weight)
     scales = scales_of(columns, per_channel)
     plain = nearest(columns, scales)
@@ -191,6 +191,6 @@ def _rounded(layer: Layer, gram: Tensor | None, mean: Tensor | None, per_channel
     return RoundedLayer(layer, _in_file(layer, weight, scale, bias), error, nearest_error)
 
 
-def _in_file(layer: Layer, weight: Tensor, scale: np.ndarray, bias: Tensor | None) -> Rounded:
+def _in_file(layer: UnitLayer, weight: Tensor, scale: np.ndarray, bias: Tensor | None) -> Rounded:
     numbers = (weight if layer.axis == 0 else weight.T).numpy().astype(np.int8)
     return Rounded(numbers, scale, layer.axis, None if bias is None else bias.numpy())

@@ -6,7 +6,6 @@ trace ─▶ spans ─▶ profile ─▶ score ─▶ solve ─▶ search the bu
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,8 +53,9 @@ from lmfx.result import Evidence, Result
 from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
-# Multiply-adds of one network on the images of its fits, up to which one plan is refitted, two, three and four.
-MOST_REFITTED = (math.inf, 2e11, 4e10, 2e10)
+# More than one plan is refitted: two, three where a network has at most so many multiply-adds on the images of its
+# fits, and so many parameters.
+MOST_REFITTED = ((2e11, 6e6), (4e10, 1e6))
 Keeps = Callable[[fx.GraphModule], Quality]  # how much of the original a network keeps
 WIDTH, BELOW = 3, 0.93  # candidates a round of scoring on demand; the second budget that it looks at, of the first
 
@@ -193,7 +193,10 @@ class Compression:
         """The plan whose student loses least once it is refitted, and that student."""
         roles = case.images.roles()
         work = multiply_accumulates(case.spans.network) * len(roles.fit)
-        refits = 1 if not self.refit or case.judging is None else sum(work <= most for most in MOST_REFITTED)
+        size = sum(p.numel() for p in case.graph.parameters())
+        refits = 1 + sum(work <= macs and size <= most for macs, most in MOST_REFITTED)
+        if not self.refit or case.judging is None:
+            refits = 1
         options = options[:refits]
         judge = self.judging(case, Judge(case.graph, roles.comparing())) if len(options) > 1 else None
         best: tuple[float, Found | Predicted, fx.GraphModule] | None = None

@@ -40,7 +40,7 @@ HELD_BYTES = 2**29  # of values, where runs begin
 
 
 @dataclass(frozen=True)
-class _State:
+class _Run:
     """A plan whose network was run: its loss, the change of the outputs that the joint loss looks at, and the sum of
     its rows in ms."""
 
@@ -78,14 +78,14 @@ class ContextSearch:
         self.usable = [c for c in own if c.realization != "keep" and c.key in table]
         self.saved = {c.key: table.kept(c) - table.ms(c.key) for c in self.usable}
         self.order = {name: i for i, name in enumerate(spans.network.nodes)}
-        self.states: dict[tuple[str, ...], _State] = {}
+        self.states: dict[tuple[str, ...], _Run] = {}
         # A plan, and a batch at a time the values in its network at which others may begin to differ.
         self._held: tuple[tuple[str, ...], list[dict[str, Tensor]]] | None = None
         self._overlaps: dict[tuple[str, str], bool] = {}
 
     # --- the search ---------------------------------------------------------------------------------------------------
 
-    def down(self, start: Iterable[Candidate], limit: float) -> _State:
+    def down(self, start: Iterable[Candidate], limit: float) -> _Run:
         """From a plan to one whose rows add up to at most `limit` ms, or to as little as it comes to."""
         state = self.run(self.ordered(start))
         while state.sum > limit * (1 + 1e-9):
@@ -95,7 +95,7 @@ class ContextSearch:
             state = better
         return state
 
-    def step(self, state: _State, over: float) -> _State | None:
+    def step(self, state: _Run, over: float) -> _Run | None:
         """The exchange of least price of those that are run; None without one.
 
         Those of least estimated price are run; with no runs left, the first one.
@@ -107,7 +107,7 @@ class ContextSearch:
         least = min(LEAST_STEP * self.original, over)
         steps = [e for e in self.exchanges(state) if state.sum - e.sum >= least]
         self.hold(state)
-        found: tuple[float, _State] | None = None
+        found: tuple[float, _Run] | None = None
         for e in sorted(steps, key=lambda e: price(e, e.loss))[:AT_ONCE]:
             if found is not None and self.left <= 0 and self.key(e.candidates) not in self.states:
                 break
@@ -116,7 +116,7 @@ class ContextSearch:
                 found = price(e, made.loss), made
         return None if found is None else found[1]
 
-    def improved(self, state: _State, limit: float) -> _State:
+    def improved(self, state: _Run, limit: float) -> _Run:
         """The best of what some rounds of going up and down again come to."""
         for _ in range(ROUNDS):
             if self.left <= 0:
@@ -133,7 +133,7 @@ class ContextSearch:
             state = found
         return state
 
-    def exchanges(self, state: _State) -> list[_Exchange]:
+    def exchanges(self, state: _Run) -> list[_Exchange]:
         """All plans that are one exchange away and can be told anything of."""
         chosen = {c.key for c in state.candidates}
         found = [self.exchange(state, None, [c]) for c in state.candidates]
@@ -149,7 +149,7 @@ class ContextSearch:
             self._overlaps[pair] = overlap(c, d)
         return self._overlaps[pair]
 
-    def exchange(self, state: _State, new: Candidate | None, out: Sequence[Candidate]) -> _Exchange:
+    def exchange(self, state: _Run, new: Candidate | None, out: Sequence[Candidate]) -> _Exchange:
         """The plan with a candidate in place of others."""
         change = state.change - sum((self.joint.change(c) for c in out), torch.zeros(()))
         left = [c for c in state.candidates if c not in out]
@@ -160,7 +160,7 @@ class ContextSearch:
             latency -= self.saved[new.key]
         return _Exchange(self.ordered(left), latency, self.joint.space.loss(change))
 
-    def known(self, state: _State) -> list[Candidate]:
+    def known(self, state: _Run) -> list[Candidate]:
         """Candidates whose change was seen already, and the next widths of what the plan narrows."""
         found = {c.key: c for c in self.usable if c.exact or c.key in self.joint.changes}
         for c in state.candidates:
@@ -170,7 +170,7 @@ class ContextSearch:
 
     # --- networks -----------------------------------------------------------------------------------------------------
 
-    def run(self, candidates: tuple[Candidate, ...]) -> _State:
+    def run(self, candidates: tuple[Candidate, ...]) -> _Run:
         """A plan's network, run on the judge's images; what was run is known."""
         key = self.key(candidates)
         if key not in self.states:
@@ -183,10 +183,10 @@ class ContextSearch:
             ]
             change = self.joint.space.flat(rows) - self.joint.space.reference
             latency = self.original - sum(self.saved[c.key] for c in candidates)
-            self.states[key] = _State(candidates, self.judge.of(outputs).loss(), change, latency)
+            self.states[key] = _Run(candidates, self.judge.of(outputs).loss(), change, latency)
         return self.states[key]
 
-    def hold(self, state: _State) -> None:
+    def hold(self, state: _Run) -> None:
         """Keep the values of a plan's network where others begin to differ from it."""
         key = self.key(state.candidates)
         if self._held is not None and self._held[0] == key:

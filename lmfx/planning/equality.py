@@ -78,7 +78,7 @@ def check_equal(
     wide = _cast(example)
     doubled = eval_copy(model).double()
     try:
-        expected = _run(doubled, wide)
+        expected, actual = _run(doubled, wide), _run(merged, wide)
     except Exception as error:  # a model with float32 written into it: it can only be run as it is
         expected = _run(eval_copy(model), example)
         _compare(expected, _run(net, example), SINGLE * _largest(expected), "the example")
@@ -88,7 +88,6 @@ def check_equal(
     amplitude = _Amplitude(traced)
     amplitude.run(*_values(traced, wide), enable_io_processing=False)
     limit = RELATIVE * _largest(expected) + INSIDE * amplitude.largest
-    actual = _run(merged, wide)
     where = "the example"
     try:
         _compare(expected, actual, limit, where)

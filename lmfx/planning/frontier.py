@@ -11,7 +11,7 @@ import numpy as np
 
 from lmfx.budget import Budget
 from lmfx.environment.caller_state import entry
-from lmfx.environment.rows import Rows
+from lmfx.environment.rows import RowTable
 from lmfx.importance import ImportanceTable
 from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.errors import InfeasibleBudget, MissingExtra, OptionError
@@ -132,7 +132,7 @@ class Frontier:
         return self.plan(self.index_at(budget))
 
     @entry
-    def table(self) -> Rows:
+    def table(self) -> RowTable:
         """A row for each point, fastest first: what it is predicted to take and to cost, and what its plan changes.
 
         `latency_ms` and `of_original` (a share) are of the whole network; `loss` is minus the importance; `compose`,
@@ -149,7 +149,7 @@ class Frontier:
             share = ms / self.original if self.original else 1.0
             convs = f"{before} -> {after}"
             rows.append({"latency_ms": ms, "of_original": share, "loss": 0.0 - value, **counts, "convs": convs})
-        return Rows(rows)
+        return RowTable(rows)
 
     def _repr_html_(self) -> str:
         facts = [

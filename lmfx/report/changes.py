@@ -17,13 +17,13 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.report.blocks import Picture
 
-__all__ = ["KINDS", "Change", "change_of", "kept_ms"]
+__all__ = ["KINDS", "SpanChange", "change_of", "kept_ms"]
 
 KINDS = {"compose": "merged", "fit": "fitted", "narrow": "narrowed", "drop": "dropped", "keep": "kept"}
 
 
 @dataclass(frozen=True)
-class Change:
+class SpanChange:
     """One candidate in a drawing. Latencies are rows of the table in ms, `loss` is what the candidate costs alone."""
 
     key: str
@@ -51,7 +51,7 @@ def change_of(
     picture: Picture,
     latencies: LatencyTable | None = None,
     scores: ImportanceTable | None = None,
-) -> Change:
+) -> SpanChange:
     """What a candidate does to the drawing of its network."""
     ranges = [picture.rows(spans.network, s.series, s.start, s.stop) for s in candidate.spans]
     rows = tuple((r[0], r[-1]) for r in ranges if r)
@@ -60,7 +60,7 @@ def change_of(
     kernel = "×".join(map(str, config.written)) if config is not None and candidate.puts_conv else ""
     known = latencies is not None and candidate.key in latencies
     loss = scores[candidate.key] if scores is not None and candidate.key in scores else None
-    return Change(
+    return SpanChange(
         key=candidate.key,
         kind=candidate.realization,
         name=(candidate.convs or candidate.all_convs or (candidate.span.exit,))[0],

@@ -19,7 +19,7 @@ from typing import Any
 from lmfx.environment.bounded_reading import in_one_line
 from lmfx.latency import LatencyTable
 from lmfx.report.blocks import Block, Picture
-from lmfx.report.changes import Change, kept_ms
+from lmfx.report.changes import SpanChange, kept_ms
 from lmfx.report.charts import number
 from lmfx.report.lanes import Lanes, Route, in_lanes
 
@@ -106,7 +106,7 @@ def _bend(x1: float, y1: float, x2: float, y2: float) -> str:
     return f"C{x1:g} {middle:g} {x2:g} {middle:g} {x2:g} {y2:g}"
 
 
-def draw(picture: Picture, changes: Sequence[Change], latencies: LatencyTable | None) -> Drawing:
+def draw(picture: Picture, changes: Sequence[SpanChange], latencies: LatencyTable | None) -> Drawing:
     """The drawing of a network and of all changes that some plan makes."""
     lanes = in_lanes(len(picture.blocks), picture.edges)
     places = _Places(picture, lanes)
@@ -144,7 +144,7 @@ def _glyph(places: _Places, block: Block, channels: int) -> dict[str, Any]:
     }
 
 
-def _change(places: _Places, picture: Picture, index: int, change: Change) -> dict[str, Any]:
+def _change(places: _Places, picture: Picture, index: int, change: SpanChange) -> dict[str, Any]:
     boxes, glyphs = [], []
     for first, last in change.rows:
         x1, x2 = (places.x(places.lanes.lane[row]) for row in (first, last))
@@ -172,7 +172,7 @@ def _change(places: _Places, picture: Picture, index: int, change: Change) -> di
     }
 
 
-def words_of(change: Change) -> str:
+def words_of(change: SpanChange) -> str:
     """What became of a span, in one line."""
     parts = [f"{change.word}: {change.text}"]
     if change.before is not None and change.after is not None:
@@ -182,7 +182,7 @@ def words_of(change: Change) -> str:
     return " · ".join(parts)
 
 
-def tip_of(change: Change) -> list[str]:
+def tip_of(change: SpanChange) -> list[str]:
     """All there is to say of a change, a line each."""
     lines = [in_one_line(change.name), f"{change.word}: {change.text}"]
     if change.kernel:

@@ -29,7 +29,7 @@ from lmfx.planning.saved_networks import is_merged
 from lmfx.quality.measures import Alternative
 from lmfx.report.answer import answer_of, figures_of
 from lmfx.report.blocks import picture_of
-from lmfx.report.changes import Change, change_of
+from lmfx.report.changes import SpanChange, change_of
 from lmfx.report.drawing import draw
 from lmfx.report.page_charts import alternatives_chart, frontier_chart, measured_chart
 from lmfx.report.page_tables import latency_rows, made_rows, refusal_rows, span_rows, strips
@@ -153,7 +153,7 @@ def _own(result: Result, number_of: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _shown(changes: Sequence[Change], chosen: Sequence[int]) -> dict[str, Any]:
+def _shown(changes: Sequence[SpanChange], chosen: Sequence[int]) -> dict[str, Any]:
     """What is to be seen under a plan: its changes, what becomes of each row that they cover, and the edges that go."""
     rows = {row: changes[i].kind for i in chosen for a, b in changes[i].rows for row in range(a, b + 1)}
     return {"changes": set(chosen), "rows": rows, "edges": {e for i in chosen for e in changes[i].edges}}
@@ -167,5 +167,5 @@ def _nearest(stops: Sequence[dict[str, Any]], own: dict[str, Any]) -> int:
     return min(range(len(stops)), key=lambda i: abs(stops[i]["ms"] - (own["ms"] or 0.0)))
 
 
-def _change(change: Change) -> dict[str, Any]:
+def _change(change: SpanChange) -> dict[str, Any]:
     return {"kind": change.kind, "rows": change.rows, "edges": change.edges}

@@ -19,7 +19,7 @@ from lmfx.importance import ImportanceTable
 from lmfx.latency import LatencyTable
 from lmfx.report.advice import advice_for
 from lmfx.report.blocks import Picture
-from lmfx.report.changes import KINDS, Change, kept_ms
+from lmfx.report.changes import KINDS, SpanChange, kept_ms
 from lmfx.report.charts import number
 from lmfx.report.drawing import shortened, tip_of
 from lmfx.report.text import group_refusals
@@ -30,7 +30,9 @@ __all__ = ["latency_rows", "made_rows", "refusal_rows", "span_rows", "strips"]
 NAMES_SHOWN = 6
 
 
-def latency_rows(picture: Picture, changes: Sequence[Change], latencies: LatencyTable | None) -> list[dict[str, Any]]:
+def latency_rows(
+    picture: Picture, changes: Sequence[SpanChange], latencies: LatencyTable | None
+) -> list[dict[str, Any]]:
     """A row for each layer that is kept and each change, in the order of the network; bars are parts of the longest."""
     if latencies is None:
         return []
@@ -54,11 +56,11 @@ def latency_rows(picture: Picture, changes: Sequence[Change], latencies: Latency
     return rows
 
 
-def _span_name(change: Change) -> str:
+def _span_name(change: SpanChange) -> str:
     return f"{change.name}: {change.text}"
 
 
-def strips(picture: Picture, changes: Sequence[Change], latencies: LatencyTable | None) -> dict[str, Any] | None:
+def strips(picture: Picture, changes: Sequence[SpanChange], latencies: LatencyTable | None) -> dict[str, Any] | None:
     """The latencies of all layers end to end, before and after, as shares of the original's sum."""
     if latencies is None:
         return None

@@ -315,11 +315,21 @@ class _Named(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Subscript):
             return self._subscript(node)
+        if isinstance(node, ast.Call):
+            return self._larger(node)
         if not isinstance(node, _PLAIN):
             raise _NotPlain
         if isinstance(node, ast.Constant) and not isinstance(node.value, int):
             raise _NotPlain
         return self.generic_visit(node)
+
+    def _larger(self, node: ast.Call) -> ast.AST:
+        """`torch.sym_max(a, b)` and `sym_min`, written without a call."""
+        kind = {"torch.sym_max": ast.Gt, "torch.sym_min": ast.Lt}.get(ast.unparse(node.func))
+        if kind is None or len(node.args) != 2 or node.keywords:
+            raise _NotPlain
+        a, b = (self.visit(v) for v in node.args)
+        return ast.IfExp(ast.Compare(a, [kind()], [b]), a, b)
 
     def _subscript(self, node: ast.Subscript) -> ast.AST:
         call = node.value

@@ -44,7 +44,10 @@ def architectures(text: str) -> list[str]:
     return [m.group() for pattern in (LONG_NAME, SHORT_NAME) for m in pattern.finditer(text)]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+# The command line's examples and hints name models that one can have.
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.parent.name != "cli"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_architecture_is_named_in_the_compiler(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     found = {f"{path.name}:{i}": names for i, line in enumerate(lines, 1) if (names := architectures(line))}

@@ -74,7 +74,8 @@ def expected() -> list[str]:
     own = [path.relative_to(ROOT) for path in (ROOT / "lmfx").rglob("*.py")]
     passes = [Path("lmfx") / path.relative_to(ROOT) for path in (ROOT / "passes").rglob("*.py")]
     own = [path for path in own if path.parts[:2] != ("lmfx", "passes")]
-    return sorted([path.as_posix() for path in own + passes] + ["lmfx/py.typed"])
+    templates = [p.relative_to(ROOT) for p in (ROOT / "lmfx" / "report" / "templates").iterdir()]
+    return sorted([path.as_posix() for path in own + passes + templates] + ["lmfx/py.typed"])
 
 
 def test_the_symlink_is_committed_as_a_symlink() -> None:

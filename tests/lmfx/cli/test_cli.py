@@ -245,7 +245,7 @@ def test_compress_reports_and_saves_what_can_be_loaded_and_exported(
     assert "convolutions became" in out
     assert "budget     0.6" in out
     assert "calibrated on 4 images of standard normal noise" in out
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["model.safetensors", "plan.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["model.safetensors", "plan.json", "report.html"]
     assert model_spec("out")[0] == "toy_models:factory"
     net = load("out", load_model("toy_models:factory"))
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 5)

@@ -213,8 +213,8 @@ def test_a_folder_of_pictures_is_all_that_compress_needs(photos: Path, capsys: p
     assert said.startswith("calibrated on 24 pictures of photos, assumed, since newcomers_net:factory does not say")
     made = Path("out/factory-0.6")
     assert f"wrote {made / 'plan.json'} and {made / 'model.safetensors'}" in lines
-    assert sorted(p.name for p in made.iterdir()) == ["model.safetensors", "plan.json"]
-    after = lines[lines.index(f"wrote {made / 'plan.json'} and {made / 'model.safetensors'}") + 1 :]
+    assert sorted(p.name for p in made.iterdir()) == ["model.safetensors", "plan.json", "report.html"]
+    after = lines[lines.index(f"wrote {made / 'report.html'}") + 1 :]
     assert after[0].startswith(f"next: lmfx export {made} newcomers_net:factory ")
     assert f"lmfx recover {made} newcomers_net:factory --images photos --minutes 3" in after[1]
     for step in (

@@ -40,7 +40,7 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def no_backend(*args: Any, **options: Any) -> Any:
         raise AssertionError("a backend was asked for")
 
-    for module in ("planning.compression", "stages", "cli.commands"):
+    for module in ("latency.chosen_backend", "stages", "cli.commands"):
         monkeypatch.setattr(importlib.import_module(f"lmfx.{module}"), "get_backend", no_backend)
     yield
 

@@ -331,7 +331,7 @@ def test_what_tensorrt_answers_with_false_is_an_error(
 @pytest.mark.parametrize(
     ("options", "error", "reason"),
     [
-        ({"precision": "int8"}, OptionError, "fp32, fp16, bf16, not 'int8'"),
+        ({"precision": "int4"}, OptionError, "fp32, fp16, bf16.*not 'int4'"),
         ({"package": "trt"}, OptionError, "tensorrt, tensorrt_rtx, not 'trt'"),
         ({"device": "cpu"}, OptionError, "not on 'cpu'"),
         ({"device": "gpu7"}, OptionError, "not a torch device"),

@@ -403,7 +403,7 @@ def test_a_module_that_is_no_graph_has_a_signature_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("backend", "options", "error", "reason"),
     [
-        ("tensorflow", {}, OptionError, "onnxruntime, torch, roofline, tensorrt"),
+        ("tensorflow", {}, OptionError, "onnxruntime, torch, aotinductor, roofline, tensorrt"),
         (3, {}, OptionError, "a int is not"),
         ("roofline", {"threads": 2}, OptionError, "no option threads; it has peak_gflops"),
         ("roofline", {"peak_gflops": 0}, OptionError, "positive number, not 0"),

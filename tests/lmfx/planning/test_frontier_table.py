@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lmfx
-from lmfx.environment.rows import SHOWN, Rows
+from lmfx.environment.rows import SHOWN, RowTable
 from lmfx.passes.errors import InputError, OptionError
 from lmfx.passes.ir import Refusal
 from lmfx.planning.frontier import Frontier
@@ -44,9 +44,9 @@ def test_a_table_prints_with_one_line_a_row_and_says_what_it_leaves_out(frontier
     text = str(frontier.table()).splitlines()
     assert text[0].split()[:3] == ["latency_ms", "of_original", "loss"]
     assert len(text) == SHOWN + 2 and text[-1].startswith(f"{SHOWN} of {len(frontier)} rows")
-    few = Rows([{"a": 1.23456, "b": "x\ny"}])
+    few = RowTable([{"a": 1.23456, "b": "x\ny"}])
     assert str(few).splitlines() == ["    a  b", "1.235  x\\ny"]
-    assert str(Rows()) == "no rows"
+    assert str(RowTable()) == "no rows"
 
 
 def test_notebooks_show_values_and_escape_names(net: Any, frontier: Frontier) -> None:
