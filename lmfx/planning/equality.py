@@ -79,14 +79,16 @@ def check_equal(
     doubled = eval_copy(model).double()
     try:
         expected, actual = _run(doubled, wide), _run(merged, wide)
+        amplitude = _Amplitude(traced)
+        amplitude.run(*_values(traced, wide), enable_io_processing=False)
+        if amplitude.narrower:
+            raise TypeError(f"values in {amplitude.narrower}")  # their rounding is larger than what is looked for
     except Exception as error:  # a model with float32 written into it: it can only be run as it is
         expected = _run(eval_copy(model), example)
         _compare(expected, _run(net, example), SINGLE * _largest(expected), "the example")
         kinds = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in expected}))
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:90]
         return f"in {kinds} only, within {SINGLE:g}: in float64 the model stops at {why!r}"
-    amplitude = _Amplitude(traced)
-    amplitude.run(*_values(traced, wide), enable_io_processing=False)
     limit = RELATIVE * _largest(expected) + INSIDE * amplitude.largest
     where = "the example"
     try:
@@ -134,15 +136,19 @@ def _same_weights(merged: fx.GraphModule, net: fx.GraphModule, units: int = 4) -
 
 
 class _Amplitude(fx.Interpreter):
-    """Runs a graph and keeps the largest number in it, which its rounding errors go with."""
+    """Runs a graph in float64 and keeps the largest number in it, which its rounding errors go with, and the dtype of
+    values that are narrower."""
 
     largest = 0.0
+    narrower = ""
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.no_grad():
             value = super().run_node(n)
         if n.op != "output" and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             self.largest = max(self.largest, float(value.detach().abs().max()))
+            if value.dtype != torch.float64:
+                self.narrower = str(value.dtype).removeprefix("torch.")
         return value
 
 

@@ -281,7 +281,7 @@ def logged(folder: Path) -> dict[int, int]:
 
 
 def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(tmp_path: Path) -> None:
-    processes = profiles(tmp_path, min_ms=4.0)  # long enough for the second to begin before the first has all
+    processes = profiles(tmp_path, min_ms=20.0)  # long enough for the second to begin before the first has all
     go(*processes)
     errors = [process.communicate(timeout=250)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
