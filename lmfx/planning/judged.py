@@ -38,7 +38,6 @@ from lmfx.latency import LatencyTable
 from lmfx.passes.ir import Candidate, MergePlan, Surrogate
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
-from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning.context_search import ContextSearch
 from lmfx.planning.joint_search import Proposal, propose
 from lmfx.quality import Judge, Quality, QualityName
@@ -102,7 +101,11 @@ class Judged:
     def search(self) -> ContextSearch:
         """What goes from plan to plan in steps."""
         judge = Judge(self.analysis.graph, self.roles.comparing(STEPPED), held_out=not self.roles.seen)
-        search = ContextSearch(self.spans, self.table, self.joint, judge, lambda cs: self.sketch(self.plan(cs)))
+        like = MergePlan((), self.analysis.fingerprint, surrogate=self.surrogate)
+        like = replace(like, activation_after=self.spans.options.activation_after)
+        search = ContextSearch(
+            self.spans, self.table, self.joint, judge, lambda cs: self.sketch(replace(like, candidates=cs))
+        )
         cost = multiply_accumulates(self.spans.network) * len(judge.images) / 2
         search.left = min(MOST_RUNS, int(SEARCH_MACS / max(cost, 1.0)))
         return search
@@ -119,7 +122,7 @@ class Judged:
         worth = sum(rows[c.key] if c.key in rows else -self.joint.alone(c.key) for c in lossy)
         return MergePlan(
             candidates,
-            fingerprint(self.analysis.graph),
+            self.analysis.fingerprint,
             self.table.total(MergePlan(candidates, "")),
             worth,
             self.surrogate,

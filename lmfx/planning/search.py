@@ -19,6 +19,7 @@ from torch import fx
 from lmfx.budget import Budget
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.latency import Backend, CalibrationLine, calibrate
+from lmfx.latency.backend import Whole
 from lmfx.latency.whole_networks import timing_form
 from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import InfeasibleBudget
@@ -28,7 +29,7 @@ from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.frontier import Frontier
 
-__all__ = ["ACCEPT", "Found", "find_loss_free", "find_plan", "measure_plan"]
+__all__ = ["ACCEPT", "Found", "find_loss_free", "find_plan", "measure_pair", "measure_plan"]
 
 MARGIN = 0.98  # aim this far below the budget, and accept what is measured up to ACCEPT of it
 ACCEPT = 0.99
@@ -81,8 +82,12 @@ def find_loss_free(
 def measure_plan(analysis: Analysis, plan: MergePlan, backend: Backend, example_input: Any, original: float) -> float:
     """The measured latency of a plan's network over that of the original (about `original` ms), both taken in turn."""
     example = example_arguments(example_input)
-    networks = [bare(analysis.graph, example), bare(timing_form(analysis, plan), example)]
-    times = time_wholes(backend, networks, _repeats(FINAL_REPEATS, max(original, _least(backend))))
+    return measure_pair(backend, bare(analysis.graph, example), bare(timing_form(analysis, plan), example), original)
+
+
+def measure_pair(backend: Backend, first: Whole, second: Whole, ms: float) -> float:
+    """What the second network takes of the first one's latency (about `ms`), both taken in turn."""
+    times = time_wholes(backend, [first, second], _repeats(FINAL_REPEATS, max(ms, _least(backend))))
     return median(b / a for a, b in zip(*times, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
+from lmfx.latency.backends.roofline import RooflineBackend
 from tests.helpers import one_thread as one_thread
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL, compress
 from tests.toys import images
@@ -84,6 +86,39 @@ def test_a_smaller_size_is_taken_where_it_loses_less_than_a_plan(tmp_path: Path)
     assert lmfx.result_of(nets[1]).input_size == (12, 12)
     own, best = (loss(net, model, data[3::8]) for net in nets)
     assert best < 0.3 * own
+
+
+class Dearer(RooflineBackend):
+    """Measures that a network for a smaller input takes `factor` of what was said of it, beside one for a larger."""
+
+    factor = 1.3
+
+    def measure_interleaved(self, modules: Sequence[Any], repeats: int = 5) -> list[list[float]]:
+        rows = super().measure_interleaved(modules, repeats)
+        sizes = [inputs[0].numel() for _, inputs in modules]
+        # Both of one pair: the table of all originals is measured once, and is what was said.
+        dearer = [len(sizes) == 2 and repeats > 5 and n < sizes[0] for n in sizes]
+        return [[self.factor * t for t in row] if d else row for row, d in zip(rows, dearer, strict=True)]
+
+
+def at_eight(backend: RooflineBackend, budget: float) -> float:
+    """The ratio of what was made for images of 8 x 8."""
+    result = lmfx.result_of(compress(budget, input_sizes=((8, 8),), latency=backend))
+    return next(a.ratio for a in result.alternatives if a.what == "compressed for 8 x 8")
+
+
+def test_what_is_made_for_a_smaller_input_is_measured_beside_the_original() -> None:
+    """Two ratios, multiplied, say 1.3 times too little: it is made again, within less."""
+    plain = at_eight(RooflineBackend(), 0.5)
+    assert plain <= 0.5 < Dearer.factor * plain
+    assert at_eight(Dearer(), 0.5) <= 0.5
+
+
+def test_a_smaller_input_that_never_measures_within_the_budget_is_refused() -> None:
+    model, data = pointwise(), images(64, 24)
+    options: dict[str, Any] = {"calibration": data, "progress": False, "quality": "divergence", "input_sizes": (12,)}
+    with pytest.raises(lmfx.InfeasibleBudget, match="for images of 12 x 12 no network within 40.0%.*Leave that size"):
+        lmfx.compress(model, data[:1], 0.4, latency=Dearer(), **options)
 
 
 def test_sizes_that_the_network_does_not_take_are_refused() -> None:
