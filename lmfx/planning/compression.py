@@ -24,23 +24,21 @@ from lmfx.importance.macs import multiply_accumulates
 from lmfx.importance.on_demand import score_on_demand
 from lmfx.importance.pool import ExecutorLike
 from lmfx.importance.reconstruction import ReconstructionSession
-from lmfx.int8.compressed import Int8Form, Int8Judge, Int8Keeps, int8_form
+from lmfx.int8.compressed import Int8Keeps
 from lmfx.latency import Backend, LatencyTable
 from lmfx.latency.cache_state import suited
 from lmfx.latency.carried_table import Predicted, check_table, predict_loss_free, predict_plan, runtime_of
 from lmfx.latency.chosen_backend import chosen_backend, precision_of
 from lmfx.latency.whole_times import time_wholes
-from lmfx.made_of import made_of, set_made_of
-from lmfx.passes.errors import InfeasibleBudget, ModelError, OptionError
+from lmfx.made_of import made_of
+from lmfx.passes.errors import InfeasibleBudget, OptionError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.ir import MergePlan, Surrogate
-from lmfx.passes.model.memory_format import like
-from lmfx.passes.model.trace_facts import note, noted
-from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.globs import Globs
 from lmfx.passes.trace.tracing import example_arguments, fingerprint
 from lmfx.planning.finals import best_measured, best_predicted
+from lmfx.planning.finishing import finished
 from lmfx.planning.frontier import Frontier
 from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
@@ -48,8 +46,6 @@ from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.planning.several_shapes import OverShapes
 from lmfx.quality import Choosing, Judge, Quality, QualityName
 from lmfx.quality.output_scale import set_scale
-from lmfx.quality.span_errors import span_errors
-from lmfx.result import Evidence, Result
 from lmfx.training.recovery import recover as recover_student
 
 KEEP_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # budgets that are looked at where none is given
@@ -130,7 +126,7 @@ class Compression:
         same = MergePlan((), fingerprint(graph))
         if found is None and wanted is not None and wanted.kind != "ms" and wanted.value == 1:
             unchanged = stages.rewrite(graph, same, spans=spans)
-            return _finish(graph, unchanged, spans, wanted, source, self.merge, None, images, share, clock)
+            return finished(graph, unchanged, spans, wanted, source, self.merge, None, images, share, clock)
         if not any(c.realization != "keep" for c in spans):
             raise _nothing_to_merge(type(model).__name__, spans, source, example_input)
         case = _Case(graph, spans, source, images, example_input, judging, clock)
@@ -149,7 +145,7 @@ class Compression:
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         with clock.stage("merge"):
             net = stages.merge(student) if self.merge else student
-        return _finish(graph, net, spans, wanted, source, self.merge, found, images, share, clock)
+        return finished(graph, net, spans, wanted, source, self.merge, found, images, share, clock)
 
     def planned(
         self, case: _Case, table: LatencyTable, wanted: Budget | None, share: float | None
@@ -302,19 +298,6 @@ def _that_keeps(
     return Found(len(frontier) - 1, plan, frontier, predicted, ratio * original, original, ratio)
 
 
-def _quality(
-    graph: fx.GraphModule, net: Any, images: Calibration, form: Int8Form | None = None, feeds: Any = None
-) -> Quality | None:
-    """What a network, or its 8-bit form, keeps of the original, on images that nothing else saw; None if its output is
-    none by image."""
-    roles = images.roles()
-    try:
-        judge = Judge(graph, roles.judge, held_out=not roles.seen)
-    except ModelError:
-        return None
-    return judge(net) if form is None else judge.of(Int8Judge(judge).outputs(form.model, feeds))
-
-
 def _nothing_to_merge(
     name: str, spans: SpanSet, source: Backend | LatencyTable, example_input: Any
 ) -> InfeasibleBudget:
@@ -334,69 +317,3 @@ def _nothing_to_merge(
 
 def _named(source: Backend | LatencyTable) -> str:
     return f"a table of {runtime_of(source).get('backend')}" if isinstance(source, LatencyTable) else source.name
-
-
-def _finish(
-    graph: fx.GraphModule,
-    net: fx.GraphModule,
-    spans: SpanSet,
-    budget: Budget | None,
-    source: Backend | LatencyTable,
-    merged: bool,
-    found: Found | Predicted | None,
-    images: Calibration,
-    keep: float | None,
-    clock: StageClock,
-) -> fx.GraphModule:
-    """Attach the result, and drop what only the compiler needed."""
-    made = made_of(net)
-    assert made is not None
-    plan = made.plan
-    changed = {name for c in plan.candidates for name in c.all_convs}
-    network = spans.network
-    every = [n for r in network.regions for n in network.convs(r.series.layers)[1]]
-    convs = [network.path(n) for n in every if not isinstance(network.module(n), nn.Linear)]
-    int8, form, feeds = None, None, None
-    if merged and precision_of(source) == "int8":
-        with clock.stage("quantize", "quantizing it"):
-            form, int8, feeds = int8_form(net.train(False), images, noted(graph).example, source, graph)
-    with clock.stage("judge the result", "judging the result"):
-        quality = _quality(graph, net.train(False), images, form, feeds)
-    names = tuple(span_names(graph, plan))
-    line = found.frontier.line if found else None
-    with clock.stage("look at the spans"):
-        errors = span_errors(graph, net, plan, names, images.roles().judge) if plan.candidates else ()
-    evidence = Evidence(
-        spans=spans,
-        model=type(graph).__name__,
-        parameters=(sum(p.numel() for p in graph.parameters()), sum(p.numel() for p in net.parameters())),
-        errors=errors,
-        measured=tuple((line(s), whole) for s, whole in found.seen) if line and isinstance(found, Found) else (),
-    )
-    result = Result(
-        plan=plan,
-        budget=budget,
-        merged=merged,
-        backend=runtime_of(source) if isinstance(source, LatencyTable) else dict(source.identity()),
-        names=names,
-        refusals=spans.refusals,
-        kept=tuple(name for name in dict.fromkeys(convs) if name not in changed),
-        candidates=len(spans),
-        images=len(images),
-        predicted=found.predicted if found else None,
-        measured=found.measured if found else None,
-        original=found.original if found else None,
-        ratio=found.ratio if found else None,
-        line=line,
-        inputs=noted(graph).inputs,
-        frontier=found.frontier if found else None,
-        quality=quality,
-        keep=keep,
-        int8=int8,
-        effort=clock.effort(),
-        evidence=evidence,
-    )
-    like(net, graph)
-    note(net, noted(graph).of_result())
-    set_made_of(net, replace(made, result=result, int8=form))
-    return net

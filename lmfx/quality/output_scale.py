@@ -24,14 +24,16 @@ __all__ = ["best_temperature", "set_scale"]
 FURTHEST = 4.0  # T and 1 / T at most
 STEPS = 40  # of the search, each of which leaves 0.62 of the interval
 LEAST_GAIN = 0.02  # the share by which KL must fall
+LEAST_ROWS = 16  # of scores, below which the scale that is best for them says nothing of others
 
 
 @torch.no_grad()
 def set_scale(student: fx.GraphModule, judge: Judge, free: Callable[[str], bool] = lambda name: True) -> list[float]:
     """Divides the last layers of scores by their best temperature, in place; the temperatures, 1 where nothing is done.
 
-    An output is left as it is where KL falls by less than 2 %, and where its last layer is not one that is called once
-    and read by this output alone. `free` says of a node's name whether its layer may be changed.
+    An output is left as it is where KL falls by less than 2 %, where there are fewer than 16 rows of scores, and where
+    its last layer is not one that is called once and read by this output alone. `free` says of a node's name whether
+    its layer may be changed.
     """
     found: list[float] = []
     if not any(kind.kind == "scores" for kind in judge.kinds):
@@ -46,6 +48,8 @@ def set_scale(student: fx.GraphModule, judge: Judge, free: Callable[[str], bool]
         y, z = (t.movedim(kind.rows, 0).double() for t in (reference, other))
         if kind.probabilities:
             y, z = (t.clamp_min(LEAST_PROBABILITY).log() for t in (y, z))
+        if y[..., 0].numel() < LEAST_ROWS:
+            continue
         temperature, gain = best_temperature(y, z)
         found.append(temperature if gain >= LEAST_GAIN else 1.0)
         if found[-1] != 1:
