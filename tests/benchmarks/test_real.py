@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.real import (
+    choices,
     estimates,
     exported,
     mosaics,
@@ -26,6 +27,9 @@ from benchmarks.real import (
 )
 from benchmarks.real.rows import Key, Rows
 from benchmarks.real.subjects import Outputs, Subject, agreement, divergence
+from lmfx.calibration import refitting
+from lmfx.calibration.images import as_calibration
+from lmfx.quality import Judge
 from lmfx.training import recovery_clock
 from tests.helpers import one_thread as one_thread
 
@@ -222,6 +226,20 @@ def test_a_module_is_loaded_without_what_its_package_imports(tmp_path: Path, mon
     assert not {"gone", "outer_package", "outer_package.inner"} & set(sys.modules)
     with pytest.raises(packages.Absent, match="not_there"):
         packages.load_module("not_there.net")
+
+
+def test_plans_are_compared_by_what_may_predict_them() -> None:
+    subject = replace(stand_in(), calibration=24)
+    told, judged, plan = choices.compare(subject, 0.6, "roofline")
+    limit = 0.6 * judged.table.total()
+    assert judged.table.total(plan) <= limit * (1 + 1e-9)
+    assert told["plans"] and all(row.keys() == told["plans"][0].keys() for row in told["plans"])
+    held = as_calibration(subject.images("held", subject.held, subject.size), subject.example)
+    truth = Judge(judged.analysis.graph, held)(judged.sketch(plan)).loss()
+    assert told["steps"]["held"] == pytest.approx(truth)
+    before = refitting.MIXED, refitting.MOST_MIXED
+    left = choices.mixtures(subject, judged, plan, [0, 2])
+    assert left.keys() == {"no refit", "0", "2"} and (refitting.MIXED, refitting.MOST_MIXED) == before
 
 
 def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
