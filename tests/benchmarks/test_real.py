@@ -239,7 +239,7 @@ def test_plans_are_compared_by_what_may_predict_them() -> None:
     assert told["steps"]["held"] == pytest.approx(truth)
     before = refitting.MIXED, refitting.MOST_MIXED
     left = choices.mixtures(subject, judged, plan, [0, 2])
-    assert left.keys() == {"no refit", "0", "2"} and (refitting.MIXED, refitting.MOST_MIXED) == before
+    assert left.keys() == {"no refit", "0", "2"} and before == (refitting.MIXED, refitting.MOST_MIXED)
 
 
 def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
