@@ -19,12 +19,13 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lmfx
 from benchmarks.real.exported import latencies, outputs
@@ -70,6 +71,11 @@ def static(source: Path, images: Tensor, target: Path, per_channel: bool) -> Non
     ready.unlink()
 
 
+def plan_file(net: nn.Module, example: Any, facts: dict[str, Any], target: Path) -> dict[str, Any]:
+    """Writes the file of a plan, and says what is known of it."""
+    return {**facts, "wrote": lmfx.export_onnx(net, example, target).name}
+
+
 def files_of(
     subject: Subject, budgets: list[float], folder: Path, quick: bool
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -108,14 +114,11 @@ def files_of(
     def quantized(base: str, net: Any) -> None:
         for form, options in FORMS.items():
             if not quick or "nearest" in form or form == "int8":
-                timed(f"{base} {form}", lambda t: lmfx.quantize(net, images, t, progress=False, **options))  # noqa: B023
+                timed(f"{base} {form}", partial(lmfx.quantize, net, images, progress=False, **options))
 
-    timed("original", lambda t: lmfx.export_onnx(model, example, t))
+    timed("original", partial(lmfx.export_onnx, model, example))
     for text, per_channel in BYTES.items():
-        timed(
-            f"original static{text}",
-            lambda t: static(made["original"][0], images[: min(128, len(images))], t, per_channel),  # noqa: B023
-        )
+        timed(f"original static{text}", partial(static, made["original"][0], images[:128], per_channel=per_channel))
     quantized("original", made["original"][0])
     for budget in budgets:
         for precision in ("fp32", "int8"):
@@ -150,7 +153,7 @@ def files_of(
                 facts |= {"ms": result.int8.ms, "pays": result.int8.pays}
                 left = result.int8.quantized.float_layers if result.int8.quantized else ()
                 facts["stay float"] = [f"{n}: {w}" for n, w in left]
-            timed(name, lambda t: {**facts, "wrote": str(lmfx.export_onnx(net, example, t).name)})  # noqa: B023
+            timed(name, partial(plan_file, net, example, facts))
             if precision == "fp32":
                 quantized(name, made[name][0])
     return made

@@ -16,7 +16,7 @@ from lmfx.environment.caller_state import one_line
 from lmfx.int8.graph_view import GraphView, require_onnxruntime
 from lmfx.passes.errors import ExportError, InputError
 
-__all__ = ["Feeds", "run_model", "values_inside"]
+__all__ = ["Feeds", "FeedsOf", "run_model", "values_inside"]
 
 THREADS = 1
 AT_ONCE = 8  # images of a graph that takes any number
@@ -49,6 +49,16 @@ class Feeds:
 
     def __len__(self) -> int:
         return -(-len(self.whole) // self.size)
+
+
+class FeedsOf:
+    """Makes feeds of images for one model; `images` are those that calibrate."""
+
+    def __init__(self, view: GraphView, images: Calibration, graph: fx.GraphModule | None = None) -> None:
+        self.view, self.images, self.graph = view, images, graph
+
+    def __call__(self, images: Calibration) -> Feeds:
+        return Feeds(self.view, images, self.graph)
 
 
 def values_inside(view: GraphView, feeds: Feeds, wanted: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:

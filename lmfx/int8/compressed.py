@@ -15,14 +15,18 @@ from torch import Tensor, fx
 
 from lmfx.calibration.images import Calibration
 from lmfx.calibration.recording import floating_outputs
-from lmfx.int8.activations import Feeds, run_model
+from lmfx.int8.activations import FeedsOf, run_model
 from lmfx.int8.quantize import float_form, quantize_model
 from lmfx.int8.report import Int8Facts
 from lmfx.int8.units import SCHEMES, Unit
+from lmfx.latency import Backend, LatencyTable
+from lmfx.latency.chosen_backend import identity_of
 from lmfx.made_of import weights_digest
 from lmfx.passes.errors import ExportError
 from lmfx.passes.rewrite.trainable import merge
 from lmfx.quality import Judge, Quality
+
+Source = Backend | LatencyTable
 
 __all__ = ["Int8Form", "Int8Judge", "Int8Keeps", "int8_form"]
 
@@ -42,10 +46,10 @@ class Int8Judge:
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
 
-    def outputs(self, model: bytes, feeds: Any) -> list[Tensor]:
+    def outputs(self, model: bytes, feeds: FeedsOf) -> list[Tensor]:
         """What the model gives for the judge's images."""
         images = self.judge.images
-        made: Feeds = feeds(images)
+        made = feeds(images)
         short = -len(images) % made.size
         if short:  # the last batch is filled up, and cut again
             filled = tuple(torch.cat([t, t[-1:].expand(short, *t.shape[1:])]) for t in images.tensors)
@@ -60,7 +64,7 @@ class Int8Judge:
 class Int8Keeps:
     """Says what the 8-bit form of a student keeps, or the student where there is none; `judge` has the images."""
 
-    def __init__(self, judge: Judge, images: Calibration, example: Any, source: Any) -> None:
+    def __init__(self, judge: Judge, images: Calibration, example: Any, source: Source) -> None:
         self.judge, self.images, self.example, self.source = judge, images, example, source
 
     def __call__(self, student: fx.GraphModule) -> Quality:
@@ -75,8 +79,8 @@ def _rows(value: Tensor, dim: int, short: int, images: int) -> int:
 
 
 def int8_form(
-    net: fx.GraphModule, images: Calibration, example: Any, source: Any, original: fx.GraphModule | None = None
-) -> tuple[Int8Form | None, Int8Facts, Any]:
+    net: fx.GraphModule, images: Calibration, example: Any, source: Source, original: fx.GraphModule | None = None
+) -> tuple[Int8Form | None, Int8Facts, FeedsOf]:
     """(the form or None where it does not pay, the facts, what makes feeds of images) of a compressed network.
 
     The times of the `original` are facts as well, where it is given. `source` is the backend or table, of the precision
@@ -105,14 +109,13 @@ def int8_form(
         return times.get(unit.name, "")
 
     scheme = SCHEMES[_runtime(source)]
-    model, quantized = quantize_model(view, feeds, scheme, images=images, chosen=chosen, why_not=why_not)
+    model, quantized = quantize_model(view, feeds, scheme, chosen=chosen, why_not=why_not)
     shapes = tuple(view.shapes[n] for n in view.inputs)
     return Int8Form(model, shapes, weights_digest(net)), Int8Facts(True, ms, quantized, rows), feeds
 
 
-def _runtime(source: Any) -> str:
-    identity = source.identity() if callable(source.identity) else source.identity
-    name = str(identity.get("backend"))
+def _runtime(source: Source) -> str:
+    name = str(identity_of(source).get("backend"))
     if name not in SCHEMES:
         raise ExportError(f"networks of the backend {name!r} have no 8-bit form: use onnxruntime or tensorrt")
     return name

@@ -20,9 +20,9 @@ from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import Scheme, Unit, find_units
 from lmfx.passes.solve.minimum_cut import choose_forms
 
-__all__ = ["FormTimes", "Forms", "UnitForm", "byte_ends_of", "made_up_int8", "unit_model"]
+__all__ = ["SMALLEST", "FormTimes", "Forms", "UnitForm", "byte_ends_of", "made_up_int8", "unit_model"]
 
-SMALLEST = 16  # values of fewer channels (an image) come in float
+SMALLEST = 16  # channels: a value with fewer comes in float (an image), and in no layout but the plain one
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class GraphView:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.inputs = [v.name for v in self.graph.input if v.name not in self.constants]
+        self.dtypes = {  # of inputs
+            v.name: self.onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in self.graph.input
+        }
         self.outputs = [v.name for v in self.graph.output]
         self.shapes, self.floating = _shapes(self.onnx, model)
         for value in self.graph.output:  # what lmfx emits says no shape there

@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from lmfx.int8.forms import SMALLEST
 from lmfx.int8.graph_view import GraphView
 from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import Scheme, Unit, find_units
 
-__all__ = ["conversion_model", "in_int8_network"]
+__all__ = ["conversion_model", "has_blocked_layout", "in_int8_network"]
 
-CHANNELS = 16  # of stand-ins, and the least of a value that has one; an image comes in float
+CHANNELS = 16  # of stand-ins
+BLOCK, BLOCKED = 16, "com.microsoft.nchwc"  # channels of a block, and the domain of the ops on it
 BEFORE, AFTER = "lmfx_before_", "lmfx_after_"
 
 
@@ -39,14 +41,14 @@ def in_int8_network(
     onnx = view.onnx
     model = onnx.ModelProto()
     model.CopyFrom(view.model)
-    shaped = [n for n in ends if len(view.shapes[n]) == 4 and view.shapes[n][1] >= CHANNELS]
+    shaped = [n for n in ends if len(view.shapes[n]) == 4 and view.shapes[n][1] >= SMALLEST]
     around = _with_neighbours(onnx, model, view, shaped)
     inner = GraphView(model)
     units = [u for u in find_units(inner, scheme) if u.name.startswith((BEFORE, AFTER)) or chosen(u)]
     outer = [around.get(n, n) for n in ends]
     made = optimize(with_qdq(inner, units, scheme, byte_ends=outer).SerializeToString())
     for name in shaped:
-        (_cut_before if name in view.inputs else _cut_after)(onnx, made, around[name], view.shapes[name])
+        _cut(onnx, made, around[name], view.shapes[name], name in view.inputs)
     used = {n for node in made.graph.node for n in node.input}
     for tensor in [t for t in made.graph.initializer if t.name not in used]:
         made.graph.initializer.remove(tensor)
@@ -78,29 +80,20 @@ def _with_neighbours(onnx: Any, model: Any, view: GraphView, names: Sequence[str
     return outer
 
 
-def _cut_before(onnx: Any, model: Any, outer: str, shape: tuple[int, ...]) -> None:
-    """Takes the stand-in that reads `outer` out; what it gives is the graph's input."""
-    graph = model.graph
-    node = next(n for n in graph.node if outer in n.input)
-    graph.node.remove(node)
-    if node.op_type == "Transpose":
-        node = next(n for n in graph.node if node.output[0] in n.input)
+def _cut(onnx: Any, model: Any, outer: str, shape: tuple[int, ...], before: bool) -> None:
+    """Takes the stand-in next to the end `outer` out, with the transpose between them; the graph now ends (or, `before`
+    it, begins) at the stand-in's other side."""
+    graph, at = model.graph, outer
+    ends = graph.input if before else graph.output
+    while True:
+        node = next(n for n in graph.node if at in (n.input if before else n.output))
         graph.node.remove(node)
-    graph.input.remove(next(v for v in graph.input if v.name == outer))
-    graph.input.append(_bytes_of(onnx, node, node.output[0], shape))
-
-
-def _cut_after(onnx: Any, model: Any, outer: str, shape: tuple[int, ...]) -> None:
-    """Takes the stand-in that gives `outer` out; what it reads is the graph's output."""
-    graph = model.graph
-    node = next(n for n in graph.node if outer in n.output)
-    graph.node.remove(node)
-    if node.op_type == "Transpose":
-        node = next(n for n in graph.node if node.input[0] in n.output)
-        graph.node.remove(node)
-    graph.output.remove(next(v for v in graph.output if v.name == outer))
-    if all(v.name != node.input[0] for v in graph.output):
-        graph.output.append(_bytes_of(onnx, node, node.input[0], shape))
+        at = node.output[0] if before else node.input[0]
+        if node.op_type != "Transpose":
+            break
+    ends.remove(next(v for v in ends if v.name == outer))
+    if all(v.name != at for v in ends):
+        ends.append(_bytes_of(onnx, node, at, shape))
 
 
 def _bytes_of(onnx: Any, conv: Any, name: str, shape: tuple[int, ...]) -> Any:
@@ -110,11 +103,22 @@ def _bytes_of(onnx: Any, conv: Any, name: str, shape: tuple[int, ...]) -> Any:
     return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, sizes)
 
 
-def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool) -> Any:
-    """A change between 8 bits, channels last, and float in the layout of float convolutions, as a model of its own."""
+def has_blocked_layout(onnx: Any, optimize: Callable[[bytes], Any]) -> bool:
+    """Whether ONNX Runtime gives float convolutions a blocked layout (NCHWc) on this processor."""
+    info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    weight = onnx.numpy_helper.from_array(np.ones((BLOCK, BLOCK, 1, 1), np.float32), "w")
+    ends = [[info(name, kind, [1, BLOCK, 4, 4])] for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Conv", ["x", "w"], ["y"])], "conv", *ends, [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    return any(n.domain == BLOCKED for n in optimize(model.SerializeToString()).graph.node)
+
+
+def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool, blocked: bool) -> Any:
+    """A change between 8 bits, channels last, and float in the layout of float convolutions (`blocked` or plain), as a
+    model of its own."""
     helper, proto = onnx.helper, onnx.TensorProto
-    image = len(shape) == 4 and shape[1] >= CHANNELS
-    blocked = image and shape[1] % CHANNELS == 0
+    image = len(shape) == 4 and shape[1] >= SMALLEST
+    blocked = blocked and image and shape[1] % BLOCK == 0
     last = [shape[0], *shape[2:], shape[1]] if image else list(shape)
     parameters = ["scale", "zero"]
     nodes: list[Any] = []
@@ -127,7 +131,7 @@ def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool) -> Any:
 
     if to_int8:
         if blocked:
-            add("ReorderOutput", [at], domain="com.microsoft.nchwc", channels=shape[1])
+            add("ReorderOutput", [at], domain=BLOCKED, channels=shape[1])
         add("QuantizeLinear", [at, *parameters])
         if image:
             add("Transpose", [at], perm=[0, 2, 3, 1])
@@ -137,7 +141,7 @@ def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool) -> Any:
             add("Transpose", [at], perm=[0, 3, 1, 2])
         add("DequantizeLinear", [at, *parameters])
         if blocked:
-            add("ReorderInput", [at], domain="com.microsoft.nchwc")
+            add("ReorderInput", [at], domain=BLOCKED)
         ends = (proto.UINT8, last), (proto.FLOAT, list(shape))
     graph = helper.make_graph(
         nodes,
@@ -149,5 +153,5 @@ def conversion_model(onnx: Any, shape: tuple[int, ...], to_int8: bool) -> Any:
             onnx.numpy_helper.from_array(np.asarray(0, np.uint8), "zero"),
         ],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft.nchwc", 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(BLOCKED, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -26,7 +26,7 @@ from lmfx.environment.caller_state import entry
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.export.builder import require_onnx
 from lmfx.export.emit import to_onnx_bytes
-from lmfx.int8.activations import Feeds, run_model, values_inside
+from lmfx.int8.activations import FeedsOf, run_model, values_inside
 from lmfx.int8.graph_view import GraphView, basic_form, require_onnxruntime, view_of
 from lmfx.int8.qdq import Rounded, quantized_values, with_qdq
 from lmfx.int8.ranges import RangeMethod, Ranges
@@ -36,14 +36,16 @@ from lmfx.int8.weights import round_weights
 from lmfx.made_of import made_of
 from lmfx.passes.errors import ExportError, InputError, OptionError
 from lmfx.passes.graph.tensor_inputs import bare
+from lmfx.passes.identity.content import shortened
 from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.spans.globs import covers
 from lmfx.passes.trace.tracing import example_arguments
 
 __all__ = ["file_example", "float_form", "quantize", "quantize_model"]
 
 RANGE_IMAGES = 128
 JUDGED_IMAGES = 64
-Weights = str  # "gram" or "nearest"
+Weights = Literal["gram", "nearest"]
 
 
 @entry
@@ -76,7 +78,8 @@ def quantize(
         weights: "gram" rounds each weight so that the layer's output on the calibration images changes least, "nearest"
             to the nearest step.
         ranges: of activations: "minmax", "percentile" or "entropy".
-        exclude: globs of layers that stay float.
+        exclude: globs of layers that stay float, by the names that the report and the file have; as for
+            `lmfx.compress`, the name of a container covers what is in it, and a glob that covers nothing is an error.
 
     Returns a `Quantized`, which names bad ranges; print it. Raises `InputError` without images, `MissingExtra` without
     onnx or onnxruntime, `ExportError` for what cannot be written.
@@ -86,6 +89,8 @@ def quantize(
     scheme, target = scheme_named(runtime), Path(path)
     if weights not in ("gram", "nearest"):
         raise OptionError(f"weights={weights!r}: use 'gram' or 'nearest'")
+    if isinstance(exclude, str):
+        raise OptionError(f"exclude={exclude!r}: pass a tuple of globs, like ({exclude!r},)")
     Ranges(ranges)  # says now what is wrong
     if calibration is None:
         raise InputError(
@@ -111,10 +116,9 @@ def quantize(
 
 def quantize_model(
     view: GraphView,
-    feeds: Callable[[Calibration], Feeds],
+    feeds: FeedsOf,
     scheme: Scheme,
     *,
-    images: Calibration | None = None,
     per_channel: bool = True,
     by_gram: bool = True,
     ranges: RangeMethod = "minmax",
@@ -126,19 +130,23 @@ def quantize_model(
     """The Q/DQ model of a float one. `feeds` makes inputs of images; `chosen` are the names of units in 8 bits (all),
     and `why_not` says why another one is not."""
     every = find_units(view, scheme)
+    for glob in exclude:
+        if not any(covers((glob,), u.name) for u in every):
+            names = ", ".join(u.name for u in every if u.kind == "weighted")
+            raise OptionError(f"exclude={glob!r} covers nothing that runs in 8 bits; there is {shortened(names)}")
     if chosen is not None:
         every_chosen = [u for u in every if u.name in chosen]
         left = {u.name: "" if why_not is None else why_not(u) for u in every if u.name not in chosen}
     else:
         every_chosen, left = every, {}
-    units = [u for u in every_chosen if not any(fnmatchcase(u.name, g) for g in exclude)]
+    units = [u for u in every_chosen if not covers(exclude, u.name)]
     left |= {u.name: "exclude=" for u in every_chosen if u not in units}
     if not any(u.kind == "weighted" for u in units):
         raise ExportError(
-            "nothing in this network runs in 8 bits: no convolution or Linear with constant weights is left"
+            "nothing in this network runs in 8 bits: no convolution or Linear with constant weights in float32 is "
+            "left; give the float32 network or file, and leave layers out of exclude="
         )
-    source: Calibration = images if images is not None else feeds.images  # type: ignore[attr-defined]
-    roles = source.roles()
+    roles = feeds.images.roles()
     fit = feeds(roles.fit)
     collected = Ranges(ranges)
     values = quantized_values(view, units, scheme)
@@ -211,26 +219,18 @@ def _divergence(reference: list[list[Tensor]], others: list[list[Tensor]]) -> fl
 # --- the float model --------------------------------------------------------------------------------------------------
 
 
-class _FeedsOf:
-    """Makes feeds of images for one model; `images` are those that calibrate."""
-
-    def __init__(self, view: GraphView, images: Calibration, graph: fx.GraphModule | None) -> None:
-        self.view, self.images, self.graph = view, images, graph
-
-    def __call__(self, images: Calibration) -> Feeds:
-        return Feeds(self.view, images, self.graph)
-
-
-def _float_form(given: Any, calibration: Any, example: Any) -> tuple[GraphView, Any]:
+def _float_form(given: Any, calibration: Any, example: Any) -> tuple[GraphView, FeedsOf]:
     if isinstance(given, nn.Module):
         graph, example = _graph_of(given, calibration, example)
         return float_form(graph, example, as_calibration(calibration, example))
     view = _view_of_file(given)
     images = as_calibration(calibration, _example_of(view, calibration))
-    return view, _FeedsOf(view, images, None)
+    return view, FeedsOf(view, images)
 
 
 def _view_of_file(path: Any) -> GraphView:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"quantize takes a network or the path of an ONNX file, not {type(path).__name__}")
     source = Path(path)
     if not source.is_file():
         raise InputError(f"there is no ONNX file {source}; give a network, or a file that lmfx.export_onnx wrote")
@@ -245,11 +245,11 @@ def file_example(path: str | os.PathLike[str]) -> Any:
     return _example_of(_view_of_file(path), None)
 
 
-def float_form(graph: fx.GraphModule, example: Any, images: Calibration) -> tuple[GraphView, Any]:
+def float_form(graph: fx.GraphModule, example: Any, images: Calibration) -> tuple[GraphView, FeedsOf]:
     """The view of a graph's float ONNX model, and what makes feeds for it."""
     plain, tensors = bare(graph, example_arguments(example))
     view = view_of(to_onnx_bytes(plain, tensors))
-    return view, _FeedsOf(view, images, graph)
+    return view, FeedsOf(view, images, graph)
 
 
 def _graph_of(net: nn.Module, calibration: Any, example: Any) -> tuple[fx.GraphModule, Any]:
@@ -282,8 +282,8 @@ def _first_image(calibration: Any) -> Any:
 
 
 def _example_of(view: GraphView, calibration: Any) -> Any:
-    """Zeros of the shapes that a file says; a free size is that of the calibration tensor."""
-    shapes = []
+    """Zeros of the shapes and types that a file says; a free size is that of the calibration tensor."""
+    zeros = []
     for name in view.inputs:
         shape = view.shapes[name]
         if min(shape, default=1) < 0:
@@ -291,5 +291,5 @@ def _example_of(view: GraphView, calibration: Any) -> Any:
                 raise InputError(f"the file's input {name} has free sizes {shape}: pass calibration as one tensor")
             given = (1, *calibration.shape[1:])
             shape = tuple(n if n > 0 else given[i] for i, n in enumerate(shape))
-        shapes.append(torch.zeros(shape))
-    return shapes[0] if len(shapes) == 1 else tuple(shapes)
+        zeros.append(torch.from_numpy(np.zeros(shape, view.dtypes[name])))
+    return zeros[0] if len(zeros) == 1 else tuple(zeros)

@@ -4,12 +4,13 @@ precision. One door for "fp32", "fp16", "bf16" and "int8": the backend runs netw
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.passes.errors import OptionError
 
-__all__ = ["PRECISIONS", "chosen_backend", "precision_of"]
+__all__ = ["PRECISIONS", "chosen_backend", "identity_of", "precision_of"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
@@ -38,5 +39,9 @@ def chosen_backend(
 
 def precision_of(source: Backend | LatencyTable) -> str:
     """The precision in which a backend or the one behind a table runs networks."""
-    identity = source.identity if isinstance(source, LatencyTable) else source.identity()
-    return str(identity.get("precision", "fp32"))
+    return str(identity_of(source).get("precision", "fp32"))
+
+
+def identity_of(source: Backend | LatencyTable) -> Mapping[str, Any]:
+    """What latencies of a backend or table hold for."""
+    return source.identity if isinstance(source, LatencyTable) else source.identity()

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from lmfx.export.builder import require_onnx
 from lmfx.int8.forms import Forms, FormTimes, UnitForm, byte_ends_of
 from lmfx.int8.graph_view import GraphView, view_of
-from lmfx.int8.in_network import conversion_model, in_int8_network
+from lmfx.int8.in_network import conversion_model, has_blocked_layout, in_int8_network
 from lmfx.int8.qdq import with_qdq
-from lmfx.int8.units import SCHEMES, Unit
+from lmfx.int8.units import SCHEMES
 from lmfx.latency.blocked_layout import in_network
 from lmfx.latency.sampling import Runner
 
@@ -36,11 +38,6 @@ class ChosenForms:
     forms: tuple[UnitForm, ...]
     ms: dict[str, float]  # "int8" (as chosen), "float32"
     pays: bool
-
-    @property
-    def quantized(self) -> list[Unit]:
-        """The units in 8 bits; none where that does not pay."""
-        return [f.unit for f in self.forms if f.quantized] if self.pays else []
 
 
 class Int8Models:
@@ -69,24 +66,27 @@ class Int8Models:
             return made, found
         view = view_of(model)
         forms = self.forms.choose(view)
-        every = [f.unit for f in forms]
-        chosen = [f.unit for f in forms if f.quantized]
-        tried = {"float32": model, "int8": self._with(view, chosen)}
-        if 0 < len(chosen) < len(every):
+        every = [replace(f, quantized=True) for f in forms]
+        if not any(f.quantized and f.unit.kind == "weighted" for f in forms):
+            forms = every  # what that takes is said, and no network without a layer in 8 bits is one in 8 bits
+        tried = {"float32": model, "int8": self._with(view, forms)}
+        if forms != every:
             tried["all int8"] = self._with(view, every)
         ms = self._times(list(tried.values()))
         times = dict(zip(tried, ms, strict=True))
         if times.get("all int8", times["int8"]) < times["int8"]:
-            forms = [UnitForm(f.unit, f.int8, f.float32, True) for f in forms]
+            forms = every
             tried["int8"], times["int8"] = tried["all int8"], times["all int8"]
-        pays = bool(chosen) and times["int8"] < GAIN * times["float32"]
+        layers = any(f.unit.kind == "weighted" for f in forms)
+        pays = layers and times["int8"] < GAIN * times["float32"]
         found = ChosenForms(tuple(forms), {k: times[k] for k in ("int8", "float32")}, pays)
         while len(self.known) >= KEPT:
             del self.known[next(iter(self.known))]
         self.known[key] = found, tried["int8" if pays else "float32"]
         return self.known[key][1], found
 
-    def _with(self, view: GraphView, units: Sequence[Unit]) -> bytes:
+    def _with(self, view: GraphView, forms: Sequence[UnitForm]) -> bytes:
+        units = [f.unit for f in forms if f.quantized]
         return bytes(with_qdq(view, units, self.scheme).SerializeToString())
 
     def _times(self, models: Sequence[bytes]) -> list[float]:
@@ -108,9 +108,11 @@ class Int8Models:
         return self._ms(in_int8_network(view, self.scheme, lambda unit: True, ends, self.optimize))
 
     def _conversion_ms(self, shape: tuple[int, ...], to_int8: bool) -> float:
-        import onnx
+        return self._ms(conversion_model(require_onnx(), shape, to_int8, self._blocked))
 
-        return self._ms(conversion_model(onnx, shape, to_int8))
+    @cached_property
+    def _blocked(self) -> bool:
+        return has_blocked_layout(require_onnx(), self.optimize)
 
     def _ms(self, model: Any) -> float:
         runner = self.runner(model.SerializeToString(), True)

@@ -98,11 +98,10 @@ class OnnxRuntimeBackend(TimedBackend):
 
     def identity(self) -> dict[str, Any]:
         """Backend, version, provider and its options, device, threads, clock, layout and the facts of the host."""
-        gpu = {"precision": self.precision, "provider_options": self.provider_options} if self.gpu else {}
-        if self.int8 is not None:
-            gpu = {"precision": self.precision}
+        more: dict[str, Any] = {"precision": self.precision} if self.gpu or self.int8 is not None else {}
         if self.gpu:
-            gpu |= {"driver": monitor_of(torch.cuda.current_device()).driver}
+            more |= {"provider_options": self.provider_options}
+            more |= {"driver": monitor_of(torch.cuda.current_device()).driver}
         return {
             "backend": self.name,
             "version": self.ort.__version__,
@@ -113,7 +112,7 @@ class OnnxRuntimeBackend(TimedBackend):
             "pinned": bool(self._pinned()),
             "layout": self.layout,
             "caches": "hot" if self.gpu else self.sampling.state,
-            **gpu,
+            **more,
             **host_facts(),
         }
 

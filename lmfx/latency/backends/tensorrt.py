@@ -55,8 +55,8 @@ class TensorRTBackend(TimedBackend):
 
     `package` is "tensorrt" or "tensorrt_rtx" (None: the first that can be imported). Engines are strongly typed:
     `precision` ("fp32", "fp16", "bf16") is that of the ONNX they are built from, with "int8" with Q/DQ nodes around all
-    that runs so (`lmfx.int8`); `tf32` lets float32 convolutions run
-    on tensor cores, as TensorRT does by itself. `cuda_graph=False` counts the launches.
+    that runs so (`lmfx.int8`); `tf32` lets float32 convolutions run on tensor cores, as TensorRT does by itself.
+    `cuda_graph=False` counts the launches.
 
     Raises `MissingExtra` without TensorRT, `DeviceError` without a GPU that it can use.
     """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import fx, nn
@@ -14,24 +17,17 @@ import lmfx
 from lmfx.export import to_onnx_bytes
 from lmfx.int8.forms import Forms, FormTimes, byte_ends_of
 from lmfx.int8.graph_view import GraphView, view_of
+from lmfx.int8.in_network import conversion_model, has_blocked_layout
 from lmfx.int8.qdq import with_qdq
-from lmfx.int8.units import SCHEMES
+from lmfx.int8.units import SCHEMES, find_units
 from lmfx.latency import LatencyTable, get_backend
 from lmfx.latency.backends import int8_models
 from lmfx.latency.workload import Workload
 from lmfx.passes.errors import ExportError, OptionError
+from tests.helpers import one_thread as one_thread
 from tests.lmfx.int8.test_quantize import ops, pictures, small
 
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Chain(nn.Sequential):
@@ -46,15 +42,14 @@ def view(net: nn.Module, *shapes: tuple[int, ...]) -> GraphView:
     return view_of(to_onnx_bytes(fx.symbolic_trace(net.eval()), [(s, torch.float32) for s in shapes]))
 
 
-def forms_with(conversion: float) -> Forms:
+def forms_with(conversion: float, dense: float = 3.0) -> Forms:
     """Dense convs are three times as fast in 8 bits, depthwise ones half as fast."""
 
     def time(model: bytes, dense: float, depthwise: float) -> float:
-        (node,) = [n for n in onnx.load_from_string(model).graph.node if n.op_type == "Conv"]
-        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-        return dense if groups == 1 else depthwise
+        attributes = [a for n in onnx.load_from_string(model).graph.node for a in n.attribute]
+        return dense if next((a.i for a in attributes if a.name == "group"), 1) == 1 else depthwise
 
-    times = FormTimes(lambda m: time(m, 3.0, 1.0), lambda m: time(m, 1.0, 2.0), lambda shape, to: conversion)
+    times = FormTimes(lambda m: time(m, dense, 1.0), lambda m: time(m, 1.0, 2.0), lambda shape, to: conversion)
     return Forms(SCHEMES["onnxruntime"], times)
 
 
@@ -78,11 +73,14 @@ def test_a_time_is_measured_once_for_each_configuration() -> None:
 
 def test_rows_are_those_of_the_faster_form_and_images_come_in_float() -> None:
     backend = get_backend("onnxruntime", precision="int8")
+    models = backend.int8  # type: ignore[attr-defined]
     dense = Workload.of(
         fx.symbolic_trace(nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU())), ((1, 64, 30, 30), torch.float32)
     )
-    rows = {p: get_backend("onnxruntime", precision=p).measure([dense], rounds=3) for p in ("fp32", "int8")}
-    assert rows["int8"][dense.signature].ms < rows["fp32"][dense.signature].ms
+    for float_ms, stays in ((3.0, {}), (0.5, {"stays float": ["Conv"]})):
+        models.forms = forms_with(0.1, float_ms)
+        row = backend.measure([dense], rounds=3)[dense.signature]
+        assert row.ms > 0 and row.conditions == stays
     assert backend.identity()["precision"] == "int8" and "precision" not in get_backend("onnxruntime").identity()
     image = view(nn.Conv2d(3, 16, 3), (1, 3, 20, 20))
     assert len(byte_ends_of(image)) == 1 and byte_ends_of(image)[0] in image.outputs
@@ -104,11 +102,98 @@ def test_a_row_has_neither_conversions_nor_transposes_at_its_ends() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(1, 32, 5, 3), (1, 24, 5, 3), (2, 3, 5, 3), (2, 20)])
+@pytest.mark.parametrize("to_int8", [True, False])
+def test_a_conversion_is_that_of_the_layout_that_float_convolutions_have_here(
+    shape: tuple[int, ...], to_int8: bool
+) -> None:
+    backend = get_backend("onnxruntime")
+    here = has_blocked_layout(onnx, backend._optimize)  # type: ignore[attr-defined]
+    for blocked in {False, here}:
+        model = conversion_model(onnx, shape, to_int8, blocked)
+        image = len(shape) == 4 and shape[1] >= 16
+        found = [n.op_type for n in model.graph.node]
+        assert found.count("Transpose") == image
+        assert any("Reorder" in op for op in found) == (blocked and image and shape[1] % 16 == 0)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        (given,) = session.get_inputs()
+        assert given.type == ("tensor(float)" if to_int8 else "tensor(uint8)")
+        y = session.run(None, {given.name: np.zeros(given.shape, np.float32 if to_int8 else np.uint8)})[0]
+        assert y.size == math.prod(shape) and y.dtype == (np.uint8 if to_int8 else np.float32)
+
+
+def test_a_processor_without_the_blocked_layout_gets_none() -> None:
+    assert not has_blocked_layout(onnx, onnx.load_from_string)
+
+    def blocking(data: bytes) -> Any:
+        model = onnx.load_from_string(data)
+        model.graph.node[0].domain = "com.microsoft.nchwc"
+        return model
+
+    assert has_blocked_layout(onnx, blocking)
+
+
+def whole_with(
+    monkeypatch: pytest.MonkeyPatch, forms: Forms, ms: dict[str, float], net: nn.Module | None = None
+) -> tuple[int, int8_models.ChosenForms]:
+    """(layers in 8 bits in the model of a whole network that is taken, what was found) with these times: "float",
+    "mixed" (some in 8 bits) and "int8" (all)."""
+
+    def times(self: Any, models: list[bytes]) -> list[float]:
+        kinds = []
+        for data in models:
+            count = layers_in_8_bits(data)
+            kinds.append("float" if not count else "int8" if count == 3 else "mixed")
+        return [ms[k] for k in kinds]
+
+    monkeypatch.setattr(int8_models.Int8Models, "_times", times)
+    models = get_backend("onnxruntime", precision="int8").int8  # type: ignore[attr-defined]
+    models.forms = forms
+    data = to_onnx_bytes(fx.symbolic_trace((net or Chain()).eval()), [((1, 16, 20, 20), torch.float32)])
+    model, found = models.whole(data)
+    again = models.whole(data)
+    assert again[0] == model and again[1] is found  # measured once
+    return layers_in_8_bits(model), found
+
+
+def layers_in_8_bits(model: bytes) -> int:
+    return sum(
+        t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4
+        for t in onnx.load_from_string(model).graph.initializer
+    )
+
+
+@pytest.mark.parametrize(
+    ("conversion", "ms", "layers", "pays"),
+    [
+        (0.4, {"float": 7.0, "mixed": 3.0, "int8": 4.0}, 2, True),
+        (0.4, {"float": 7.0, "mixed": 4.0, "int8": 3.0}, 3, True),  # what is measured decides, not the sum
+        (0.4, {"float": 3.01, "mixed": 3.0, "int8": 4.0}, 0, False),  # too little to lose anything for
+        (0.4, {"float": 2.0, "mixed": 3.0, "int8": 4.0}, 0, False),
+        (9.0, {"float": 7.0, "int8": 3.0}, 3, True),  # no layer was chosen
+        (9.0, {"float": 3.0, "int8": 7.0}, 0, False),
+    ],
+)
+def test_a_whole_network_is_the_one_that_is_measured_to_be_fastest(
+    monkeypatch: pytest.MonkeyPatch, conversion: float, ms: dict[str, float], layers: int, pays: bool
+) -> None:
+    count, found = whole_with(monkeypatch, forms_with(conversion), ms)
+    assert (count, found.pays) == (layers, pays)
+    assert found.ms["float32"] == ms["float"] and found.ms["int8"] == min(ms.get("mixed", 99.0), ms["int8"])
+    if pays:
+        assert sum(f.quantized for f in found.forms) == layers
+
+
+def test_a_network_without_a_layer_that_runs_in_8_bits_is_none_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, found = whole_with(monkeypatch, forms_with(0.1), {"float": 1.0}, nn.Sequential(nn.Softmax(1)))
+    assert count == 0 and not found.pays and found.forms == ()
+
+
 def test_ends_in_8_bits_take_and_give_bytes() -> None:
     both = view(nn.Conv2d(16, 8, 1), (1, 16, 5, 5))
     ends = [*both.inputs, *both.outputs]
-    from lmfx.int8.units import find_units
-
     for scheme, kind in ((SCHEMES["onnxruntime"], "tensor(uint8)"), (SCHEMES["tensorrt"], "tensor(int8)")):
         model = with_qdq(both, find_units(both, scheme), scheme, byte_ends=ends)
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

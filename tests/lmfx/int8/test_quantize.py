@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -22,9 +23,7 @@ from lmfx.int8.qdq import grid_of
 from lmfx.int8.quantize import file_example
 from lmfx.int8.units import SCHEMES, find_units
 from lmfx.passes.errors import ExportError, InputError, MissingExtra, OptionError
-
-onnx = pytest.importorskip("onnx")
-ort = pytest.importorskip("onnxruntime")
+from tests.helpers import one_thread as one_thread
 
 
 class Small(nn.Module):
@@ -47,11 +46,12 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def small(seed: int = 0) -> nn.Module:
+def small(seed: int = 0) -> Small:
     torch.manual_seed(seed)
     net = Small()
-    net.norm.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr]
-    net.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    for values, low, high in ((net.norm.running_mean, -0.3, 0.3), (net.norm.running_var, 0.5, 2.0)):
+        assert values is not None
+        values.uniform_(low, high)
     return net.eval()
 
 
@@ -70,14 +70,6 @@ def run(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 def ops(path: Path) -> Counter[str]:
     return Counter(n.op_type for n in onnx.load(path).graph.node)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,11 +114,13 @@ def test_for_tensorrt_nothing_is_between_a_convolution_and_its_sum_and_the_skip_
     assert len(weights) == 5 and all(np.abs(onnx.numpy_helper.to_array(t)).max() <= 127 for t in weights)
 
 
-def test_tensorrt_rtx_reads_the_file(tmp_path: Path) -> None:
+def test_tensorrt_rtx_reads_the_file_and_builds_its_engine(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     lmfx.quantize(small(), pictures(), tmp_path / "q.onnx", runtime="tensorrt_rtx", progress=False)
     found = network_layers(trt, (tmp_path / "q.onnx").read_bytes())
     assert found["CONVOLUTION"] == 4 and found["QUANTIZE"] >= 5
+    engine = lmfx.build_engine(tmp_path / "q.onnx", tmp_path / "q.engine", target="sm89", package="tensorrt_rtx")
+    assert engine.stat().st_size > 0
     inside = made_up_int8(
         lmfx.export.to_onnx_bytes(lmfx.trace(small(), pictures(1)), (pictures(1),)), SCHEMES["tensorrt"], True
     )
@@ -173,12 +167,40 @@ def test_a_layer_that_is_excluded_stays_float(tmp_path: Path) -> None:
     assert len(weights) == 4
 
 
+def test_the_name_of_a_container_excludes_what_is_in_it(tmp_path: Path) -> None:
+    body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1))
+    net = nn.Sequential(OrderedDict(body=body, head=nn.Conv2d(16, 16, 1))).eval()
+    made = lmfx.quantize(net, pictures(), tmp_path / "q.onnx", exclude=("body",), weights="nearest", progress=False)
+    assert [n for n, _ in made.float_layers] == ["body.0", "body.2"] and [x.name for x in made.layers] == ["head"]
+
+
+def test_a_network_and_a_file_that_take_bytes_are_quantized_alike(tmp_path: Path) -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net((x.permute(0, 3, 1, 2).float() / 255 - 0.4) / 0.3)
+
+    images = ((pictures().permute(0, 2, 3, 1) + 2) / 4 * 255).clamp(0, 255).to(torch.uint8)
+    net = Normalising().eval()
+    source = lmfx.export_onnx(net, images[:1], tmp_path / "net.onnx")
+    assert file_example(source).dtype == torch.uint8
+    for given in (net, source):
+        made = lmfx.quantize(given, images, tmp_path / "q.onnx", weights="nearest", progress=False)
+        assert len(made.layers) == 5 and made.divergence < 0.05
+        with torch.no_grad():
+            y = net(images)
+        assert float((run(tmp_path / "q.onnx", images) - y).square().mean() / y.var(0).mean()) < 0.05
+
+
 def test_dead_channels_dead_layers_and_outliers_are_named(tmp_path: Path) -> None:
     net = small()
     with torch.no_grad():
-        net.stem.weight[2] = 0  # type: ignore[operator, index]
-        net.wide.weight[7] *= 500  # type: ignore[operator, index]
-        net.first.weight.zero_()  # type: ignore[operator, union-attr]
+        net.stem.weight[2] = 0
+        net.wide.weight[7] *= 500
+        net.first.weight.zero_()
     made = lmfx.quantize(net, pictures(), tmp_path / "q.onnx", progress=False)
     text = "\n".join(made.warnings)
     assert "stem: 1 of 16 channels are dead (always the same value): 2" in text
@@ -193,8 +215,9 @@ def test_dead_channels_dead_layers_and_outliers_are_named(tmp_path: Path) -> Non
 def test_a_bias_that_is_huge_beside_its_weights_survives(tmp_path: Path) -> None:
     net, images = small(), pictures()
     with torch.no_grad():
-        net.wide.weight[3] *= 1e-9  # type: ignore[operator, index]
-        net.wide.bias[3] = 3.0  # type: ignore[operator, index]
+        net.wide.weight[3] *= 1e-9
+        assert net.wide.bias is not None
+        net.wide.bias[3] = 3.0
         y = net(images)
     lmfx.quantize(net, images, tmp_path / "q.onnx", progress=False)
     off = run(tmp_path / "q.onnx", images) - y
@@ -272,6 +295,8 @@ def test_without_onnxruntime_it_is_said_what_to_install(tmp_path: Path, monkeypa
         ({"weights": "random"}, OptionError, "nearest"),
         ({"ranges": "widest"}, OptionError, "percentile"),
         ({"exclude": ("*",)}, ExportError, "nothing in this network"),
+        ({"exclude": "head"}, OptionError, "tuple of globs"),
+        ({"exclude": ("wide", "hea")}, OptionError, "'hea' covers nothing that runs in 8 bits; there is stem, first"),
     ],
 )
 def test_an_option_that_is_none_is_refused(tmp_path: Path, options: Any, kind: Any, text: str) -> None:
@@ -281,6 +306,8 @@ def test_an_option_that_is_none_is_refused(tmp_path: Path, options: Any, kind: A
 
 
 def test_what_is_no_file_and_images_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the path of an ONNX file, not dict"):
+        lmfx.quantize({}, pictures(), tmp_path / "q.onnx")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="there is no ONNX file"):
         lmfx.quantize(tmp_path / "absent.onnx", pictures(), tmp_path / "q.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"nothing")

@@ -37,6 +37,11 @@ def test_a_part_between_two_others_takes_their_form_where_changing_costs_more() 
     assert choose_forms(first, second, cheap) == [True, False, True]
 
 
+def test_of_equal_sums_the_one_with_more_second_forms_is_taken() -> None:
+    assert choose_forms([1.0, 2.0], [1.0, 2.0], [(0, 1, 1.0, 1.0)]) == [False, False]
+    assert choose_forms([1.0, 3.0, 1.0], [1.0, 2.0, 9.0], [(0, 1, 1.0, 1.0), (1, 2, 1.0, 1.0)]) == [False, False, True]
+
+
 def test_a_form_that_is_not_there_is_not_chosen_whatever_it_costs() -> None:
     assert choose_forms([math.inf, 0.0], [9.0, math.inf], [(0, 1, 50.0, 50.0)]) == [False, True]
     assert choose_forms([], [], []) == []
