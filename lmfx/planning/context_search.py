@@ -73,9 +73,7 @@ class ContextSearch:
         self.spans, self.joint, self.judge, self.student = spans, joint, judge, student
         self.left = 0  # networks that may still be run
         self.original = table.total()
-        calls = spans.network.calls
-        own = [c for c in spans if calls.role(c.span.series, c.span.start, c.span.stop) != "other"]
-        self.usable = [c for c in own if c.realization != "keep" and c.key in table]
+        self.usable = [c for c in spans if c.realization != "keep" and c.key in table]
         self.saved = {c.key: table.kept(c) - table.ms(c.key) for c in self.usable}
         self.order = {name: i for i, name in enumerate(spans.network.nodes)}
         self.states: dict[tuple[str, ...], _Run] = {}

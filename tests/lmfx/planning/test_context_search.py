@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import lmfx
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import Reconstruction
-from lmfx.passes.ir import MergePlan
+from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.model.trace_facts import noted
 from lmfx.planning import context_search
 from lmfx.planning.context_search import ContextSearch
@@ -151,6 +152,53 @@ def test_the_step_that_is_taken_is_the_best_of_those_that_are_run(
     assert prices[search.key(found.candidates)] == pytest.approx(min(prices.values()), rel=1e-9)
 
 
+def test_a_step_is_dear_by_what_it_loses_for_what_it_saves(case: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = fresh(case)
+    state = search.run(())
+    least, most = (f(search.exchanges(state), key=lambda e: state.sum - e.sum) for f in (min, max))
+    part = {least.candidates: 0.01, most.candidates: 0.5}  # of the original's latency that is saved
+    lost = {least.candidates: 0.1, most.candidates: 1.0}
+    steps = [replace(e, sum=(1 - part[e.candidates]) * state.sum, loss=lost[e.candidates]) for e in (least, most)]
+    monkeypatch.setattr(search, "exchanges", lambda state: steps)
+    monkeypatch.setattr(search, "run", lambda candidates: replace(state, candidates=candidates, loss=lost[candidates]))
+    for over, wanted in ((state.sum, most), (0.01 * state.sum, least)):  # no more is needed than is asked for
+        found = search.step(state, over)
+        assert found is not None and found.candidates == wanted.candidates
+
+
+def test_plans_name_their_candidates_in_the_order_of_the_solver(case: Judged) -> None:
+    search = fresh(case)
+    plans = [p.plan.candidates for p in case.proposals(0.6 * search.original) if len(p.plan.candidates) > 1]
+    assert plans
+    for candidates in plans:
+        assert search.ordered(reversed(candidates)) == candidates
+
+
+def test_what_comes_back_over_the_limit_is_no_improvement(case: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = fresh(case)
+    limit = 0.6 * search.original
+    state = search.down((), limit)
+    monkeypatch.setattr(search, "down", lambda start, limit: search.run(()))  # the original, which loses nothing
+    assert search.improved(state, limit) is state
+
+
+def test_the_next_widths_of_a_plan_are_looked_at_though_nothing_is_known_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(3)
+    search = fresh(judged(Branches(), 5))
+    monkeypatch.setattr(search.joint, "changes", {})
+    by_cut: dict[tuple[str, ...], list[Candidate]] = {}
+    for c in search.usable:
+        if c.cuts:
+            by_cut.setdefault((str(c.span), *(cut.reader for cut in c.cuts)), []).append(c)
+    widths = sorted(max(by_cut.values(), key=len), key=lambda c: sum(cut.width for cut in c.cuts))
+    assert len(widths) >= 3
+    state = search.run((widths[1],))
+    known = {c.key for c in search.known(state) if not c.exact}
+    assert known == {widths[0].key, widths[2].key}
+
+
 def test_estimates_of_steps_come_from_the_plan_that_is_there(case: Judged) -> None:
     """From the original it is the loss of the candidate alone; from a plan, the outputs of that plan count."""
     search = fresh(case)
@@ -181,6 +229,7 @@ def test_with_no_runs_left_one_network_a_step_is_run(case: Judged) -> None:
     held = len(search.states)  # each plan on the way once, and once more for the values that the next step begins at
     assert steps <= 2 * held
     assert search.improved(state, 0.6 * search.original) is state
+    assert len(search.states) == held, "and none to improve it"
 
 
 def test_a_network_of_one_batch_size_is_searched_too() -> None:
@@ -195,7 +244,7 @@ def test_a_network_of_one_batch_size_is_searched_too() -> None:
             return self.net(x.reshape(3, 3, 11, 9)).view(3, 5)
 
     torch.manual_seed(4)
-    images = torch.randn(46, 3, 11, 9, dtype=torch.float64)
+    images = torch.randn(30, 3, 11, 9, dtype=torch.float64)  # of which four choose: no whole number of batches
     graph = lmfx.trace(double(Fixed()), images[:3])
     spans = lmfx.spans(graph)
     table = lmfx.profile(graph, "roofline", spans=spans, progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,11 +15,14 @@ from lmfx.budget import Budget
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import ImportanceTable, Reconstruction
 from lmfx.latency.backends.roofline import RooflineBackend
+from lmfx.latency.carried_table import predict_plan
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning import finals
 from lmfx.planning.finals import best_measured
-from lmfx.planning.judged import Judged
+from lmfx.planning.frontier import solve_spans
+from lmfx.planning.judged import Finalist, Judged
 from lmfx.planning.search import Found, find_plan
+from tests.lmfx.planning.test_context_search import Branches, judged
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL
 
 BUDGET = 0.6
@@ -142,3 +145,39 @@ def test_where_the_best_plans_measure_well_below_the_budget_slower_ones_are_look
     assert found.ratio <= BUDGET
     assert case.judged.table.total(found.plan) > case.judged.table.total(plain.plan)
     assert case.judged.loss(found.plan) < case.judged.loss(plain.plan)
+
+
+def test_with_a_table_of_elsewhere_what_is_predicted_over_the_budget_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = misled_by("inverted")
+    frontier = case.found.frontier
+    known = predict_plan(frontier, Budget.parse(BUDGET))
+    limit = BUDGET * frontier.original
+    best = finals.best_predicted(case.judged, known, limit)
+    assert all(p.predicted <= limit for p in best)
+    own = finals._proposal(case.judged, known)
+    over = replace(own, plan=frontier.plan(len(frontier) - 1), sum=frontier.original_sum)
+    finalists = [Finalist(over, 0.0), Finalist(own, 1.0)]
+    monkeypatch.setattr(case.judged, "finalists", lambda limit, also: finalists)
+    assert finals.best_predicted(case.judged, known, limit) == [known]
+
+
+def test_the_best_of_widths_alone_and_of_layers_alone_are_finalists() -> None:
+    torch.manual_seed(3)
+    both = judged(Branches(), 5)
+    least = [float(solve_spans(s, both.table, both.scores).raw.latency[0]) for s in both.parts.values()]
+    found = both.finalists(1.001 * max(least))
+    assert {f.search for f in found} >= {"all", "widths", "layers"} - _same_as_all(both, found)
+    for finalist in found:
+        lossy = [c for c in finalist.proposal.plan.candidates if not c.exact]
+        assert finalist.search != "widths" or all(c.cuts for c in lossy)
+        assert finalist.search != "layers" or not any(c.cuts for c in lossy)
+    only = misled_by("alike").judged
+    assert only.parts == {}, "where there is one kind there are no parts"
+
+
+def _same_as_all(both: Judged, found: list[Finalist]) -> set[str]:
+    """The parts whose best plan was proposed among all candidates."""
+    kinds = [{bool(c.cuts) for c in f.proposal.plan.candidates if not c.exact} for f in found if f.search == "all"]
+    return {name for name, cuts in (("widths", True), ("layers", False)) if {cuts} in kinds}
