@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import lmfx
+from lmfx.calibration.images import as_calibration
 from lmfx.cli.command_line import main
 from lmfx.export.tensorrt import network_layers
 from lmfx.int8.forms import made_up_int8
@@ -153,6 +154,16 @@ def test_an_onnx_file_is_quantized_as_its_network_is(tmp_path: Path) -> None:
 def test_every_method_of_ranges_gives_a_network_that_works(tmp_path: Path, ranges: Any) -> None:
     made = lmfx.quantize(small(), pictures(), tmp_path / "q.onnx", ranges=ranges, weights="nearest", progress=False)
     assert made.ranges == ranges and made.divergence < 0.2
+
+
+def test_images_that_are_held_out_to_judge_on_are_in_no_range(tmp_path: Path) -> None:
+    images = pictures()
+    plain = lmfx.quantize(small(), images, tmp_path / "q.onnx", weights="nearest", progress=False)
+    held = as_calibration(torch.arange(24.0)[:, None], torch.zeros(1, 1)).roles().judge.tensors[0].flatten().long()
+    assert len(held) == plain.images
+    images[held] *= 100
+    made = lmfx.quantize(small(), images, tmp_path / "q.onnx", weights="nearest", progress=False)
+    assert made.divergence > 10 * plain.divergence  # beyond what was calibrated
 
 
 def test_a_layer_that_is_excluded_stays_float(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lmfx.passes.errors import OptionError
-from lmfx.passes.fit.grid_rounding import bias_change, gram_error, nearest, round_by_gram, scales_of
+from lmfx.passes.fit.grid_rounding import _one_by_one, bias_change, gram_error, nearest, round_by_gram, scales_of
 
 
 def alike(blocks: int, features: int, samples: int = 400, seed: int = 0) -> torch.Tensor:
@@ -35,6 +35,18 @@ def test_no_channel_is_further_off_than_by_nearest_rounding(
     ours, theirs = (gram_error(gram, q * scales - columns) for q in (by_gram, plain))
     assert bool((ours <= theirs * (1 + 1e-12)).all())
     assert float(ours.sum()) < 0.5 * float(theirs.sum())  # of features that are much alike, far better
+
+
+def test_a_channel_that_is_worse_one_by_one_keeps_the_nearest_step() -> None:
+    gram, _ = sums_of(alike(1, 8))
+    columns = torch.randn(1, 8, 400, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    scales = scales_of(columns, levels=1)
+    plain = gram_error(gram, nearest(columns, scales, 1) * scales - columns)
+    one_by_one = _one_by_one(columns, gram, scales, 1, 1e-2)
+    assert one_by_one is not None
+    assert bool((gram_error(gram, one_by_one * scales - columns) > 1.01 * plain).any())  # greedy, so some are
+    ours = gram_error(gram, round_by_gram(columns, gram, scales, 1) * scales - columns)
+    assert bool((ours <= plain * (1 + 1e-12)).all())
 
 
 def test_the_rounded_weights_are_whole_numbers_on_the_grid() -> None:
