@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,9 @@ class LimitedCodeGen(fx.graph.CodeGen):
             rows = ", ".join(f"({v.name!r}, {v.name}, {v.shape!r}, {v.dims!r}, {v.kind!r})" for v in self.limits)
             text += f"\n    _lmfx_sizes({rows})"
         if self.conditions:
-            text += f"\n    _lmfx_conditions({', '.join(f'({v!r}, {v})' for v in self.conditions)})"
+            names = dict.fromkeys(n for v in self.conditions for n in _inputs(v))
+            rows = ", ".join(f"({v!r}, lambda: {v})" for v in self.conditions)
+            text += f"\n    _lmfx_conditions(({''.join(f'{n}, ' for n in names)}), {rows})"
         return text
 
     def additional_globals(self) -> list[tuple[str, Any]]:
@@ -119,18 +121,19 @@ def hand_on(model: Any, gm: fx.GraphModule) -> None:
         set_conditions(gm, conditions)
 
 
-def expect_conditions(*rows: tuple[str, Any]) -> None:
-    """Raises `ConditionError` if a condition does not hold: (its text, its value)."""
+def expect_conditions(inputs: Sequence[Any], *rows: tuple[str, Callable[[], Any]]) -> None:
+    """Raises `ConditionError` if a condition does not hold: (its text, what computes it), over `inputs`.
+
+    A condition that has an `and` or a `max` in it can be computed of numbers only, so not of what stands for a tensor.
+    """
     if torch.jit.is_tracing():
         return
-    proxies = [value for _, value in rows if isinstance(value, fx.Proxy)]
+    proxies = [v for v in inputs if isinstance(v, fx.Proxy)]
     if proxies:
         _pass_on(proxies[0], (), [text for text, _ in rows])
-        for proxy in proxies:
-            _erase(proxy.node)
         return
-    for text, value in rows:
-        if not value:
+    for text, holds in rows:
+        if not holds():
             raise ConditionError(
                 f"the program that this graph comes from was exported for inputs with {text}: give such ones, or "
                 "export the model for the sizes that you need (dynamic_shapes=)"
@@ -163,13 +166,10 @@ def _message(name: str, seen: Sequence[int], shape: Sequence[int], dims: Sequenc
     )
 
 
-def _erase(node: fx.Node) -> None:
-    """Erase a node that nobody reads, and what only it read."""
-    sources = node.all_input_nodes
-    if node.op.startswith("call_") and not node.users:
-        node.graph.erase_node(node)
-        for source in sources:
-            _erase(source)
+def _inputs(condition: str) -> list[str]:
+    """The inputs that a condition is over."""
+    found = ast.walk(ast.parse(condition, mode="eval"))
+    return [n.id for n in found if isinstance(n, ast.Name) and n.id not in ("max", "min")]
 
 
 def _pass_on(proxy: fx.Proxy, limits: Sequence[Limit], conditions: Sequence[str] = ()) -> None:
@@ -179,9 +179,7 @@ def _pass_on(proxy: fx.Proxy, limits: Sequence[Limit], conditions: Sequence[str]
     """
     graph = proxy.tracer.graph
     placeholders = {str(n.target).lstrip("*") for n in graph.nodes if n.op == "placeholder"}
-    names = {re.split(r"\W", v.name)[0] for v in limits} | {
-        n.id for text in conditions for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)
-    }
+    names = {re.split(r"\W", v.name)[0] for v in limits} | {n for text in conditions for n in _inputs(text)}
     if type(graph._codegen) in (fx.graph.CodeGen, LimitedCodeGen) and names <= placeholders:
         codegen = LimitedCodeGen()
         codegen.limits = (*getattr(graph._codegen, "limits", ()), *limits)

@@ -8,8 +8,7 @@
 Parameters and buffers are the program's own tensors, not copies. Programs of torch's core ops (`run_decompositions`)
 are put together again (`canonical.decomposed`). The module is compared with the program on the program's own example.
 
-What the program refuses the module refuses as well: sizes that it has as numbers (`size_limits`, raising `SizeError`),
-and what torch.export noted of the others (`x.size()[2] % 8 == 0`, and the ranges of `torch.export.Dim`).
+What the program refuses the module refuses as well, by a `SizeError` (`program_sizes`).
 
 A program that was exported in training mode has no eval mode to go to, and is refused; so is control flow that depends
 on data, and a program that is quantized.
@@ -17,7 +16,6 @@ on data, and a program that is quantized.
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 from typing import Any
@@ -30,9 +28,10 @@ from ..canonical.decomposed import recompose
 from ..errors import ModelError, TraceError
 from ..model.interface import Binding, Example, ModelCodeGen, strip
 from ..model.quiet import quiet, tracing
-from ..model.size_limits import Limit, set_conditions, set_limits
+from ..model.size_limits import set_conditions, set_limits
 from ..model.trace_facts import note
 from .exported import erase_checks, name_inputs, name_paths, rooted
+from .program_sizes import LEAST, sizes_of_program
 from .tracers import Traced, first_line
 from .tracing import graph_of
 
@@ -44,7 +43,6 @@ Model = nn.Module | torch.export.ExportedProgram
 _NORMS = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit"})
 _TRAINING_NORMS = frozenset({"_native_batch_norm_legit_functional", "_batch_norm_with_update"})
 _DROPOUTS = frozenset({"dropout", "native_dropout", "feature_dropout", "alpha_dropout"})
-_LEAST = 2  # torch.export takes sizes of 0 and 1 for numbers, and says that others start from here
 
 
 def is_program(value: Any) -> bool:
@@ -89,7 +87,7 @@ def module_of_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
         gm, _ = graph_of("export", Traced(raw, {}), example, reference(*args, **kwargs))
     gm.train(False)
     note(gm, None)  # it is a model like any other, that somebody may trace
-    limits, conditions = _sizes(program, binding)
+    limits, conditions = sizes_of_program(program, binding)
     set_limits(gm, limits)
     set_conditions(gm, conditions)
     return gm
@@ -174,7 +172,7 @@ def example_of_program(program: torch.export.ExportedProgram) -> Example:
 def _drawn(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor):
         return value
-    shape = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else _LEAST for n in value.shape]
+    shape = [n if isinstance(n, int) else n.node.hint if n.node.has_hint() else LEAST for n in value.shape]
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.dtype).to(value.device)
     return torch.zeros(shape, dtype=value.dtype, device=value.device)
@@ -222,136 +220,3 @@ def _class_name(program: torch.export.ExportedProgram) -> str:
             if not path and name.isidentifier():
                 return name
     return "ExportedProgram"
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def _sizes(program: torch.export.ExportedProgram, binding: Binding) -> tuple[list[Limit], list[str]]:
-    """The sizes that the program has as numbers, and what it assumes of the others."""
-    wanted = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in wanted]
-    paths = [path for path, _ in pytree.tree_flatten_with_path(binding.given)[0]]
-    limits: list[Limit] = []
-    conditions: list[str] = []
-    first: dict[Any, str] = {}
-    for path, value in zip(paths, values, strict=True):
-        if not isinstance(value, Tensor):
-            continue
-        name = _expression(path)
-        known = [d for d, n in enumerate(value.shape) if isinstance(n, int)]
-        shape = tuple(n if isinstance(n, int) else 0 for n in value.shape)
-        if 0 in known:
-            limits.append(Limit(name, shape, (0,), "batch"))
-        rest = tuple(d for d in known if d)
-        if rest and (len(rest) > 1 or value.dim() < 3):  # one alone is the channels, which the first layer looks at
-            limits.append(Limit(name, shape, rest, "size"))
-        for d, n in enumerate(value.shape):
-            if isinstance(n, int):
-                continue
-            size, expression = f"{name}.size()[{d}]", n.node.expr
-            if expression in first:
-                conditions.append(f"{size} == {first[expression]}")
-                continue
-            first[expression] = size
-            if (found := program.range_constraints.get(expression)) is not None:
-                conditions += [f"{size} >= {found.lower}"] if found.lower > _LEAST else []
-                conditions += [f"{size} <= {found.upper}"] if found.upper.is_number and found.upper < 2**40 else []
-            elif (step := _multiple(expression)) > 1:
-                conditions.append(f"{size} % {step} == 0")
-    tensors = [(_expression(path), v) for path, v in pytree.tree_flatten_with_path(binding.given)[0]]
-    for text in getattr(program, "_guards_code", ()) or ():
-        said = _condition(str(text), [name for name, _ in tensors], set(binding.given))
-        if said is not None:
-            conditions.append(said)
-        else:  # nobody knows what it excludes, so only the example's sizes are known to be right
-            sizes = [(name, tuple(v.shape)) for name, v in tensors if isinstance(v, Tensor) and v.dim()]
-            limits = [Limit(name, shape, (0,), "batch") for name, shape in sizes]
-            limits += [Limit(name, shape, tuple(range(1, len(shape))), "size") for name, shape in sizes if shape[1:]]
-            break
-    return limits, list(dict.fromkeys(conditions))
-
-
-def _expression(path: Any) -> str:
-    """An input, or an entry of one, in Python."""
-    return f"{path[0].key}{pytree.keystr(path[1:])}"
-
-
-def _multiple(expression: Any) -> int:
-    """The whole number that a size is a multiple of: 8 for `8 * s`."""
-    factor, _ = expression.as_coeff_Mul()
-    return int(factor) if factor.is_Integer else 1
-
-
-_PLAIN: tuple[type[ast.AST], ...] = (
-    *(ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Load),
-    *(ast.cmpop, ast.boolop, ast.operator, ast.unaryop),
-)
-
-
-def _condition(text: str, flat: list[str], names: set[str]) -> str | None:
-    """A guard as a condition over the inputs by their names; None for what is more than arithmetic with sizes.
-
-    `(L['x'].size()[2] % 8) == 0` is `x.size()[2] % 8 == 0`; a strict export may call inputs `L['flat_args'][0]`. The
-    text may come from a file, and becomes code.
-    """
-    try:
-        tree = _Named(flat, names).visit(ast.parse(text, mode="eval"))
-    except (SyntaxError, _NotPlain):
-        return None
-    return ast.unparse(tree)
-
-
-class _NotPlain(Exception):
-    """A guard that asks for something else than sizes."""
-
-
-class _Named(ast.NodeTransformer):
-    """`L['x']` becomes `x`; anything but `x.size()[2]`, numbers and arithmetic raises `_NotPlain`."""
-
-    def __init__(self, flat: list[str], names: set[str]) -> None:
-        self.flat, self.names = flat, names
-
-    def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.Subscript):
-            return self._subscript(node)
-        if isinstance(node, ast.Call):
-            return self._larger(node)
-        if not isinstance(node, _PLAIN):
-            raise _NotPlain
-        if isinstance(node, ast.Constant) and not isinstance(node.value, int):
-            raise _NotPlain
-        return self.generic_visit(node)
-
-    def _larger(self, node: ast.Call) -> ast.AST:
-        """`torch.sym_max(a, b)` and `sym_min`, written without a call."""
-        kind = {"torch.sym_max": ast.Gt, "torch.sym_min": ast.Lt}.get(ast.unparse(node.func))
-        if kind is None or len(node.args) != 2 or node.keywords:
-            raise _NotPlain
-        a, b = (self.visit(v) for v in node.args)
-        return ast.IfExp(ast.Compare(a, [kind()], [b]), a, b)
-
-    def _subscript(self, node: ast.Subscript) -> ast.AST:
-        call = node.value
-        index = node.slice
-        if not (isinstance(call, ast.Call) and not call.args and not call.keywords and isinstance(index, ast.Constant)):
-            raise _NotPlain
-        function = call.func
-        if not (isinstance(function, ast.Attribute) and function.attr == "size" and type(index.value) is int):
-            raise _NotPlain
-        function.value = self._input(function.value)
-        return node
-
-    def _input(self, node: ast.AST) -> Any:
-        """An input, or an entry of one."""
-        if not isinstance(node, ast.Subscript) or not isinstance(node.slice, ast.Constant):
-            raise _NotPlain
-        if isinstance(node.value, ast.Name) and node.value.id == "L" and node.slice.value in self.names:
-            return ast.Name(str(node.slice.value), ast.Load())
-        if isinstance(node.value, ast.Subscript) and ast.unparse(node.value) == "L['flat_args']":
-            place = node.slice.value
-            if type(place) is not int or not 0 <= place < len(self.flat):
-                raise _NotPlain
-            return ast.parse(self.flat[place], mode="eval").body
-        node.value = self._input(node.value)
-        return node

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfx.passes.errors import ModelError, SizeError
-from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.spans.enumeration import SpanOptions, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.programs import is_program, module_of_program
@@ -183,84 +182,6 @@ def test_several_inputs_keep_their_names_and_outputs_their_containers() -> None:
         torch.testing.assert_close(seen["pair"].map, expected["pair"].map)
         graph = trace(module, {"x": X, "others": args[1], "scale": scale})
         torch.testing.assert_close(graph(*args, scale=scale)["flag"], expected["flag"])
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-def test_sizes_that_are_numbers_of_the_program_are_refused_by_name() -> None:
-    model = double(Classifier())
-    module = module_of_program(exported(model))
-    for net in (module, trace(module, X)):
-        with pytest.raises(SizeError, match="a batch of 2, and x has a batch of 3"):
-            net(torch.cat([X, X[:1]]))
-        with pytest.raises(SizeError, match="15 x 13"):
-            net(X[..., :12])
-    assert noted(trace(module, X)).sizes == {"batch": "fixed", "size": "fixed"}
-
-
-@pytest.mark.parametrize("form", range(3), ids=["program", "file", "core"])
-def test_free_sizes_stay_free(form: int) -> None:
-    model = double(Classifier())
-    graph = trace(module_of_program(forms(exported(model, free=(0, 2, 3)))[form]), X)
-    assert noted(graph).sizes == {"batch": "any", "size": "any"}
-    for shape in ((1, 3, 9, 33), (5, 3, 31, 8)):
-        x = torch.randn(shape, dtype=torch.float64)
-        torch.testing.assert_close(run(graph, x), run(model, x), rtol=1e-12, atol=1e-12)
-
-
-class Aligned(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] % 8:
-            x = F.pad(x, (0, 0, 0, 8 - x.shape[2] % 8))
-        return self.conv(x)
-
-
-def test_what_the_program_assumes_of_a_size_its_module_and_graph_check() -> None:
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    model = double(Aligned())
-    module = module_of_program(exported(model, x, (0, 2, 3)))
-    graph = trace(module, x)
-    for net in (module, graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
-        wide = torch.randn(3, 3, 24, 11, dtype=torch.float64)
-        torch.testing.assert_close(run(net, wide), run(model, wide))
-        with pytest.raises(SizeError, match=r"x.size\(\)\[2\] % 8 == 0"):
-            net(torch.randn(2, 3, 15, 16, dtype=torch.float64))
-
-
-def test_ranges_and_equal_sizes_are_checked() -> None:
-    batch, side = torch.export.Dim("batch", min=3, max=6), torch.export.Dim("side", min=4)
-    model, x = double(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1))), torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch, 2: 2 * side, 3: 2 * side},), strict=False)
-    module = module_of_program(program)
-    assert module(x[:3]).shape == (3, 3, 8, 8)
-    for wrong in (x[:2], torch.cat([x, x]), x[..., :7, :7], x[..., :6]):
-        with pytest.raises(SizeError):
-            module(wrong)
-
-
-def test_a_guard_from_a_file_is_arithmetic_with_sizes_or_no_code_at_all() -> None:
-    program = exported(double(Aligned()), torch.randn(2, 3, 16, 16, dtype=torch.float64), (0, 2, 3))
-    evil = ["__import__('os').system('false') == 0", "L['x'].size(exit())[0] > 0", "L['x'].resize()[0] > 0", "("]
-    program._guards_code = [*program._guards_code, *evil]
-    module = module_of_program(program)
-    assert "% 8 == 0" in module.code and not any(word in module.code for word in ("import", "exit", "resize"))
-    with pytest.raises(SizeError, match="a batch of 2, and x has a batch of 3"):  # what it excludes, nobody knows
-        module(torch.randn(3, 3, 16, 16, dtype=torch.float64))
-
-
-def test_a_strict_export_of_a_graph_assumes_as_much() -> None:
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    net = module_of_program(exported(double(Aligned()), x, (0, 2, 3)))
-    again = torch.export.export(net, (x,), dynamic_shapes=(dict.fromkeys((0, 2, 3), AUTO),), strict=True)
-    module = module_of_program(again)
-    assert module(torch.randn(3, 3, 24, 11, dtype=torch.float64)).shape == (3, 3, 24, 11)
-    with pytest.raises(SizeError, match=r"% 8 == 0"):
-        module(torch.randn(2, 3, 15, 16, dtype=torch.float64))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
