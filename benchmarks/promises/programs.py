@@ -121,8 +121,7 @@ def row_of(name: str) -> dict[str, Any]:
     row["convs"], row["convs_after"] = convs(graph), convs(net)
     out = lmfx.export_program(net, x, **options).module()
     free = free_sizes(model, example, bool(options), "dynamic_shapes" in options)
-    tried = [("example", example)] * (not options) + list(free.trials if free else ())
-    tried = tried if not options else [("example", example), *tried]
+    tried = [("example", example), *(free.trials if free else ())]
     row["sizes"] = " ".join("x".join(map(str, first(e).shape)) for _, e in tried)
     row["errors"] = " ".join(seen(out, model, e) for _, e in tried)
     row["note"] = notes

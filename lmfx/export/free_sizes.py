@@ -15,7 +15,8 @@ A network that has a size as a number (`SizeError`) cannot be exported for other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lmfx.environment.caller_state import one_line
 from lmfx.passes.errors import ExportError, LmfxError, OptionError, SizeError
 from lmfx.passes.model.interface import Example, bind
 from lmfx.passes.model.quiet import quiet
@@ -50,11 +52,9 @@ class FreeSizes:
     def specs(self, of_dim: Any) -> Any:
         """torch.export's `dynamic_shapes` for `shown`, one entry an argument; `of_dim(name)` makes a dimension."""
         leaves, spec = pytree.tree_flatten(list(self.shown[0]) + list(self.shown[1].values()))
-        numbers = iter(range(len(leaves)))
-        made = [
-            ({d: of_dim(name) for d, name in self.dims.get(n, {}).items()} or None) if isinstance(v, Tensor) else None
-            for v, n in zip(leaves, _numbers(leaves, numbers), strict=True)
-        ]
+        tensors = itertools.count()
+        dims = [self.dims.get(next(tensors), {}) if isinstance(v, Tensor) else {} for v in leaves]
+        made = [{d: of_dim(name) for d, name in free.items()} or None for free in dims]
         return tuple(pytree.tree_unflatten(made, spec))
 
     def renamed(self, shapes: Sequence[Sequence[Any]]) -> dict[str, str]:
@@ -71,10 +71,6 @@ def dimension(name: str) -> Any:
     return torch.export.Dim("batch", min=1) if name == "batch" else torch.export.Dim.DYNAMIC
 
 
-def _numbers(leaves: Sequence[Any], numbers: Iterator[int]) -> list[int]:
-    return [next(numbers) if isinstance(v, Tensor) else -1 for v in leaves]
-
-
 def free_sizes(net: nn.Module, example: Example, batch: bool, shapes: Dynamic) -> FreeSizes | None:
     """What is free of a network, None if nothing is.
 
@@ -86,15 +82,16 @@ def free_sizes(net: nn.Module, example: Example, batch: bool, shapes: Dynamic) -
     asked = f"dynamic_shapes={shapes!r}" if shapes else "dynamic_batch=True"
     values, spec = pytree.tree_flatten(example)
     names = _input_names(net, example)
+    reasons: list[str] = []
     for leaves in _choices(values, names, batch, shapes, asked):
-        trials = _trials(net, values, spec, leaves, asked)
+        trials = _trials(net, values, spec, leaves, asked, reasons)
         if any(_all_large(e, leaves) for _, e in trials):
             order = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
             dims = {order.index(v.place): _named(v, batch, shapes) for v in leaves}
             return FreeSizes(dims, next(e for _, e in reversed(trials) if _all_large(e, leaves)), tuple(trials))
     raise ExportError(
         f"{asked}: {type(net).__name__} runs at none of the other sizes that were tried, so a file for them cannot be "
-        "checked; export it without"
+        f"checked{f' ({reasons[0]})' if reasons else ''}; export it without"
     )
 
 
@@ -220,9 +217,12 @@ _SIZES = (_changes(_smaller, -1), _changes(_larger, 1), _changes(_far, 2))
 
 
 def _trials(
-    net: nn.Module, values: Sequence[Any], spec: Any, leaves: tuple[Leaf, ...], asked: str
+    net: nn.Module, values: Sequence[Any], spec: Any, leaves: tuple[Leaf, ...], asked: str, reasons: list[str]
 ) -> list[tuple[str, Example]]:
-    """Several smaller images, a single larger one, several still larger ones: what of that is free, and runs."""
+    """Several smaller images, a single larger one, several still larger ones: what of that is free, and runs.
+
+    Adds to `reasons` what the network said of those that it does not take.
+    """
     sized = any(v.dims for v in leaves)
     rows = max((v.shape[0] for v in leaves if v.batched), default=0)
     found: list[tuple[str, Example]] = []
@@ -233,10 +233,10 @@ def _trials(
             if any(s is None for s in shapes) or [v.shape for v in leaves] == shapes:
                 continue
             example = _drawn(values, spec, leaves, [s for s in shapes if s is not None])
-            if _runs(net, example, asked):
-                sizes = ", ".join(
-                    f"{v.name} {' x '.join(map(str, s or ()))}" for v, s in zip(leaves, shapes, strict=True)
-                )
+            sizes = ", ".join(f"{v.name} {' x '.join(map(str, s or ()))}" for v, s in zip(leaves, shapes, strict=True))
+            if (problem := _refusal(net, example, asked)) is not None:
+                reasons.append(f"at {sizes}: {problem}")
+            else:
                 found.append((f"a random input of another {'size' if sized else 'batch'} ({sizes})", example))
                 break
     return found
@@ -256,18 +256,18 @@ def _drawn(values: Sequence[Any], spec: Any, leaves: tuple[Leaf, ...], shapes: S
     return args, kwargs
 
 
-def _runs(net: nn.Module, example: Example, asked: str) -> bool:
-    """Whether a network takes an example. Raises `ExportError` if it has a size as a number."""
+def _refusal(net: nn.Module, example: Example, asked: str) -> str | None:
+    """What a network says of an example that it does not take. Raises `ExportError` if it has a size as a number."""
     args, kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, example)
     try:
         with torch.no_grad(), quiet():
             net(*args, **kwargs)
-    except ConditionError:
-        return False
+    except ConditionError as error:
+        return str(error)
     except SizeError as error:
         raise ExportError(f"{asked}: what is exported would be wrong at other sizes, in silence: {error}") from error
     except LmfxError:
         raise
-    except Exception:  # a network may refuse a size in any way; another one is tried
-        return False
-    return True
+    except Exception as error:  # a network may refuse a size in any way; another one is tried, and the reason kept
+        return f"{type(error).__name__}: {one_line(error)}"
+    return None

@@ -75,8 +75,9 @@ def _linear(graph: fx.Graph, node: fx.Node, x: Any, turned: Any, bias: Any) -> b
     after = next(iter(node.users)) if len(node.users) == 1 else None
     if x.target in _VIEWS and after is not None and after.target in _VIEWS:
         source: Any = x.args[0]
-        before, wanted = _shape(source), _shape(after)
-        if before is not None and wanted is not None and len(before) == len(wanted) and _same(before[:-1], wanted[:-1]):
+        before, rows, wanted = _shape(source), _shape(x), _shape(after)
+        known = before is not None and rows is not None and wanted is not None
+        if known and _same(before[:-1], wanted[:-1]) and _same(before[-1:], rows[-1:]):
             node.args = (source, *node.args[1:])
             node.meta["val"] = after.meta["val"]
             after.replace_all_uses_with(node)
@@ -123,7 +124,7 @@ def _rank(node: Any) -> int | None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
+    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b, strict=True))
 
 
 _RULES: dict[Any, Callable[[fx.Graph, fx.Node], bool]] = {

@@ -107,9 +107,32 @@ def test_a_graph_of_one_size_is_refused_with_both_sizes(tmp_path: Path) -> None:
 
 
 def test_a_network_that_runs_at_no_other_size_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="runs at none of the other sizes"):
+    with pytest.raises(ExportError, match=r"runs at none of .*\(at x 1 x 3 x 11 x 9: RuntimeError: The size"):
         lmfx.export_onnx(Numbered().eval(), X, tmp_path / "net.onnx", dynamic_shapes=True)
     lmfx.export_onnx(Numbered().eval(), X, tmp_path / "net.onnx", dynamic_batch=True)
+
+
+def test_a_fault_of_the_network_is_told_not_taken_for_a_size() -> None:
+    class Faulty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.no_such_method()
+
+    with pytest.raises(ExportError, match="x 2 x 3 x 16 x 12: AttributeError.*no_such_method"):
+        free_sizes(Faulty(), ((X,), {}), True, False)
+
+
+def test_numbers_between_the_inputs_are_not_counted() -> None:
+    class Several(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, scale: float, x: Tensor, others: Any) -> Tensor:
+            return self.conv(x) * scale + self.conv(others[1]) * others[0]
+
+    free = free_sizes(Several().eval(), ((2.0, X, (3, X.clone())), {}), True, False)
+    assert free is not None and free.dims == {0: {0: "batch"}, 1: {0: "batch"}}
+    assert free.specs(str.upper) == (None, {0: "BATCH"}, (None, {0: "BATCH"}))
 
 
 def test_a_file_that_is_wrong_at_another_size_is_not_written(tmp_path: Path) -> None:

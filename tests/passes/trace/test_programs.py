@@ -153,6 +153,21 @@ def test_linear_layers_of_many_dimensions_are_put_together_again() -> None:
         assert ops_of(trace(module_of_program(program), X)) == ops_of(trace(model, X))
 
 
+def test_a_linear_layer_of_parts_of_the_last_dimension_is_not_one_of_the_whole() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x).permute(0, 2, 3, 1)
+            return self.fc(y.reshape(-1, 2)).view(*y.shape[:3], 10)
+
+    model = double(Heads())
+    for program in forms(exported(model)):
+        torch.testing.assert_close(run(trace(module_of_program(program), X), X), run(model, X), rtol=1e-12, atol=1e-12)
+
+
 # --- inputs and outputs -----------------------------------------------------------------------------------------------
 
 
