@@ -6,7 +6,9 @@
                          of the model in float64, and that is compared; its weights are those of the first to rounding
     net                  the merged network, rounded once
 
-A model with float32 written into it runs in its own dtype only, and is compared in that.
+A model with float32 written into it runs in its own dtype only, and is compared in that; so is one that computes
+values in float32 or less also when it runs in float64, if that is seen: in the output, or because a merge took in what
+widened them again. A network without such values is compared in float64 or refused.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfx.passes.errors import LmfxError, VerifyError
 from lmfx.passes.graph.node_facts import note_like
@@ -78,18 +81,36 @@ def check_equal(
     wide = _cast(example)
     doubled = eval_copy(model).double()
     try:
-        expected, actual = _run(doubled, wide), _run(merged, wide)
-        amplitude = _Amplitude(traced)
-        amplitude.run(*_values(traced, wide), enable_io_processing=False)
-        if amplitude.narrower:
-            raise TypeError(f"values in {amplitude.narrower}")  # their rounding is larger than what is looked for
+        expected = _run(doubled, wide)
     except Exception as error:  # a model with float32 written into it: it can only be run as it is
-        expected = _run(eval_copy(model), example)
-        _compare(expected, _run(net, example), SINGLE * _largest(expected), "the example")
-        kinds = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in expected}))
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:90]
-        return f"in {kinds} only, within {SINGLE:g}: in float64 the model stops at {why!r}"
+        return _equal_as_it_is(model, net, example, f"in float64 the model stops at {why!r}")
+    try:
+        return _equal_in_double(doubled, example_input, traced, merged, net, plan, expected)
+    except Exception:  # rounding within the model is seen, or a merge took in what made float64 of float32 again
+        rounding = _Rounding()
+        with rounding:
+            _run(doubled, wide)
+        if not rounding.dtype:
+            raise
+    return _equal_as_it_is(model, net, example, f"in float64 the model still has values in {rounding.dtype}")
+
+
+def _equal_in_double(
+    doubled: nn.Module,
+    example_input: Any,
+    traced: fx.GraphModule,
+    merged: fx.GraphModule,
+    net: fx.GraphModule,
+    plan: MergePlan,
+    expected: list[Tensor],
+) -> str:
+    """Where the networks were compared. Raises `VerifyError`."""
+    wide = _cast(example_arguments(example_input))
+    amplitude = _Amplitude(traced)
+    amplitude.run(*_values(traced, wide), enable_io_processing=False)
     limit = RELATIVE * _largest(expected) + INSIDE * amplitude.largest
+    actual = _run(merged, wide)
     where = "the example"
     try:
         _compare(expected, actual, limit, where)
@@ -108,6 +129,14 @@ def check_equal(
         _compare(expected, _run(merged, other), limit + RELATIVE * _largest(expected), where)
         return f"in float64, within {RELATIVE:g}, on the example and at {where}"
     return f"in float64, within {RELATIVE:g}, on the example"
+
+
+def _equal_as_it_is(model: nn.Module, net: nn.Module, example: Any, why: str) -> str:
+    """Compare in the model's own dtype, and say why. Raises `VerifyError`."""
+    expected = _run(eval_copy(model), example)
+    _compare(expected, _run(net, example), SINGLE * _largest(expected), "the example")
+    kinds = ", ".join(sorted({str(v.dtype).removeprefix("torch.") for v in expected}))
+    return f"in {kinds} only, within {SINGLE:g}: {why}"
 
 
 def _traced_anew(doubled: nn.Module, example: Any, plan: MergePlan, error: VerifyError) -> fx.GraphModule:
@@ -136,19 +165,30 @@ def _same_weights(merged: fx.GraphModule, net: fx.GraphModule, units: int = 4) -
 
 
 class _Amplitude(fx.Interpreter):
-    """Runs a graph in float64 and keeps the largest number in it, which its rounding errors go with, and the dtype of
-    values that are narrower."""
+    """Runs a graph and keeps the largest number in it, which its rounding errors go with."""
 
     largest = 0.0
-    narrower = ""
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.no_grad():
             value = super().run_node(n)
         if n.op != "output" and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             self.largest = max(self.largest, float(value.detach().abs().max()))
-            if value.dtype != torch.float64:
-                self.narrower = str(value.dtype).removeprefix("torch.")
+        return value
+
+
+class _Rounding(TorchDispatchMode):
+    """Sees whether a model in float64 makes narrower values of others; constants that it makes of nothing are none."""
+
+    dtype = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        given = [v for v in pytree.tree_leaves((args, kwargs or {})) if isinstance(v, Tensor)]
+        if any(v.dtype == torch.float64 or not v.is_floating_point() for v in given):
+            made = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+            narrow = [v.dtype for v in made if v.dtype != torch.float64]
+            self.dtype = str(narrow[0]).removeprefix("torch.") if narrow else self.dtype
         return value
 
 

@@ -43,6 +43,31 @@ class Single(Pair):
         return self.second(self.first(x)).relu() @ torch.ones(9, 2)
 
 
+class Normalised(Pair):
+    """A model whose values are in float32 until its mean, whatever its own dtype is; a conv takes the mean in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.float() * 3.3 - self.mean)).relu()
+
+
+class Rounds(Pair):
+    """A model that computes its output in float32, whatever its own dtype is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.second(self.first(x)).float() / 3).softmax(1).to(x.dtype)
+
+
+class Mask(Pair):
+    """A model with a value in float32 that is the same in any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) * (x[:, :, 1:-1, 1:-1] > 0).float()
+
+
 def simple(model: nn.Module) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = double(model).float()
@@ -66,12 +91,37 @@ def test_a_model_that_takes_one_dtype_is_compared_in_it_and_the_report_says_so()
     assert f"  checked    {checked}" in str(lmfx.report(net)).splitlines()
 
 
+@pytest.mark.parametrize("kind", [Normalised, Rounds])
+def test_a_model_whose_values_are_rounded_in_float64_too_is_compared_in_its_own_dtype(kind: type[nn.Module]) -> None:
+    _, net = simple(kind())
+    assert ops_of(net).count("Conv2d") == 1
+    said = "in float32 only, within 0.001: in float64 the model still has values in float32"
+    assert lmfx.result_of(net).checked == said
+
+
+def test_narrower_values_that_nobody_sees_in_the_output_make_no_check_weaker() -> None:
+    _, net = simple(Mask())
+    assert ops_of(net).count("Conv2d") == 1
+    assert lmfx.result_of(net).checked.startswith("in float64, within 1e-09, on the example and at")
+
+
+def test_a_merged_network_that_float64_stops_is_refused_where_its_model_has_no_narrower_values() -> None:
+    model, net = simple(Pair())
+    graph, plan = lmfx.trace(model, X), lmfx.result_of(net).plan
+    traced = in_double(graph)
+    wrong = merged_form(traced, plan)
+    good = rounded(wrong, graph, plan)
+    assert check_equal(model, X, traced, wrong, good, plan)
+    with pytest.raises(RuntimeError):
+        check_equal(model, X, traced, wrong.float(), good, plan)
+
+
 def test_nothing_merged_is_said() -> None:
     _, net = simple(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()))
     assert lmfx.result_of(net).checked.startswith("nothing was merged")
 
 
-@pytest.mark.parametrize("kind", [Pair, ByHand, Single])
+@pytest.mark.parametrize("kind", [Pair, ByHand, Single, Normalised, Rounds, Mask])
 def test_another_weight_is_no_equal(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = double(kind()).float()
@@ -83,7 +133,7 @@ def test_another_weight_is_no_equal(kind: type[nn.Module]) -> None:
     assert check_equal(model, X, traced, merged, net, plan)
     other = deep_copy(model)
     with torch.no_grad():
-        other.first.weight[0, 0] += 1.0 if kind is Single else 1e-3
+        other.first.weight[0, 0] += 1.0 if kind in (Single, Normalised, Rounds) else 1e-3
     with pytest.raises(lmfx.VerifyError, match="merging (changes the output|loses the weight)"):
         check_equal(other, X, traced, merged, net, plan)
 
