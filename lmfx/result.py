@@ -94,9 +94,6 @@ class Result:
         return type(self), (*values[:-2], None, None)
 
     def _repr_html_(self) -> str:
-        ways = {
-            way: sum(c.realization == way for c in self.plan.candidates) for way in ("compose", "fit", "narrow", "drop")
-        }
         facts: list[tuple[str, object]] = [("budget", "none" if self.budget is None else self.budget)]
         if self.ratio and self.measured is not None and self.original is not None:
             latency = f"{self.original:.4g} ms before, {self.measured:.4g} ms after"
@@ -105,7 +102,7 @@ class Result:
             facts.append(("latency", f"{self.original:.4g} ms before, {self.predicted:.4g} ms after, as predicted"))
         if self.quality is not None:
             facts.append(("quality", f"{self.quality}, on {self.quality.images} images"))
-        facts.append(("changed", ", ".join(f"{n} {way}" for way, n in ways.items() if n) or "nothing"))
+        facts.append(("changed", ", ".join(f"{n} {way}" for way, n in self.plan.ways.items() if n) or "nothing"))
         facts += [("kept", f"{len(self.kept)} convs"), ("refused", f"{len(self.refusals)} times")]
         return html_facts("lmfx: a compressed network", facts)
 

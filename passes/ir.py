@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 from .html_text import escaped, html_table
 
@@ -339,6 +339,17 @@ class MergePlan:
     def exact(self) -> bool:
         """Whether every candidate is: the network under the plan computes what the original computes."""
         return all(c.exact for c in self.candidates)
+
+    @property
+    def ways(self) -> dict[str, int]:
+        """How many spans it changes in each way."""
+        return {way: sum(c.realization == way for c in self.candidates) for way in get_args(Realization)[1:]}
+
+    @property
+    def conv_counts(self) -> tuple[int, int]:
+        """How many convs its spans have, and how many they become."""
+        before = {name for c in self.candidates for name in c.all_convs}
+        return len(before), sum(len(c.all_convs) if c.cuts else c.puts_conv for c in self.candidates)
 
     def _repr_html_(self) -> str:
         rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]

@@ -1,9 +1,11 @@
 """Pages of results: how large, how soon they are open, how fast the slider is, and how they look.
 
     PYTHONPATH=. python benchmarks/promises/pages.py [--networks resnet50 ...] [--budgets 0.7 0.45] [--pictures DIR]
+    REAL=... PYTHONPATH=. python benchmarks/promises/pages.py --networks drawn-mobilenet --budgets 0.6 [--latency X]
 
-Needs Chromium. Random weights, 16 random images, latencies of the analytic backend and importances of magnitudes (for
-the diffusion network: reconstruction): pages are looked at here, not networks, so a percentage on them means nothing.
+Needs Chromium. Latencies are of the analytic backend. The networks of this file have random weights, 16 random images
+and importances of magnitudes: their pages are looked at, not the networks, so a percentage on them means nothing. Those
+of `benchmarks/real` are trained, and compressed with the defaults of lmfx on the images that are theirs to calibrate.
 
     bytes     of the file
     write     CPU seconds from the result to the file
@@ -19,6 +21,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,12 @@ import torch
 from torch import nn
 
 import lmfx
+from benchmarks.real import real
+from benchmarks.real.subjects import Subject
 from tests.chromium import Chromium
 
-Case = tuple[nn.Module, Any, Any, str]  # model, example, images, importance
+Case = tuple[nn.Module, Any, Any, dict[str, Any]]  # model, example, images, options of compress
+QUICK: dict[str, Any] = {"importance": "magnitude", "refit": False}
 STEP = """(() => {
 const slider = document.getElementById('budget');
 for (let i = 0; i < 20; i++) {
@@ -54,7 +60,7 @@ def resnet(name: str) -> Case:
     import torchvision
 
     images = torch.randn(16, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, "magnitude"
+    return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, QUICK
 
 
 def efficientnet() -> Case:
@@ -62,7 +68,7 @@ def efficientnet() -> Case:
     import timm
 
     images = torch.randn(16, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    return drawn(timm.create_model("tf_efficientnet_lite0", pretrained=False)), images[:1], images, "magnitude"
+    return drawn(timm.create_model("tf_efficientnet_lite0", pretrained=False)), images[:1], images, QUICK
 
 
 def diffusion() -> Case:
@@ -74,7 +80,14 @@ def diffusion() -> Case:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(16, 1, size, size, generator=generator)
     steps = torch.randint(0, times, (16,), generator=generator)
-    return found.Denoiser().eval(), (images[:1], steps[:1]), [(images, steps)], "reconstruction"
+    return found.Denoiser().eval(), (images[:1], steps[:1]), [(images, steps)], QUICK
+
+
+def trained(make: Callable[[], Subject]) -> Case:
+    """A network of benchmarks/real, with its own images."""
+    subject = make()
+    images = subject.images("cal", subject.calibration, subject.size)
+    return subject.model(), subject.example, images, {}
 
 
 NETWORKS: dict[str, Callable[[], Case]] = {
@@ -83,6 +96,7 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "efficientnet-lite0": efficientnet,
     "diffusion-unet": diffusion,
 }
+TRAINED: dict[str, Callable[[], Case]] = {name: partial(trained, make) for name, make in real.NETWORKS.items()}
 
 
 def measured(browser: Chromium, path: Path) -> dict[str, float]:
@@ -119,19 +133,26 @@ def pictures(browser: Chromium, path: Path, folder: Path, name: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Compress, write, open, look."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=[*NETWORKS, *TRAINED])
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.45])
+    parser.add_argument("--latency", default="roofline", help="the backend")
     parser.add_argument("--out", type=Path, default=Path("out/pages"))
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
     args = parser.parse_args(arguments)
     print(f"{'page':26} {'bytes':>9} {'write':>7} {'elements':>9} {'open':>8} {'move':>8}  errors", flush=True)
     for name in args.networks:
         torch.manual_seed(0)
-        model, example, images, importance = NETWORKS[name]()
+        model, example, images, options = {**NETWORKS, **TRAINED}[name]()
         for budget in args.budgets:
-            options: dict[str, Any] = {"importance": importance, "latency": "roofline", "refit": False}
             net = lmfx.compress(
-                model, example, budget, calibration=images, cache_dir=args.out / "cache", progress=False, **options
+                model,
+                example,
+                budget,
+                calibration=images,
+                latency=args.latency,
+                cache_dir=args.out / "cache",
+                progress=False,
+                **options,
             )
             start = time.process_time()
             path = lmfx.report(net).html(args.out / f"{name}-{budget:g}.html", title=name)

@@ -246,11 +246,12 @@ def _output(text: str) -> Path:
 def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, spec: str | None = None) -> None:
     save(net, output, model=spec or args.model)
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
+    page = None
     if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
-        _write_page(net, output / "report.html", args.model)
+        page = _write_page(net, output / "report.html", args.model)
     if getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8":
         _write_onnx(net, x, output / "net.onnx")
-    say_next(args, output, spec or args.model)
+    say_next(args, output, spec or args.model, page)
 
 
 def simplify_command(args: argparse.Namespace) -> None:
@@ -347,12 +348,15 @@ def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
     print(f"wrote {export_onnx(net, example, path)}")
 
 
-def _write_page(net: fx.GraphModule, path: Path, model: str) -> None:
+def _write_page(net: fx.GraphModule, path: Path, model: str) -> Path | None:
     """The result as a page, where what writes pages is installed: the network itself is saved already."""
     try:
-        print(f"wrote {report(net).html(path, title=model)}")
+        page = report(net).html(path, title=model)
     except MissingExtra as error:
         print(f"no page was written: {error}", file=sys.stderr)
+        return None
+    print(f"wrote {page}")
+    return page
 
 
 def _check_folder(path: Path) -> None:

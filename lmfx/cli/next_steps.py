@@ -18,8 +18,8 @@ def default_output(spec: str, budget: Budget | None, keep: float | None) -> str:
     return f"out/{name}-{budget if budget is not None else f'keep{keep:g}'}"
 
 
-def say_next(args: argparse.Namespace, output: Path, spec: str) -> None:
-    """Prints what can be done with what was written to `output`, as commands that can be copied."""
+def say_next(args: argparse.Namespace, output: Path, spec: str, page: Path | None = None) -> None:
+    """Prints what can be done with what was written to `output`, as commands that can be copied; last, its page."""
     zoo = spec.startswith(("torchvision:", "timm:"))
     words = [str(output), *([] if zoo else [spec])]  # a file does not decide what is imported
     rows = []
@@ -33,6 +33,7 @@ def say_next(args: argparse.Namespace, output: Path, spec: str) -> None:
         rows.append((command, "train without labels, for quality"))
     python = f'net = lmfx.load("{output}", model)'
     lines = [(shlex.join(command), text) for command, text in rows] + [(python, "in Python; model as it was before")]
+    lines += [(str(page), "open it in a browser: every budget, what became of each layer")] if page is not None else []
     width = max(len(line) for line, _ in lines)
     for i, (line, text) in enumerate(lines):
         print(f"{'next: ' if i == 0 else '      '}{line:{width}}  # {text}")

@@ -97,6 +97,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     i, slopes = i[slopes > 0], slopes[slopes > 0]
     if slopes.size:
         offsets = y[i] - slopes * x[i]
+        offsets[np.abs(offsets) <= 1e-12 * y[i]] = 0.0  # only rounded
     else:  # equal sums, or noise turned the order round: an offset, or a scale only
         slopes = np.array([1.0] if not apart.any() else [float(np.median(y / x))])
         offsets = np.array([float(np.median(y - slopes[0] * x))])

@@ -94,16 +94,18 @@ class Frontier:
     @entry
     def plan(self, index: int) -> MergePlan:
         """The plan of one point."""
-        chosen = [c for c in self.raw.choice(index) if isinstance(c, Candidate) and c.realization != "keep"]
-        chosen.sort(key=lambda c: self._order[c.span.exit])
         return MergePlan(
-            tuple(chosen),
+            tuple(sorted(self._chosen(index), key=lambda c: self._order[c.span.exit])),
             self._fingerprint,
             float(self.latency[index]),
             float(self.importance[index]),
             self.surrogate,
             activation_after=self.spans.options.activation_after,
         )
+
+    def _chosen(self, index: int) -> tuple[Candidate, ...]:
+        """What changes something at a point, in the order of the solver."""
+        return tuple(c for c in self.raw.choice(index) if isinstance(c, Candidate) and c.realization != "keep")
 
     @entry
     def index_at(self, budget: Any) -> int:
@@ -139,16 +141,13 @@ class Frontier:
         `fit`, `narrow` and `drop` count the spans that the plan changes in that way, `convs` what convolutions of the
         changed spans become. A list of dicts, as data frames read it, that prints as a table.
         """
-        ways = ("compose", "fit", "narrow", "drop")
         rows = []
         for i, (ms, value) in enumerate(zip(self.latency.tolist(), self.importance.tolist(), strict=True)):
-            chosen = [c for c in self.raw.choice(i) if isinstance(c, Candidate) and c.realization != "keep"]
-            before = len({name for c in chosen for name in c.all_convs})
-            after = sum(len(c.all_convs) if c.cuts else c.puts_conv for c in chosen)
-            counts = {way: sum(c.realization == way for c in chosen) for way in ways}
+            plan = MergePlan(self._chosen(i))
+            before, after = plan.conv_counts
             share = ms / self.original if self.original else 1.0
-            convs = f"{before} -> {after}"
-            rows.append({"latency_ms": ms, "of_original": share, "loss": 0.0 - value, **counts, "convs": convs})
+            figures: dict[str, Any] = {"latency_ms": ms, "of_original": share, "loss": 0.0 - value}
+            rows.append({**figures, **plan.ways, "convs": f"{before} -> {after}"})
         return RowTable(rows)
 
     def _repr_html_(self) -> str:

@@ -8,7 +8,7 @@ from lmfx.environment.bounded_reading import in_one_line
 from lmfx.report.charts import number
 from lmfx.result import Result
 
-__all__ = ["answer_of", "figures_of", "machine_of", "ratio_of"]
+__all__ = ["COLLAPSED", "answer_of", "figures_of", "is_calculated", "ratio_of", "runtime"]
 
 COLLAPSED = (
     "It no longer does what the original did. Allow a larger budget, train it (lmfx.recover, lmfx.distill), or keep "
@@ -52,9 +52,9 @@ def _detail(result: Result) -> list[str]:
         said.append(f"Judged on {quality.images} image{'' if quality.images == 1 else 's'} {seen} ({quality}).")
     if result.checked:
         said.append(f"Compared with the model: {result.checked}.")
-    where = machine_of(result)
+    where = f"with {runtime(result) or 'an unknown runtime'}"
     if result.measured is not None and result.original is not None:
-        how = "Calculated" if _calculated(result) else "Measured"
+        how = "Calculated" if is_calculated(result) else "Measured"
         said.append(f"{how}: {number(result.original, 4)} ms before, {number(result.measured, 4)} ms after, {where}.")
     elif result.predicted is not None and result.original is not None:
         text = (
@@ -66,18 +66,18 @@ def _detail(result: Result) -> list[str]:
     return said
 
 
-def _calculated(result: Result) -> bool:
+def is_calculated(result: Result) -> bool:
     """Whether the backend is no clock: the analytic model gives what others measure."""
     return result.backend.get("backend") == "roofline"
 
 
-def machine_of(result: Result) -> str:
-    """What the latencies hold for."""
+def runtime(result: Result) -> str:
+    """What the latencies hold for: the backend and its version, the device, threads."""
     b = result.backend
-    name = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
-    device = f" on {b['device']}" if b.get("device") else ""
-    threads = f", {b['threads']} thread{'' if b['threads'] == 1 else 's'}" if isinstance(b.get("threads"), int) else ""
-    return in_one_line(f"with {name or 'an unknown runtime'}{device}{threads}")
+    text = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
+    text += f" on {b['device']}" if b.get("device") else ""
+    text += f", {b['threads']} thread{'' if b['threads'] == 1 else 's'}" if isinstance(b.get("threads"), int) else ""
+    return in_one_line(text)
 
 
 def figures_of(result: Result) -> list[dict[str, str]]:
@@ -86,7 +86,7 @@ def figures_of(result: Result) -> list[dict[str, str]]:
     found = []
     after = result.measured if result.measured is not None else result.predicted
     if after is not None and result.original is not None:
-        how = "predicted" if result.measured is None else "calculated" if _calculated(result) else "measured"
+        how = "predicted" if result.measured is None else "calculated" if is_calculated(result) else "measured"
         found.append(_figure(f"latency, {how}", f"from {number(result.original, 4)} ms", f"{number(after, 4)} ms"))
     if ratio:
         budget = "" if result.budget is None else f"budget {result.budget}"
@@ -100,13 +100,11 @@ def figures_of(result: Result) -> list[dict[str, str]]:
         else:
             more = "" if q.psnr is None else f"PSNR {q.psnr:.1f} dB"
             found.append(_figure("kept of what it computes", more, f"{q.kept:.1%}"))
-    changed = {name for c in result.plan.candidates for name in c.all_convs}
-    convs = len(changed) + len(result.kept)
-    left = len(result.kept) + sum(len(c.all_convs) if c.cuts else c.conv is not None for c in result.plan.candidates)
-    found.append(_figure("convolutions", f"from {convs}", str(left)))
+    before, left = (count + len(result.kept) for count in result.plan.conv_counts)
+    found.append(_figure("convolutions", f"from {before}", str(left)))
     if result.evidence is not None:
-        before, now = result.evidence.parameters
-        found.append(_figure("parameters", f"from {_short(before)}", _short(now)))
+        then, now = result.evidence.parameters
+        found.append(_figure("parameters", f"from {_short(then)}", _short(now)))
     return found
 
 

@@ -202,5 +202,6 @@ def _edges(network: Network, row_of: dict[str, int]) -> tuple[tuple[int, int], .
     for a, b in sorted(found - forward):
         if a > b:
             above = [p for p, q in forward if q == a and p < b]
-            forward.add((min(above), b)) if above else None
+            if above:
+                forward.add((min(above), b))
     return tuple(sorted(forward))

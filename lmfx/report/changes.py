@@ -17,7 +17,7 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.report.blocks import Picture
 
-__all__ = ["KINDS", "SpanChange", "change_of", "kept_ms"]
+__all__ = ["KINDS", "SpanChange", "change_of", "in_words", "kept_ms", "loss_of"]
 
 KINDS = {"compose": "merged", "fit": "fitted", "narrow": "narrowed", "drop": "dropped", "keep": "kept"}
 
@@ -59,12 +59,11 @@ def change_of(
     config, shape = candidate.conv, spans.network.shape
     kernel = "×".join(map(str, config.written)) if config is not None and candidate.puts_conv else ""
     known = latencies is not None and candidate.key in latencies
-    loss = scores[candidate.key] if scores is not None and candidate.key in scores else None
     return SpanChange(
         key=candidate.key,
         kind=candidate.realization,
         name=(candidate.convs or candidate.all_convs or (candidate.span.exit,))[0],
-        text=re.sub(r"(?<=\d)x(?=\d)", "×", candidate.change),
+        text=in_words(candidate),
         kernel=kernel,
         channels=(_channels(shape(candidate.span.entry)), _channels(shape(candidate.span.exit))),
         rows=rows,
@@ -72,8 +71,20 @@ def change_of(
         widths=_widths(candidate, picture, spans),
         before=latencies.kept(candidate) if latencies is not None and known else None,
         after=latencies.ms(candidate.key) if latencies is not None and known else None,
-        loss=0.0 if candidate.exact else None if loss is None else 0.0 - loss,
+        loss=loss_of(candidate, scores),
     )
+
+
+def in_words(candidate: Candidate) -> str:
+    """What a candidate makes of its span: `3 convs as one 5×5`."""
+    return re.sub(r"(?<=\d)x(?=\d)", "×", candidate.change)
+
+
+def loss_of(candidate: Candidate, scores: ImportanceTable | None) -> float | None:
+    """What a candidate costs alone; None where no table says so."""
+    if candidate.exact:
+        return 0.0
+    return 0.0 - scores[candidate.key] if scores is not None and candidate.key in scores else None
 
 
 def kept_ms(latencies: LatencyTable, layer: tuple[str, int] | None) -> float | None:

@@ -1,7 +1,7 @@
 """Scales and ticks of the charts of a page: where a value stands, and which round values are marked.
 
 linear     position = a + b value                  ticks at 1, 2 or 5 times a power of ten
-symlog     value <= t: linear, above: logarithmic   ticks at 0 and powers of ten
+symlog     value <= t: linear, above: logarithmic   ticks at 0 and powers of ten, t below the least value but 0
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def linear(values: Sequence[float], start: float, end: float, count: int = 5, ze
     return Axis(ticks[0], ticks[-1], start, end, ticks)
 
 
-def symlog(values: Sequence[float], start: float, end: float, decades: int = 3) -> Axis:
-    """An axis from 0 on whose last `decades` powers of ten are apart, and what is smaller is linear."""
+def symlog(values: Sequence[float], start: float, end: float) -> Axis:
+    """An axis from 0 on whose powers of ten are apart, three to seven of them down to the least value that is not 0."""
     high = max(*values, 1e-12)
     top = math.ceil(math.log10(high) - 1e-9)
-    bottom = top - decades
+    least = min((v for v in values if v > 0), default=high)
+    bottom = max(min(math.floor(math.log10(least) + 1e-9), top - 3), top - 7)
     ticks = [0.0, *(float(10**p) for p in range(bottom, top + 1))]
     return Axis(0.0, max(high, ticks[-2]), start, end, tuple(t for t in ticks if t <= high), float(10**bottom))
 

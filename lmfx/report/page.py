@@ -107,6 +107,8 @@ def _values(
         "spans": span_rows(result, scores),
         "measured": measured_chart(result),
         "alternatives": alternatives_chart(result, alternatives),
+        "loaded": evidence is None,
+        "held_out": result.quality is not None and result.quality.held_out,
         "chart": None,
         "drawing": None,
         "strips": None,
@@ -129,13 +131,9 @@ def _values(
     values["drawing"] = draw(picture, changes, latencies)
     values["layers"] = latency_rows(picture, changes, latencies)
     values["strips"] = strips(picture, changes, latencies)
-    values["chart"] = frontier_chart(result, stops)
-    values["data"] = {
-        "changes": [_change(c) for c in changes],
-        "stops": stops,
-        "result": own,
-        "nearest": _nearest(stops, own),
-    }
+    nearest = _nearest(stops, own)
+    values["chart"] = frontier_chart(frontier, stops, own, nearest)
+    values["data"] = {"changes": [_change(c) for c in changes], "stops": stops, "result": own, "nearest": nearest}
     return values
 
 
@@ -149,7 +147,7 @@ def _own(result: Result, number_of: dict[str, int]) -> dict[str, Any]:
         "ms": ms,
         "loss": loss,
         "changes": [number_of[c.key] for c in plan.candidates if c.key in number_of],
-        "say": say(ms or 0.0, result.original, loss, plan.candidates),
+        "say": say(ms or 0.0, result.original, loss, plan),
     }
 
 

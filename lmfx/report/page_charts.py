@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lmfx.planning.frontier import Frontier
 from lmfx.quality.measures import Alternative
-from lmfx.report.answer import ratio_of
+from lmfx.report.answer import is_calculated, ratio_of
 from lmfx.report.charts import Axis, linear, number, symlog
 from lmfx.result import Result
 
@@ -28,59 +29,58 @@ def _frame(x: Axis, y: Axis, x_name: str, y_name: str, wide: float = WIDE) -> di
     }
 
 
-def frontier_chart(result: Result, stops: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The frontier as steps, each stop's place, and the original; None without a frontier."""
-    frontier = result.frontier
+def frontier_chart(
+    frontier: Frontier | None, stops: Sequence[dict[str, Any]], own: dict[str, Any], nearest: int
+) -> dict[str, Any] | None:
+    """The frontier as steps, the places of stops, the original and the result; None without a frontier.
+
+    `own` is the result as a stop: where its loss is not known, it has the place of the stop that is `nearest`.
+    """
     if frontier is None or not stops:
         return None
     latencies = [s["ms"] for s in stops] + [frontier.original]
     x = linear(latencies, LEFT, WIDE - RIGHT, zero=min(latencies) < 0.3 * max(latencies))
-    y = symlog([s["loss"] for s in stops], TALL - BOTTOM, TOP)
+    y = symlog([s["loss"] for s in (*stops, own) if s["loss"] is not None], TALL - BOTTOM, TOP)
     places = [(round(x.at(s["ms"]), 1), round(y.at(s["loss"]), 1)) for s in stops]
     line = f"M{places[0][0]} {places[0][1]}" + "".join(f"H{px}V{py}" for px, py in places[1:])
-    own = None
-    if result.predicted is not None:
-        index = next((i for i, s in enumerate(stops) if s["point"] == _own_point(result)), None)
-        own = places[index] if index is not None else None
+    own_x = None if own["ms"] is None else round(x.at(min(max(own["ms"], x.low), x.high)), 1)
     return _frame(x, y, "predicted latency, ms", "predicted loss") | {
         "line": line,
         "places": places,
         "original": (x.at(frontier.original), y.at(0.0)),
-        "own_x": None if result.predicted is None else round(x.at(min(max(result.predicted, x.low), x.high)), 1),
-        "own": own,
+        "own_x": own_x,
+        "own": places[nearest] if own_x is None or own["loss"] is None else (own_x, round(y.at(own["loss"]), 1)),
         "points": len(frontier),
         "shown": len(stops),
     }
 
 
-def _own_point(result: Result) -> int | None:
-    """The point of the frontier that is the result's plan."""
-    frontier, keys = result.frontier, [c.key for c in result.plan.candidates]
-    if frontier is None or result.plan.importance is None:
-        return None
-    near = [i for i, v in enumerate(frontier.importance) if abs(v - result.plan.importance) <= 1e-9 * (1 + abs(v))]
-    return next((i for i in near if [c.key for c in frontier.plan(i).candidates] == keys), None)
-
-
 def measured_chart(result: Result) -> dict[str, Any] | None:
-    """Predicted against measured, of the networks that the search built; None where there are fewer than two."""
+    """Predicted against measured, of the networks that the search built; None where there are fewer than two.
+
+    What the analytic backend says of a whole network is calculated, and the chart says so.
+    """
     pairs = result.evidence.measured if result.evidence is not None else ()
     if len(pairs) < 2:
         return None
+    how = "calculated" if is_calculated(result) else "measured"
     wide, values = 440.0, [v for pair in pairs for v in pair]
     x, y = linear(values, LEFT, wide - RIGHT), linear(values, TALL - BOTTOM, TOP)
     dots = [
-        {"x": x.at(p), "y": y.at(m), "tip": f"predicted {number(p, 4)} ms\nmeasured {number(m, 4)} ms"}
-        for p, m in pairs
+        {"x": x.at(p), "y": y.at(m), "tip": f"predicted {number(p, 4)} ms\n{how} {number(m, 4)} ms"} for p, m in pairs
     ]
     line = result.line
     said = "" if line is None else f"network = {number(line.a)} ms + {number(line.b)} × sum of its rows"
     worst = max(abs(p - m) / m for p, m in pairs)
-    return _frame(x, y, "predicted, ms", "measured, ms", wide) | {
-        "dots": dots,
-        "line": (x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high)),
-        "said": f"{said}; of these {len(pairs)} networks at most {worst:.1%} off".lstrip("; "),
-    }
+    return (
+        {"how": how}
+        | _frame(x, y, "predicted, ms", f"{how}, ms", wide)
+        | {
+            "dots": dots,
+            "line": (x.at(x.low), y.at(y.low), x.at(x.high), y.at(y.high)),
+            "said": f"{said}; of these {len(pairs)} networks at most {worst:.1%} off".lstrip("; "),
+        }
+    )
 
 
 def alternatives_chart(result: Result, alternatives: Sequence[Alternative]) -> dict[str, Any] | None:

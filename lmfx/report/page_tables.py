@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from lmfx.importance import ImportanceTable
 from lmfx.latency import LatencyTable
 from lmfx.report.advice import advice_for
 from lmfx.report.blocks import Picture
-from lmfx.report.changes import KINDS, SpanChange, kept_ms
+from lmfx.report.changes import KINDS, SpanChange, in_words, kept_ms, loss_of
 from lmfx.report.charts import number
 from lmfx.report.drawing import shortened, tip_of
 from lmfx.report.text import group_refusals
@@ -90,13 +89,13 @@ def span_rows(result: Result, scores: ImportanceTable | None) -> list[dict[str, 
     found = []
     for i, (name, c) in enumerate(zip(result.names, result.plan.candidates, strict=False)):
         error = errors[i] if i < len(errors) else None
-        loss = 0.0 if c.exact else 0.0 - scores[c.key] if scores is not None and c.key in scores else None
+        loss = loss_of(c, scores)
         found.append(
             {
                 "name": in_one_line(c.convs[0] if c.convs else name),
                 "kind": c.realization,
                 "word": KINDS[c.realization],
-                "text": re.sub(r"(?<=\d)x(?=\d)", "×", c.change),
+                "text": in_words(c),
                 "of": [in_one_line(n) for n in c.all_convs],
                 "error": None if error is None else number(error),
                 "part": 0.0 if error is None else round(100 * min(error, 1.0), 2),

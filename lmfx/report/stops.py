@@ -6,12 +6,12 @@ in each of `MOST` equal steps of latency, and always the fastest and the slowest
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lmfx.passes.ir import Candidate
+from lmfx.passes.ir import MergePlan
 from lmfx.planning.frontier import Frontier
 from lmfx.report.changes import KINDS
 from lmfx.report.charts import number
@@ -42,11 +42,11 @@ def stop_of(frontier: Frontier, index: int, number_of: Mapping[str, int]) -> dic
         "share": ms / original if original else 1.0,
         "loss": loss,
         "changes": [number_of[c.key] for c in plan.candidates if c.key in number_of],
-        "say": say(ms, original, loss, plan.candidates),
+        "say": say(ms, original, loss, plan),
     }
 
 
-def say(ms: float, original: float | None, loss: float | None, candidates: Iterable[Candidate]) -> dict[str, str]:
+def say(ms: float, original: float | None, loss: float | None, plan: MergePlan) -> dict[str, str]:
     """The figures of a plan as texts."""
     share = ms / original if original else 1.0
     return {
@@ -54,12 +54,11 @@ def say(ms: float, original: float | None, loss: float | None, candidates: Itera
         "share": f"{share:.1%}",
         "speed": f"{1 / share:.2f}×" if share else "–",
         "loss": "–" if loss is None else number(loss),
-        "plan": counts_of(candidates),
+        "plan": counts_of(plan),
     }
 
 
-def counts_of(candidates: Iterable[Candidate]) -> str:
+def counts_of(plan: MergePlan) -> str:
     """How many spans are changed in which way."""
-    kinds = [c.realization for c in candidates]
-    parts = [f"{kinds.count(kind)} {word}" for kind, word in KINDS.items() if kind in kinds and kind != "keep"]
+    parts = [f"{count} {KINDS[way]}" for way, count in plan.ways.items() if count]
     return ", ".join(parts) or "nothing is changed"

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import get_args
 
 from torch import fx
 
@@ -17,11 +16,12 @@ from lmfx.environment.caller_state import entry
 from lmfx.environment.effort import Effort
 from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.errors import InputError
-from lmfx.passes.ir import Candidate, ConvConfig, Realization, Refusal
+from lmfx.passes.ir import Candidate, ConvConfig, Refusal
 from lmfx.passes.model.size_limits import limits_of
 from lmfx.passes.model.trace_facts import SizeKind, noted
 from lmfx.planning.saved_networks import is_merged
 from lmfx.quality.measures import Alternative
+from lmfx.report.answer import COLLAPSED, runtime
 from lmfx.result import Result, result_of
 
 __all__ = ["Report", "calibration_text", "group_refusals", "report", "short", "size", "table"]
@@ -144,11 +144,8 @@ def _int8(result: Result) -> list[str]:
 
 def _head(result: Result) -> str:
     plan = result.plan
-    changed = {name for c in plan.candidates for name in c.all_convs}
-    before = len(changed) + len(result.kept)
-    after = len(result.kept) + sum(len(c.all_convs) if c.cuts else c.conv is not None for c in plan.candidates)
-    ways = [(n, sum(c.realization == n for c in plan.candidates)) for n in get_args(Realization)[1:]]
-    how = ", ".join(f"{count} {name}" for name, count in ways if count)
+    before, after = (count + len(result.kept) for count in plan.conv_counts)
+    how = ", ".join(f"{count} {name}" for name, count in plan.ways.items() if count)
     title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
     if not plan.candidates:
         title = f"nothing was changed: all {before} convolutions are as they were"
@@ -158,7 +155,7 @@ def _head(result: Result) -> str:
         asked = budget if result.keep is None else f"{budget}, and to keep {result.keep:.4g}"
         lines[1:] = [f"  budget     {asked}", f"  latency    {_latency(result)}"]
         lines += [f"             at {s.shape}: {_percent(s.ratio)}, weight {s.weight:.4g}" for s in result.shapes]
-        lines.append(f"  backend    {_backend(result)}")
+        lines.append(f"  backend    {runtime(result)}")
     lines += _int8(result)
     lines += _quality(result)
     line = result.line
@@ -195,10 +192,7 @@ def _quality(result: Result) -> list[str]:
     for other in result.alternatives:
         lines.append(f"             {other.what}: {other.quality} at {other.ratio:.1%}")
     if quality.collapsed:
-        lines.append(
-            "             COLLAPSED: it no longer does what the original did. Allow a larger budget, train it "
-            "(lmfx.recover, lmfx.distill) or keep layers with exclude="
-        )
+        lines.append(f"             COLLAPSED: {COLLAPSED}")
     return lines
 
 
@@ -257,14 +251,6 @@ def _latency(result: Result) -> str:
     if result.ratio:
         text += f" ({_percent(result.ratio)}, {1 / result.ratio:.2f}x as fast)"
     return text + (f"; predicted {result.predicted:.4g} ms" if result.predicted is not None else "")
-
-
-def _backend(result: Result) -> str:
-    b = result.backend
-    text = " ".join(str(b[k]) for k in ("backend", "version") if b.get(k) not in (None, ""))
-    text += f" on {b['device']}" if b.get("device") else ""
-    text += f", {_count(b['threads'], 'thread')}" if isinstance(b.get("threads"), int) else ""
-    return in_one_line(text)
 
 
 def _spans(result: Result, full: bool) -> str:

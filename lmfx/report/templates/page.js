@@ -70,12 +70,13 @@ const say = (plan, which) => {
   $("short").textContent = plan.say.ms;
   slider.setAttribute("aria-valuetext", which + ": " + plan.say.ms + ", " + plan.say.share + " of the original, loss " + plan.say.loss);
 };
-const mark = (stop, own) => {
-  const point = document.querySelector('[data-stop="' + stop + '"]');
-  const at = $("at");
-  at.setAttribute("cx", point.getAttribute("cx"));
-  at.setAttribute("cy", point.getAttribute("cy"));
-  at.classList.toggle("own", own);
+const at = $("at");
+const home = at && [at.getAttribute("cx"), at.getAttribute("cy")];
+const mark = (stop) => {
+  const point = stop === null ? null : document.querySelector('[data-stop="' + stop + '"]');
+  at.setAttribute("cx", point ? point.getAttribute("cx") : home[0]);
+  at.setAttribute("cy", point ? point.getAttribute("cy") : home[1]);
+  at.classList.toggle("own", !point);
 };
 const go = (stop) => {
   const plan = data.stops[stop];
@@ -83,7 +84,7 @@ const go = (stop) => {
   document.body.dataset.plan = stop;
   $("back").disabled = false;
   say(plan, "Point " + (plan.point + 1));
-  mark(stop, false);
+  mark(stop);
   show(plan);
 };
 const result = () => {
@@ -93,7 +94,7 @@ const result = () => {
   slider.value = data.nearest;
   $("back").disabled = true;
   say(data.result, "The result");
-  mark(data.nearest, true);
+  mark(null);
 };
 if (slider) {
   slider.addEventListener("input", () => go(Number(slider.value)));

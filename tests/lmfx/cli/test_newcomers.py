@@ -217,6 +217,7 @@ def test_a_folder_of_pictures_is_all_that_compress_needs(photos: Path, capsys: p
     after = lines[lines.index(f"wrote {made / 'report.html'}") + 1 :]
     assert after[0].startswith(f"next: lmfx export {made} newcomers_net:factory ")
     assert f"lmfx recover {made} newcomers_net:factory --images photos --minutes 3" in after[1]
+    assert after[-1].split("  # ")[0].split() == [str(made / "report.html")]
     for step in (
         "making newcomers_net:factory ...",
         "tracing the network ...",

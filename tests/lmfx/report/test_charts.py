@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from lmfx.report.charts import linear, number, symlog
@@ -23,12 +25,27 @@ def test_an_axis_may_run_upwards_and_begin_at_zero() -> None:
 
 
 def test_powers_of_ten_are_apart_and_what_is_smaller_is_linear() -> None:
-    axis = symlog([0.0, 0.004, 2.5], 0.0, 100.0)
+    axis = symlog([0.0, 0.04, 2.5], 0.0, 100.0)
     assert axis.ticks == (0.0, 0.01, 0.1, 1.0)
     a, b, c, d = (axis.at(t) for t in axis.ticks)
     assert a == 0.0 and b < c < d <= 100.0
     assert axis.at(2.5) == pytest.approx(100.0)
     assert axis.at(0.002) == pytest.approx(2 * axis.at(0.001), rel=0.15)
+
+
+def test_small_losses_are_apart_and_not_at_zero() -> None:
+    losses = [0.0, 3e-5, 4e-4, 0.2, 30.0]
+    axis = symlog(losses, 0.0, 240.0)
+    places = [axis.at(v) for v in losses]
+    assert places[0] == 0.0 and all(b - a > 10 for a, b in itertools.pairwise(places))
+    assert axis.ticks[1] <= 3e-5 and axis.ticks[-1] == 10.0
+
+
+def test_losses_that_are_only_rounded_do_not_take_the_axis() -> None:
+    axis = symlog([0.0, 1e-17, 0.5, 2.0], 0.0, 240.0)
+    assert len(axis.ticks) <= 9 and axis.ticks[1] == pytest.approx(1e-6)
+    assert axis.at(1e-17) < 1e-6
+    assert symlog([0.0], 0.0, 240.0).at(0.0) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,9 @@ def test_what_a_change_covers_is_not_drawn_beneath_it(browser: Chromium) -> None
         ".map((e) => Number(e.dataset.row))"
     )
     assert set(hidden) == rows and rows
+    gone = "[...document.querySelectorAll('#result [data-edge][hidden]')].map((e) => Number(e.dataset.edge))"
+    edges = {edge for number in data(browser, "result.changes") for edge in data(browser, f"changes[{number}].edges")}
+    assert set(browser.evaluate(gone)) == edges
     assert browser.evaluate("document.getElementById('which').textContent") == "The result"
 
 
@@ -130,6 +133,11 @@ def test_a_click_on_the_frontier_goes_to_that_point(browser: Chromium) -> None:
     )
     browser.point(x, y, click=True)
     assert browser.evaluate("document.getElementById('budget').value") == "0"
+    place = "[...['cx', 'cy'].map((name) => document.{}.getAttribute(name))]"
+    at, stop = place.format("getElementById('at')"), place.format("querySelector('[data-stop=\"0\"]')")
+    assert browser.evaluate(at) == browser.evaluate(stop)
+    browser.evaluate("document.getElementById('back').click()")
+    assert browser.evaluate(at) != browser.evaluate(stop)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
