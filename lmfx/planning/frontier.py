@@ -20,6 +20,7 @@ from lmfx.passes.ir import Candidate, MergePlan, Series, Surrogate
 from lmfx.passes.solve.dynamic_program import Chain, Entry, ParetoFrontier, solve_chains
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
+from lmfx.planning.loss_decades import loss_decades
 from lmfx.quality.measures import Alternative
 
 __all__ = ["Frontier", "Point", "solve_spans"]
@@ -193,7 +194,7 @@ class Frontier:
             ax.plot(*at, "svD^P"[number % 5], color=f"C{2 + number % 8}", label=f"{other.what} (measured)")
         ax.set_xlabel("predicted latency (ms)")
         ax.set_ylabel("importance")
-        ax.set_yscale("symlog", linthresh=1e-3)
+        ax.set_yscale("symlog", linthresh=10.0 ** loss_decades(-self.importance)[0])
         ax.legend()
         if path is not None:
             ax.figure.savefig(path, dpi=120)

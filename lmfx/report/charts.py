@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lmfx.planning.loss_decades import loss_decades
+
 __all__ = ["Axis", "linear", "number", "symlog"]
 
 
@@ -53,11 +55,9 @@ def linear(values: Sequence[float], start: float, end: float, count: int = 5, ze
 
 
 def symlog(values: Sequence[float], start: float, end: float) -> Axis:
-    """An axis from 0 on whose powers of ten are apart, three to seven of them down to the least value that is not 0."""
+    """An axis from 0 on whose powers of ten are apart (`loss_decades`)."""
     high = max(*values, 1e-12)
-    top = math.ceil(math.log10(high) - 1e-9)
-    least = min((v for v in values if v > 0), default=high)
-    bottom = max(min(math.floor(math.log10(least) + 1e-9), top - 3), top - 7)
+    bottom, top = loss_decades(values)
     ticks = [0.0, *(float(10**p) for p in range(bottom, top + 1))]
     return Axis(0.0, max(high, ticks[-2]), start, end, tuple(t for t in ticks if t <= high), float(10**bottom))
 
@@ -78,4 +78,6 @@ def number(value: float, digits: int = 3) -> str:
     text = f"{value:.{digits}g}"
     if "e" not in text:
         return text
-    return f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}".rstrip("0") if abs(value) > 1e-5 else text
+    if abs(value) < 0.999e-5:
+        return text.replace("e-0", "e-")
+    return f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}".rstrip("0")

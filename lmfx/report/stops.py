@@ -47,12 +47,12 @@ def stop_of(frontier: Frontier, index: int, number_of: Mapping[str, int]) -> dic
 
 
 def say(ms: float, original: float | None, loss: float | None, plan: MergePlan) -> dict[str, str]:
-    """The figures of a plan as texts."""
+    """The figures of a plan as texts; no speed where the line predicts nothing that is left, far from what it saw."""
     share = ms / original if original else 1.0
     return {
         "ms": f"{number(ms, 4)} ms",
         "share": f"{share:.1%}",
-        "speed": f"{1 / share:.2f}×" if share else "–",
+        "speed": f"{1 / share:.2f}×" if share > 0 else "–",
         "loss": "–" if loss is None else number(loss),
         "plan": counts_of(plan),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -748,6 +749,13 @@ def test_calibration_finds_the_line_despite_one_bad_measurement() -> None:
     wholes[2] *= 3
     robust = calibrate(sums, wholes)
     assert robust.b == pytest.approx(1.5, rel=0.1) and robust.mape > 0.05 and robust.kendall_tau < 1
+
+
+def test_a_network_that_is_the_sum_of_its_rows_has_no_offset() -> None:
+    rows = [0.1 + 0.2, 0.7, 1.1 * 1.1, 2.3]
+    for some in itertools.combinations(rows, 2):
+        assert calibrate(some, [1.7 * x for x in some]).a == 0.0
+    assert calibrate(rows, [1.7 * x + 1e-9 for x in rows]).a == pytest.approx(1e-9, rel=1e-3)
 
 
 def test_calibration_with_few_or_equal_points_is_an_offset() -> None:

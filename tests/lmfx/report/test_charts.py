@@ -50,7 +50,16 @@ def test_losses_that_are_only_rounded_do_not_take_the_axis() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.5, "0.5"), (12345.6, "12,346"), (123.4, "123"), (0.000123, "0.000123"), (-2.0, "-2")],
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (12345.6, "12,346"),
+        (123.4, "123"),
+        (0.000123, "0.000123"),
+        (-2.0, "-2"),
+        (1e-5, "0.00001"),
+        (3e-7, "3e-7"),
+    ],
 )
 def test_numbers_are_short_and_without_exponents(value: float, text: str) -> None:
     assert number(value) == text

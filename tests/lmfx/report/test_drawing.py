@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.passes.ir import Refusal
+from lmfx.passes.ir import MergePlan, Refusal
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.report.advice import ADVICE, OTHERWISE, advice_for
 from lmfx.report.blocks import picture_of
 from lmfx.report.changes import change_of
 from lmfx.report.drawing import draw, shortened, words_of
-from lmfx.report.stops import stop_indices
+from lmfx.report.stops import say, stop_indices
 from tests import page_networks
 
 
@@ -156,6 +156,11 @@ def test_few_points_are_all_stops_and_many_are_thinned_evenly() -> None:
     assert len(some) <= 12 and some[0] == 0 and some[-1] == len(frontier) - 1
     gaps = [frontier.latency[b] - frontier.latency[a] for a, b in itertools.pairwise(some)]
     assert max(gaps) < (frontier.latency[-1] - frontier.latency[0]) / 3
+
+
+def test_a_latency_that_is_not_positive_has_no_speed() -> None:
+    assert say(0.5, 2.0, 0.1, MergePlan())["speed"] == "4.00×"
+    assert say(-0.1, 2.0, 0.1, MergePlan())["speed"] == say(0.0, 2.0, None, MergePlan())["speed"] == "–"
 
 
 @pytest.mark.parametrize("name", MODELS)
