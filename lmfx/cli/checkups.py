@@ -6,7 +6,7 @@
 
     ok         it did its work
     missing    it is not installed; `fix` is the command that installs it
-    absent     it works elsewhere: there is no such device here
+    absent     it works elsewhere: there is no such device or compiler here
     broken     it is installed, and does not work
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -39,7 +40,7 @@ from lmfx.latency.workload import sentinel_workload
 from lmfx.passes.errors import DeviceError, LmfxError, MissingExtra
 from lmfx.stages import trace
 
-__all__ = ["CHECKS", "Check", "main", "result"]
+__all__ = ["CHECKS", "Check", "main", "result", "row"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ def _backend(name: str) -> Callable[[], str]:
         return f"a 3x3 convolution of 64 channels took {ms:.3g} ms on {device}"
 
     return trial
+
+
+def _compiler() -> str:
+    """Compiling one convolution takes some 20 s, most of what the doctor took; so only the compiler is looked for."""
+    try:
+        backend = get_backend("aotinductor")
+    except MissingExtra as error:
+        raise Absent(str(error)) from error
+    return f"{in_one_line(str(backend.identity()['compiler']))} is there; nothing was compiled, which takes some 20 s"
 
 
 def _providers() -> str:
@@ -203,8 +213,9 @@ def _imports(*modules: str) -> Callable[[], str]:
 
 RUNTIME = "runtimes to measure on"
 EXTRA = "extras"
-PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",), "torch": (), "roofline": ()}
-EXTRAS = {"onnxruntime": "ort", "tensorrt": "trt", "torch": "", "aotinductor": "", "roofline": ""}
+PACKAGES = {"onnxruntime": ("onnxruntime", "onnx"), "tensorrt": ("tensorrt",), "torch": ("torch",)}
+EXTRAS = {"onnxruntime": "ort", "tensorrt": "trt"}
+TRIALS = {"aotinductor": _compiler}  # of the backends that are not run
 
 CHECKS = {
     check.name: check
@@ -214,7 +225,10 @@ CHECKS = {
         Check("gpu", "devices", (), "", _gpu),
         Check("onnxruntime providers", "devices", ("onnxruntime", "onnx"), "ort", _providers),
         Check("tensorrt_rtx engines", "devices", ("tensorrt_rtx", "onnx"), "trt-rtx", _tensorrt("tensorrt_rtx")),
-        *(Check(name, RUNTIME, PACKAGES.get(name, ()), EXTRAS.get(name, name), _backend(name)) for name in BACKENDS),
+        *(
+            Check(name, RUNTIME, PACKAGES.get(name, ()), EXTRAS.get(name, ""), TRIALS.get(name, _backend(name)))
+            for name in BACKENDS
+        ),
         Check("onnx export", EXTRA, ("onnx", "onnxscript", "onnxruntime"), "onnx,ort", _export),
         Check("torchvision", EXTRA, ("torchvision",), "vision", _torchvision),
         Check("timm", EXTRA, ("timm",), "vision", _timm),
@@ -235,7 +249,6 @@ def result(check: Check) -> dict[str, Any]:
     """What became of a check, as plain values."""
     start = time.monotonic()
     versions = {name: _version(name) for name in check.packages}
-    fix = f'pip install "lmfx[{check.extra}]"' if check.extra else "pip install --force-reinstall lmfx"
     lacking = [name for name, version in versions.items() if version is None]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is imported; the trial says whether it works
@@ -243,38 +256,50 @@ def result(check: Check) -> dict[str, Any]:
             state, detail = ("missing", f"not installed: {', '.join(lacking)}") if lacking else ("ok", check.trial())
         except (Absent, DeviceError) as error:
             state, detail = "absent", str(error)
-        except MissingExtra as error:  # is there, and cannot be imported, or is too old
-            state, detail = "broken", str(error)
-        except LmfxError as error:
+        except LmfxError as error:  # also a package that is there, and cannot be imported or is too old
             state, detail = "broken", str(error)
         except (Exception, SystemExit) as error:  # of any package that is tried
             state, detail = "broken", f"{type(error).__name__}: {error}"
-    if state == "broken":
-        fix = fix.replace("pip install", "pip install --upgrade --force-reinstall", 1) if check.extra else fix
+    seen = {name: version for name, version in versions.items() if version is not None}
+    return row(check, state, detail, seen, round(time.monotonic() - start, 2))
+
+
+def row(
+    check: Check, state: str, detail: str, versions: dict[str, str] | None = None, seconds: float | None = None
+) -> dict[str, Any]:
+    """A result as plain values, with the command that mends it where one does."""
     return {
         "name": check.name,
         "group": check.group,
         "state": state,
         "needed": check.needed,
-        "versions": {name: version for name, version in versions.items() if version is not None},
+        "versions": versions or {},
         "detail": in_one_line(detail),
-        "fix": fix if state in ("missing", "broken") else None,
-        "seconds": round(time.monotonic() - start, 2),
+        "fix": _fix(check, state),
+        "seconds": seconds,
     }
 
 
+def _fix(check: Check, state: str) -> str | None:
+    """None where there is nothing to install: a folder, a device, a compiler."""
+    if state not in ("missing", "broken") or not check.packages:
+        return None
+    again = "--upgrade --force-reinstall " if state == "broken" else ""
+    return f"pip install {again}" + (f'"lmfx[{check.extra}]"' if check.extra else "lmfx")
+
+
 def _version(package: str) -> str | None:
+    """None where it is not installed. Nothing is imported, which may crash."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         pass
-    try:  # from a folder on the path, or another distribution of the same module, as onnxruntime-gpu is
-        module = importlib.import_module(package.replace("-", "_"))
-    except ModuleNotFoundError:
+    module = package.replace("-", "_")
+    if importlib.util.find_spec(module) is None:
         return None
-    except Exception:  # it is there, and broken: the trial will say how
-        return "unknown"
-    return str(getattr(module, "__version__", "unknown"))
+    for other in importlib.metadata.packages_distributions().get(module, ()):  # as onnxruntime-gpu is onnxruntime
+        return importlib.metadata.version(other)
+    return "unknown"  # from a folder on the path
 
 
 def main(names: list[str]) -> None:

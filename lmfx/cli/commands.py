@@ -249,9 +249,10 @@ def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, s
     page = None
     if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
         page = _write_page(net, output / "report.html", args.model)
-    if getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8":
+    exported = getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8"
+    if exported:
         _write_onnx(net, x, output / "net.onnx")
-    say_next(args, output, spec or args.model, page)
+    say_next(args, output, spec or args.model, exported, page)
 
 
 def simplify_command(args: argparse.Namespace) -> None:
@@ -284,7 +285,7 @@ def quantize_command(args: argparse.Namespace) -> None:
         print(quantize(source, data, target, **options))
     else:
         spec, inputs = _model_of(args, source)
-        model = load_model(spec, "auto").model  # its weights are replaced
+        model = load_model(spec, "auto").model  # as in `export_command`
         net = load(source, model)
         positional, keyword = example_of(inputs)
         x = keyword or tuple(positional)
@@ -315,7 +316,8 @@ def export_command(args: argparse.Namespace) -> None:
     """`lmfx export`: writes a saved network as ONNX."""
     folder = Path(args.directory)
     spec, inputs = _model_of(args, folder)
-    net = load(folder, load_model(spec, "auto").model)  # its weights are replaced
+    # Its weights are replaced; but some builders make another network where they are to have the published ones.
+    net = load(folder, load_model(spec, "auto").model)
     positional, keyword = example_of(inputs)
     _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
 

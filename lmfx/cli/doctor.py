@@ -7,6 +7,7 @@ the rest is tried in the next process. Exit code 0 where all that is needed and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -14,19 +15,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lmfx
 from lmfx._version import __version__
-from lmfx.cli.checkups import CHECKS, RUNTIME
+from lmfx.cli.checkups import CHECKS, RUNTIME, row
 from lmfx.environment.bounded_reading import in_one_line
 from lmfx.environment.host import cpu_name
 
 __all__ = ["doctor_command", "examined"]
 
 TIMEOUT = 180.0  # seconds for one thing; a first import from a cold disk takes its time
+T = TypeVar("T")
 MARKS = {"ok": "ok", "missing": "missing", "absent": "-", "broken": "BROKEN"}
 
 
@@ -61,61 +63,64 @@ def healthy(results: Sequence[dict[str, Any]]) -> bool:
 
 def examined(
     names: Sequence[str], timeout: float = TIMEOUT, module: str = "lmfx.cli.checkups"
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The result of each check, as soon as it is there; a process that ends or hangs costs only the check it was at."""
     left = list(names)
     while left:
-        begun: str | None = None
-        for line in _lines(left, timeout, module):
-            if "begun" in line:
-                begun = line["begun"]
-                continue
-            left.remove(line["name"])
-            begun = None
-            yield line
-            if line.get("last"):
-                break
-        if left:  # the process ended within a check, or before the first
-            name = begun or left[0]
-            left.remove(name)
-            yield _ended(name, _lines.last_end)  # type: ignore[attr-defined]
+        worker = _Worker(left, timeout, module)
+        with contextlib.closing(worker.lines()) as lines:
+            for line in lines:
+                if "begun" not in line:
+                    left.remove(line["name"])
+                    yield line
+        if left:  # they are tried in this order, so it ended at the first of them
+            yield row(CHECKS[left.pop(0)], "broken", worker.end)
 
 
-def _lines(names: Sequence[str], timeout: float, module: str) -> Iterator[dict[str, Any]]:
-    """The lines of a process that runs the checks; how it ended is in `_lines.last_end`."""
-    root = str(Path(lmfx.__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module, *names],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": path},
-        text=True,
-        encoding="utf-8",
-    )
-    hung = False
+class _Worker:
+    """A process that runs checks; `end` says how it ended, once there are no more lines."""
 
-    def give_up() -> None:
-        nonlocal hung
-        hung = True
-        process.kill()
+    def __init__(self, names: Sequence[str], timeout: float, module: str) -> None:
+        root = str(Path(lmfx.__file__).resolve().parents[1])
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.timeout = timeout
+        self.hung = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *names],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": path},
+            text=True,
+            encoding="utf-8",
+        )
 
-    assert process.stdout is not None
-    timer = threading.Timer(timeout, give_up)
-    timer.start()
-    try:
-        for text in process.stdout:
+    def lines(self) -> Generator[dict[str, Any], None, None]:
+        """What it writes. It is killed when that takes longer than `timeout`, or nobody reads on."""
+        assert self.process.stdout is not None
+        try:
+            while text := self._within(self.process.stdout.readline):
+                yield json.loads(text)
+            self._within(self.process.wait)
+        finally:
+            self.process.kill()  # nothing, where it has ended
+            self.process.wait()
+            self.process.stdout.close()
+
+    @property
+    def end(self) -> str:
+        return f"no answer within {self.timeout:g} s" if self.hung else _exit(self.process.wait())
+
+    def _within(self, work: Callable[[], T]) -> T:
+        timer = threading.Timer(self.timeout, self._give_up)
+        timer.start()
+        try:
+            return work()
+        finally:
             timer.cancel()
-            yield json.loads(text)
-            timer = threading.Timer(timeout, give_up)
-            timer.start()
-    finally:
-        timer.cancel()
-        if process.poll() is None and not hung:
-            process.wait(timeout)
-        process.stdout.close()
-        code = process.wait()
-        _lines.last_end = f"no answer within {timeout:g} s" if hung else _exit(code)  # type: ignore[attr-defined]
+
+    def _give_up(self) -> None:
+        self.hung = True
+        self.process.kill()
 
 
 def _exit(code: int) -> str:
@@ -125,21 +130,6 @@ def _exit(code: int) -> str:
         return f"the process crashed ({signal.Signals(-code).name})"
     except ValueError:
         return f"the process crashed (signal {-code})"
-
-
-def _ended(name: str, how: str) -> dict[str, Any]:
-    check = CHECKS[name]
-    fix = f'pip install --upgrade --force-reinstall "lmfx[{check.extra}]"' if check.extra else None
-    return {
-        "name": name,
-        "group": check.group,
-        "state": "broken",
-        "needed": check.needed,
-        "versions": {},
-        "detail": how,
-        "fix": fix,
-        "seconds": None,
-    }
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -185,7 +175,8 @@ def _line(result: dict[str, Any]) -> str:
 def _verdict(results: Sequence[dict[str, Any]], good: bool) -> str:
     broken = [r["name"] for r in results if r["state"] == "broken"]
     if broken:
-        return f"broken: {', '.join(broken)}. The lines with -> mend that; lmfx works without what you do not use"
+        mend = "The lines with -> mend that; " if any(r["fix"] for r in results if r["state"] == "broken") else ""
+        return f"broken: {', '.join(broken)}. {mend}lmfx works without what you do not use"
     if not good:
         return 'no network can be timed here: pip install "lmfx[cli]"'
     states = {r["name"]: r["state"] for r in results}

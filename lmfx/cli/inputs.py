@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfx.calibration.images import MAX_IMAGES, Calibration, as_calibration
-from lmfx.cli.models import PROGRAM, Loaded, call, check_spec, imported, load, load_program
+from lmfx.cli.models import PROGRAM, Loaded, call, check_spec, imported, load, load_program, of_zoo
 from lmfx.cli.pictures import find_pictures, read_pictures, require_pillow
 from lmfx.cli.preprocessing import Preprocessing, preprocessing
 from lmfx.environment.progress import step
@@ -208,8 +208,7 @@ def loaded_model(args: argparse.Namespace, spec: str | None = None) -> Loaded:
     check_spec(spec)
     torch.manual_seed(SEED)
     named = {"auto": "its pretrained weights", "pretrained": "its pretrained weights", "random": "random weights"}
-    zoo = spec.startswith(("torchvision:", "timm:"))
-    text = f"{spec} with {named.get(args.weights, args.weights)}" if zoo else f"making {spec}"
+    text = f"{spec} with {named.get(args.weights, args.weights)}" if of_zoo(spec) else f"making {spec}"
     with step(text, not getattr(args, "quiet", True)):
         loaded = load(spec, args.weights)
     if loaded.missing is not None:
@@ -272,9 +271,8 @@ def images(
         if found is None:
             raise InputError(f"--calibration {text!r} is not understood: write random:64, or the name of a .npy file")
         count = int(found[1] or RANDOM_IMAGES)
-        return _noise(
-            count, like
-        ), f"{count} images of standard normal noise, which tell nothing of your data; see --images"
+        what = f"{count} images of standard normal noise, which tell nothing of your data; see --images"
+        return _noise(count, like), what
     if Path(text).is_dir():
         raise InputError(f"--calibration {text} is a folder: pictures are read with --images {text}")
     data = as_calibration(_read(text, "--calibration", "the calibration images"), like, most or MAX_IMAGES)

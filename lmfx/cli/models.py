@@ -31,7 +31,7 @@ from lmfx.passes.errors import ModelError
 from lmfx.passes.model.quiet import quiet
 from lmfx.passes.trace.programs import module_of_program
 
-__all__ = ["PROGRAM", "Loaded", "call", "check_spec", "imported", "load", "load_model", "load_program"]
+__all__ = ["PROGRAM", "Loaded", "call", "check_spec", "imported", "load", "load_model", "load_program", "of_zoo"]
 
 FORMS = "write torchvision:NAME, timm:NAME, package.module:factory or FILE.pt2"
 PROGRAM = ".pt2"
@@ -67,14 +67,13 @@ def load(spec: str, weights: str | os.PathLike[str]) -> Loaded:
     cannot be had, `MissingExtra` if torchvision or timm is not installed.
     """
     check_spec(spec)
-    library, _, name = spec.partition(":")
     mode = str(weights) if str(weights) in MODES else None
     if spec.endswith(PROGRAM):
         loaded = Loaded(module_of_program(load_program(spec)), "those of the program")
-    elif library not in ZOOS:
+    elif not of_zoo(spec):
         loaded = Loaded(_factory(spec), "as the factory makes them")
     else:
-        loaded = _of_zoo(spec, library, name, mode or "random")
+        loaded = _zoo_model(spec, mode or "random")
     if mode is None:
         _load_weights(loaded.model, Path(weights), spec)
         loaded = Loaded(loaded.model, str(weights))
@@ -108,7 +107,13 @@ def check_spec(spec: str) -> None:
         raise ModelError(f"{spec}: {library} is a file; write its module, {dotted}:{name}")
 
 
-def _of_zoo(spec: str, library: str, name: str, mode: str) -> Loaded:
+def of_zoo(spec: str) -> bool:
+    """Whether it names a model of torchvision or timm."""
+    return spec.partition(":")[0] in ZOOS
+
+
+def _zoo_model(spec: str, mode: str) -> Loaded:
+    library, _, name = spec.partition(":")
     missing = None
     if mode != "random":
         try:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from lmfx.budget import Budget
+from lmfx.cli.models import of_zoo
 
 __all__ = ["default_output", "say_next"]
 
@@ -18,12 +19,11 @@ def default_output(spec: str, budget: Budget | None, keep: float | None) -> str:
     return f"out/{name}-{budget if budget is not None else f'keep{keep:g}'}"
 
 
-def say_next(args: argparse.Namespace, output: Path, spec: str, page: Path | None = None) -> None:
+def say_next(args: argparse.Namespace, output: Path, spec: str, exported: bool, page: Path | None = None) -> None:
     """Prints what can be done with what was written to `output`, as commands that can be copied; last, its page."""
-    zoo = spec.startswith(("torchvision:", "timm:"))
-    words = [str(output), *([] if zoo else [spec])]  # a file does not decide what is imported
+    words = [str(output), *([] if of_zoo(spec) else [spec])]  # a file does not decide what is imported
     rows = []
-    if not getattr(args, "onnx", False):
+    if not exported:
         rows.append((["lmfx", "export", *words], "net.onnx, checked against ONNX Runtime"))
     if args.command == "compress" and args.recover is None:
         given = ["--images", args.images] if args.images else ["--calibration", args.calibration or "YOUR_IMAGES.npy"]

@@ -111,7 +111,7 @@ def measure_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="of the backend (default 1)")
     text = "in which the backend runs networks (default fp32)"
     parser.add_argument("--precision", choices=PRECISIONS, help=text)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     add(parser, compress, ("cache_dir",))
 
 

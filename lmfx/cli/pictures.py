@@ -8,6 +8,7 @@ Only decoders of plain raster formats are tried, whatever a file is called.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections import Counter
@@ -45,7 +46,7 @@ BYTES_OF_16_BITS = 257  # 65,535 to 255
 def require_pillow() -> None:
     """Raises `MissingExtra` without Pillow."""
     try:
-        import PIL.Image  # noqa: F401
+        importlib.import_module("PIL.Image")
     except ImportError as error:
         raise MissingExtra(f'--images needs Pillow ({error}): pip install "lmfx[vision]"') from error
 

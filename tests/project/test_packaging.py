@@ -145,6 +145,29 @@ def test_everything_that_the_development_extra_asks_for_is_pinned() -> None:
         assert name in pinned
 
 
+def test_what_develops_lmfx_has_every_extra_but_what_needs_a_gpu(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+        required = re.findall(
+            r'^Requires-Dist: (.+?) ?;.*extra == "([\w-]+)"', archive.read(name).decode(), re.MULTILINE
+        )
+    development = {requirement for requirement, extra in required if extra == "dev"}
+    assert {requirement for requirement, extra in required if extra not in ("dev", "trt")} < development
+    assert any(
+        requirement.startswith("mkdocs-material") for requirement in development
+    )  # the site is built in the tests
+
+
+def test_the_oldest_torch_that_is_taken_was_run_and_is_named() -> None:
+    found = re.search(r'"torch>=([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert found is not None
+    assert f"torch {found[1]} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\d+\.\d+)\.\d+, \S+ \| 3\.", (ROOT / "docs" / "testing.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert min(rows, key=lambda version: tuple(map(int, version.split(".")))) == found[1]
+
+
 def test_warnings_are_errors_and_the_default_run_needs_no_device() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert options["filterwarnings"][0] == "error"

@@ -13,10 +13,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
-pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
-pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
-
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ROOT / "docs" / "_site" / "hooks.py"
 

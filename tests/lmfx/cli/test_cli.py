@@ -197,7 +197,6 @@ def test_spans_for_people_are_a_table(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_spans_of_a_model_of_torchvision_need_no_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
     found = run_json(capsys, "spans", "torchvision:resnet18", "--shape", "1,3,64,64", "--json", "--realize", "compose")
     strided = [row for row in found if row["convs"] == ["layer2.0.conv1", "layer2.0.conv2"] and row["stride"] == [2, 2]]
     assert any(row["all_convs"] == [*row["convs"], "layer2.0.downsample.0"] for row in strided)
@@ -227,7 +226,6 @@ def test_frontier_is_monotone_and_ends_with_the_original(capsys: pytest.CaptureF
 
 
 def test_frontier_for_people_is_a_short_table_and_a_picture(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    pytest.importorskip("matplotlib")
     assert main(["frontier", "toy_models:factory", *SCORED, "--plot", "frontier.png"]) == 0
     out = capsys.readouterr().out
     assert "Pareto-optimal plans" in out
@@ -238,8 +236,6 @@ def test_frontier_for_people_is_a_short_table_and_a_picture(capsys: pytest.Captu
 def test_compress_reports_and_saves_what_can_be_loaded_and_exported(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     assert main(["compress", "toy_models:factory", *SCORED, "--budget", "60%", "-o", "out"]) == 0
     out = capsys.readouterr().out
     assert "convolutions became" in out
@@ -559,7 +555,6 @@ def test_a_factory_of_the_current_folder_gives_a_model_in_eval_mode(spec: str) -
 
 
 def test_a_model_of_torchvision_has_random_weights_and_is_made_quickly() -> None:
-    pytest.importorskip("torchvision")
     model = load_model("torchvision:googlenet")
     assert type(model).__name__ == "GoogLeNet"
     assert not model.training
@@ -567,7 +562,6 @@ def test_a_model_of_torchvision_has_random_weights_and_is_made_quickly() -> None
 
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
 def test_a_model_with_a_backbone_downloads_no_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torchvision")
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were asked for")
@@ -602,7 +596,6 @@ def test_a_name_that_leads_to_no_model_is_explained(spec: str, message: str) -> 
 
 
 def test_a_misspelt_model_of_torchvision_gets_the_closest_names() -> None:
-    pytest.importorskip("torchvision")
     with pytest.raises(ModelError, match=r"no model 'resnet35': did you mean .*resnet34"):
         load_model("torchvision:resnet35")
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from lmfx.cli.models import load_model
 from lmfx.cli.pictures import find_pictures, read_pictures
 from lmfx.cli.preprocessing import Preprocessing, preprocessing
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
-
-Image = pytest.importorskip("PIL.Image")
 
 
 def plain(size: tuple[int, int] = (8, 8), channels: int = 3) -> Preprocessing:
@@ -155,7 +155,8 @@ def test_small_pictures_are_enlarged_and_that_is_said(tmp_path: Path, capsys: py
 
 
 def test_a_classifier_of_torchvision_is_shown_what_its_weights_say(tmp_path: Path) -> None:
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     path = saved(tmp_path, "a.png", noise(300, 280))
     prepare = preprocessing("torchvision:inception_v3", nn.Identity())
     assert prepare.shape == (3, 299, 299)
@@ -166,7 +167,8 @@ def test_a_classifier_of_torchvision_is_shown_what_its_weights_say(tmp_path: Pat
 
 
 def test_a_model_of_timm_is_shown_what_its_configuration_says(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
+    import timm
+
     path = saved(tmp_path, "a.png", noise(300, 280))
     model = timm.create_model("tf_efficientnet_lite0")
     config = timm.data.resolve_model_data_config(model)
@@ -181,8 +183,7 @@ def test_a_model_of_timm_is_shown_what_its_configuration_says(tmp_path: Path) ->
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:resnet18"])
 def test_another_size_keeps_the_rest_of_the_preprocessing(spec: str) -> None:
-    library = pytest.importorskip(spec.partition(":")[0])
-    model = nn.Identity() if spec.startswith("torchvision") else library.create_model("resnet18")
+    model = load_model(spec) if spec.startswith("timm") else nn.Identity()
     prepare = preprocessing(spec, model, (1, 3, 96, 128))
     white = prepare(Image.new("RGB", (200, 300), (255, 255, 255)))
     assert white.shape == (3, 96, 128)
@@ -193,7 +194,8 @@ def test_another_size_keeps_the_rest_of_the_preprocessing(spec: str) -> None:
 
 @pytest.mark.parametrize("size", [(320, 240), (101, 333), (60, 50)])
 def test_at_another_size_pictures_are_scaled_and_cut_as_torchvision_does(size: tuple[int, int]) -> None:
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     prepare = preprocessing("torchvision:resnet18", nn.Identity(), (1, 3, 112, 112))
     preset = torchvision.transforms._presets.ImageClassification(crop_size=112, resize_size=128)
     picture = Image.fromarray(noise(6, 8)).resize(size, Image.Resampling.BICUBIC)
