@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import io
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +20,7 @@ from torch import nn
 from lmfx.budget import Budget
 from lmfx.cli import main
 from lmfx.cli.models import load
-from lmfx.cli.next_steps import default_output
+from lmfx.cli.next_steps import default_output, say_next
 from lmfx.passes.errors import ModelError
 
 NET = """
@@ -267,6 +270,23 @@ def test_the_folder_says_what_is_in_it(spec: str, budget: str | None, keep: floa
     assert default_output(spec, None if budget is None else Budget.parse(budget), keep) == expected
 
 
+def printed_next(capsys: pytest.CaptureFixture[str], exported: bool = False, **given: Any) -> list[str]:
+    args = argparse.Namespace(**{"command": "compress", "recover": None, "images": "photos", "weights": "auto"} | given)
+    say_next(args, Path("out/x"), "timm:resnet18", exported)
+    return [line[6:].split("  #")[0].rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_next_commands_are_those_that_are_still_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    export, recover = "lmfx export out/x", "lmfx recover out/x --images photos --minutes 3 -o out/x-recovered"
+    python = 'net = lmfx.load("out/x", model)'
+    assert printed_next(capsys) == [export, recover, python]
+    assert printed_next(capsys, exported=True) == [recover, python]
+    assert printed_next(capsys, recover="3min") == [export, python]
+    assert printed_next(capsys, command="simplify") == [export, python]
+    assert "--images photos --weights w.safetensors --minutes" in printed_next(capsys, weights="w.safetensors")[1]
+    assert "--calibration YOUR_IMAGES.npy" in printed_next(capsys, images=None, calibration=None)[1]
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +322,39 @@ def test_the_commands_say_that_weights_are_random(
         "the pretrained weights of torchvision:squeezenet1_1 cannot be had (OSError: Name or service not known)" in err
     )
     assert "latencies hold, outputs mean nothing" in err
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_without_a_network_the_client_of_timm_looks_into_its_cache_alone(
+    reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    seen = []
+
+    def create(name: str, pretrained: bool) -> nn.Module:
+        if pretrained:
+            seen.append((constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()))
+            raise OSError("not in the cache")
+        return nn.Identity()
+
+    _without_network(monkeypatch)
+    if reached:
+        monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: io.BytesIO())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("timm.create_model", create)
+    before = socket.getdefaulttimeout()
+    assert load("timm:resnet18", "auto").missing == "OSError: not in the cache"
+    assert seen == [(not reached, 10)]
+    assert (constants.HF_HUB_OFFLINE, socket.getdefaulttimeout()) == (False, before)
+
+
+def test_random_weights_are_random_to_the_backbone_and_fetch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    assert load("torchvision:lraspp_mobilenet_v3_large", "random").random
 
 
 def test_published_weights_are_loaded_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lmfx.cli.inputs import images as images_of
 from lmfx.cli.models import load_model
 from lmfx.cli.pictures import find_pictures, read_pictures
 from lmfx.cli.preprocessing import Preprocessing, preprocessing
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
+from lmfx.training.recovery import MOST_IMAGES
 
 
 def plain(size: tuple[int, int] = (8, 8), channels: int = 3) -> Preprocessing:
@@ -210,10 +213,58 @@ def test_a_model_that_says_nothing_gets_what_is_usual_and_that_is_said() -> None
     assert "--preprocess" in prepare.what
 
 
-def test_numbers_of_the_callers_own_replace_those_of_the_model() -> None:
-    prepare = preprocessing("mine:factory", nn.Identity(), (1, 3, 4, 4), mean=(0.0, 0.0, 1.0), std=(0.5,))
-    white = prepare(Image.new("RGB", (9, 9), (255, 255, 255)))
-    assert white.mean((1, 2)).tolist() == [2.0, 2.0, 0.0]
+def test_what_is_usual_covers_eight_sevenths_of_the_size_and_cuts_out_the_centre() -> None:
+    prepare = preprocessing("mine:factory", nn.Identity(), (1, 3, 14, 14), mean=(0.0,), std=(1.0,))
+    values = noise(16, 16)
+    assert torch.equal(prepare(Image.fromarray(values)), torch.from_numpy(values[1:15, 1:15]).permute(2, 0, 1) / 255)
+
+
+def test_a_segmenter_of_torchvision_is_shown_whole_pictures_of_any_size() -> None:
+    prepare = preprocessing("torchvision:lraspp_mobilenet_v3_large", nn.Identity(), (1, 3, 16, 12))
+    assert prepare.known
+    assert "that of LRASPP_MobileNet_V3_Large_Weights" in prepare.what
+    values = noise(16, 12)
+    mean, std = (torch.tensor(n).view(3, 1, 1) for n in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    expected = (torch.from_numpy(values).permute(2, 0, 1) / 255 - mean) / std
+    assert torch.allclose(prepare(Image.fromarray(values)), expected, atol=1e-5)
+
+
+def test_a_detector_of_torchvision_says_nothing_of_batches_of_pictures() -> None:
+    assert not preprocessing("torchvision:ssdlite320_mobilenet_v3_large", nn.Identity()).known
+
+
+@pytest.mark.parametrize(
+    ("size", "training", "count"), [(224, False, 128), (32, False, 512), (224, True, 1783), (32, True, 4096)]
+)
+def test_of_large_pictures_fewer_are_read_and_of_those_that_train_more(
+    size: int, training: bool, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(folder: Path, prepare: Preprocessing, most: int, progress: bool) -> tuple[torch.Tensor, str]:
+        asked.append(most)
+        return torch.zeros(2, *prepare.shape), "pictures"
+
+    monkeypatch.setattr("lmfx.cli.inputs.read_pictures", read)
+    like = torch.zeros(1, 3, size, size)
+    for most in (None, 7):
+        args = argparse.Namespace(images=".", max_images=most, quiet=True, preprocess=None, mean=None, std=None)
+        given, _ = images_of(args, like, MOST_IMAGES if training else None)
+        assert len(given) == 2
+    assert asked == [count, 7]
+
+
+@pytest.mark.parametrize(
+    ("spec", "mean", "expected"),
+    [("mine:factory", (0.0, 0.0, 1.0), [2.0, 2.0, 0.0]), ("torchvision:resnet18", (0.5,), [1.0, 1.0, 1.0])],
+)
+def test_numbers_of_the_callers_own_replace_those_of_the_model(
+    spec: str, mean: tuple[float, ...], expected: list[float]
+) -> None:
+    for shape in (None, (1, 3, 4, 4)):
+        prepare = preprocessing(spec, nn.Identity(), shape, mean=mean, std=(0.5,))
+        white = prepare(Image.new("RGB", (9, 9), (255, 255, 255)))
+        assert white.amin((1, 2)).tolist() == white.amax((1, 2)).tolist() == expected
 
 
 @pytest.mark.parametrize(
