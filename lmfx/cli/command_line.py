@@ -31,11 +31,8 @@ from lmfx._version import __version__
 from lmfx.cli.cache import cache_commands
 from lmfx.cli.commands import (
     compress_command,
-    export_command,
     frontier_command,
     profile_command,
-    quantize_command,
-    recover_command,
     simplify_command,
     spans_command,
 )
@@ -50,6 +47,7 @@ from lmfx.cli.options import (
     score_options,
     table_option,
 )
+from lmfx.cli.saved_commands import export_command, quantize_command, recover_command
 from lmfx.cli.suggestions import Parser
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import printable

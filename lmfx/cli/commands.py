@@ -1,58 +1,48 @@
-"""Runs the commands of the command line, except those of `lmfx cache`: each prints what a stage of lmfx gives."""
+"""Runs the commands that start from a model: each prints what a stage of lmfx gives, or saves a network."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import fx, nn
+from torch import nn
 
 from lmfx.budget import Budget
-from lmfx.cli.inputs import check_images, example, fed, images, loaded_model
-from lmfx.cli.models import load as load_model
-from lmfx.cli.next_steps import default_output, say_next
+from lmfx.cli.inputs import example, fed, loaded_model
+from lmfx.cli.next_steps import default_output
 from lmfx.cli.options import COMPRESS_OPTIONS, SPAN_OPTIONS, estimator, executor, taken
+from lmfx.cli.outputs import check_folder, output_folder, save_network
 from lmfx.compress import compress
 from lmfx.environment.bounded_reading import in_one_line
-from lmfx.int8.quantize import file_example, quantize
 from lmfx.latency import Backend, LatencyTable, get_backend
 from lmfx.latency.carried_table import check_table
-from lmfx.passes.errors import MissingExtra, OptionError, PlanError
+from lmfx.passes.errors import OptionError
 from lmfx.passes.ir import Refusal
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.planning.frontier import IDENTITY, Frontier
 from lmfx.planning.keeping import parse_keep
-from lmfx.planning.saved_files import example_of
-from lmfx.planning.saved_networks import load, model_spec, save
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
 from lmfx.report.text import calibration_text, table
 from lmfx.simplify import simplify
-from lmfx.stages import default_backend, merge, profile, score, solve, trace
-from lmfx.training.recovery import MOST_IMAGES, recover
+from lmfx.stages import default_backend, profile, score, solve, trace
 from lmfx.training.recovery_clock import seconds_of
 
 __all__ = [
     "compress_command",
-    "export_command",
     "frontier_command",
     "profile_command",
-    "quantize_command",
-    "recover_command",
     "simplify_command",
     "spans_command",
 ]
 
 FRONTIER_ROWS = 12
-ZOO = re.compile(r"(torchvision|timm):\w[\w.]*")
 
 
 def _backend(args: argparse.Namespace, graph: nn.Module) -> Backend:
@@ -117,7 +107,7 @@ def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
 def profile_command(args: argparse.Namespace) -> None:
     """`lmfx profile`: measures the candidates that may pay."""
     if args.output:
-        _check_folder(Path(args.output))
+        check_folder(Path(args.output))
     _, spans, latency = _measured(args, *_model_and_example(args))
     rows = []
     for c in spans:
@@ -137,7 +127,7 @@ def profile_command(args: argparse.Namespace) -> None:
 def frontier_command(args: argparse.Namespace) -> None:
     """`lmfx frontier`: every Pareto-optimal latency and importance, as text, JSON or a picture."""
     if args.plot:
-        _check_folder(Path(args.plot))
+        check_folder(Path(args.plot))
     importance = estimator(args)
     options = {"surrogate": args.surrogate} if importance == "reconstruction" else {}
     with executor(args) as workers:
@@ -192,7 +182,7 @@ def compress_command(args: argparse.Namespace) -> None:
     keep = None if args.keep is None else parse_keep(args.keep)
     if args.recover is not None:
         seconds_of(args.recover)
-    output = _output(args.output or default_output(args.model, budget, keep))
+    output = output_folder(args.output or default_output(args.model, budget, keep))
     if args.onnx:
         from lmfx.export.builder import require_onnx
 
@@ -225,39 +215,12 @@ def compress_command(args: argparse.Namespace) -> None:
     print(f"\ncalibrated on {given.what}")
     if given.loaded.random:
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")
-    _save(net, output, args, given.example)
-
-
-def _output(text: str) -> Path:
-    """The folder to save to, looked at before the work is done."""
-    output = Path(text)
-    if output.exists() and not output.is_dir():
-        raise PlanError(f"--output {output} is a file; give a folder")
-    for above in output.absolute().parents:
-        if above.exists():
-            try:
-                tempfile.TemporaryFile(dir=above).close()
-            except OSError as error:
-                raise PlanError(f"--output {output} cannot be made: {error}; give another folder") from error
-            break
-    return output
-
-
-def _save(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, spec: str | None = None) -> None:
-    save(net, output, model=spec or args.model)
-    print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
-    page = None
-    if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
-        page = _write_page(net, output / "report.html", args.model)
-    exported = getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8"
-    if exported:
-        _write_onnx(net, x, output / "net.onnx")
-    say_next(args, output, spec or args.model, exported, page)
+    save_network(net, output, args, given.example)
 
 
 def simplify_command(args: argparse.Namespace) -> None:
     """`lmfx simplify`: makes all merges that lose nothing and saves the result."""
-    output = _output(args.output)
+    output = output_folder(args.output)
     if args.onnx:
         from lmfx.export.builder import require_onnx
 
@@ -265,103 +228,4 @@ def simplify_command(args: argparse.Namespace) -> None:
     model, x = _model_and_example(args)
     net = simplify(model, x, growth=args.growth, **taken(args, ("include", "exclude")))
     print(report(net))
-    _save(net, output, args, x)
-
-
-def quantize_command(args: argparse.Namespace) -> None:
-    """`lmfx quantize`: writes a saved network, a model or an ONNX file as a Q/DQ file."""
-    target, source = Path(args.output), Path(args.network)
-    check_images(args)
-    options = {
-        "runtime": args.runtime,
-        "per_channel": not args.per_tensor,
-        "weights": args.rounding,
-        "ranges": args.ranges,
-        "exclude": tuple(args.exclude or ()),
-        "progress": not args.quiet,
-    }
-    if source.suffix == ".onnx":
-        data, what = images(args, file_example(source), spec=args.network)
-        print(quantize(source, data, target, **options))
-    else:
-        spec, inputs = _model_of(args, source)
-        model = load_model(spec, "auto").model  # as in `export_command`
-        net = load(source, model)
-        positional, keyword = example_of(inputs)
-        x = keyword or tuple(positional)
-        data, what = images(args, x, model=model, spec=spec)
-        print(quantize(net, data, target, example_input=x, **options))
-    print(f"calibrated on {what}")
-    print(f"wrote {target}")
-
-
-def recover_command(args: argparse.Namespace) -> None:
-    """`lmfx recover`: trains a saved network on images without labels, and saves it again."""
-    seconds_of(args.minutes)
-    check_images(args)
-    folder, output = Path(args.directory), _output(args.output)
-    spec, inputs = _model_of(args, folder)
-    loaded = loaded_model(args, spec)
-    student = load(folder, loaded.model)
-    positional, keyword = example_of(inputs)
-    like = keyword or tuple(positional)
-    data, what = images(args, like, MOST_IMAGES, model=loaded.model, spec=spec)
-    recover(student, loaded.model, data, minutes=args.minutes, checkpoint=args.checkpoint, progress=not args.quiet)
-    print(student.meta["lmfx_recovery"])
-    print(f"trained and judged on {what}")
-    _save(student if args.trainable else merge(student), output, args, like, spec)
-
-
-def export_command(args: argparse.Namespace) -> None:
-    """`lmfx export`: writes a saved network as ONNX."""
-    folder = Path(args.directory)
-    spec, inputs = _model_of(args, folder)
-    # Its weights are replaced; but some builders make another network where they are to have the published ones.
-    net = load(folder, load_model(spec, "auto").model)
-    positional, keyword = example_of(inputs)
-    _write_onnx(net, keyword or tuple(positional), Path(args.output) if args.output else folder / "net.onnx")
-
-
-def _model_of(args: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The name of the model that a folder's network was made of, and its inputs."""
-    spec, inputs = model_spec(folder)
-    spec = args.model or _zoo_name(spec, args.command, folder)
-    if spec is None:
-        raise PlanError(
-            f"{folder / 'plan.json'} does not say which model it was made for, as lmfx.save does not know: "
-            f"write lmfx {args.command} {folder} MODEL"
-        )
-    return spec, inputs
-
-
-def _zoo_name(spec: str | None, command: str, folder: Path) -> str | None:
-    """What a folder may say of its model: a name of torchvision or timm. Code of its own is run on no file's word."""
-    if spec is None or ZOO.fullmatch(spec):
-        return spec
-    raise PlanError(
-        f"{folder / 'plan.json'} was made for {spec!r}, and a file does not decide what is imported: if you trust that "
-        f"code, write lmfx {command} {folder} MODEL"
-    )
-
-
-def _write_onnx(net: nn.Module, example: Any, path: Path) -> None:
-    from lmfx.export import export_onnx
-
-    print(f"wrote {export_onnx(net, example, path)}")
-
-
-def _write_page(net: fx.GraphModule, path: Path, model: str) -> Path | None:
-    """The result as a page, where what writes pages is installed: the network itself is saved already."""
-    try:
-        page = report(net).html(path, title=model)
-    except MissingExtra as error:
-        print(f"no page was written: {error}", file=sys.stderr)
-        return None
-    print(f"wrote {page}")
-    return page
-
-
-def _check_folder(path: Path) -> None:
-    """Said now and not after minutes of work."""
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"cannot write {path}: the folder {path.absolute().parent} does not exist; make it first")
+    save_network(net, output, args, x)
