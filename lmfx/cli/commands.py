@@ -215,7 +215,7 @@ def compress_command(args: argparse.Namespace) -> None:
     print(f"\ncalibrated on {given.what}")
     if given.loaded.random:
         print("the weights are random: latencies hold, outputs mean nothing; see --weights")
-    save_network(net, output, args, given.example)
+    save_network(net, output, args, given.example, random_weights=given.loaded.random)
 
 
 def simplify_command(args: argparse.Namespace) -> None:

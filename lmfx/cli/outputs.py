@@ -33,14 +33,21 @@ def output_folder(text: str) -> Path:
     return output
 
 
-def save_network(net: fx.GraphModule, output: Path, args: argparse.Namespace, x: Any, spec: str | None = None) -> None:
+def save_network(
+    net: fx.GraphModule,
+    output: Path,
+    args: argparse.Namespace,
+    x: Any,
+    spec: str | None = None,
+    random_weights: bool = False,
+) -> None:
     """Saves the network to the folder `output`, and says what was written and what may come next. `spec` names its
     model where no model was given, and the network is one that was saved before."""
     save(net, output, model=spec or args.model)
     print(f"wrote {output / 'plan.json'} and {output / 'model.safetensors'}")
     page = None
     if spec is None:  # what this run made; a page of a network that was trained after would tell of what it was
-        page = _write_page(net, output / "report.html", args.model)
+        page = _write_page(net, output / "report.html", args.model, random_weights)
     exported = getattr(args, "onnx", False) or getattr(args, "precision", None) == "int8"
     if exported:
         write_onnx(net, x, output / "net.onnx")
@@ -54,10 +61,10 @@ def write_onnx(net: nn.Module, example: Any, path: Path) -> None:
     print(f"wrote {export_onnx(net, example, path)}")
 
 
-def _write_page(net: fx.GraphModule, path: Path, model: str) -> Path | None:
+def _write_page(net: fx.GraphModule, path: Path, model: str, random_weights: bool) -> Path | None:
     """The result as a page, where what writes pages is installed: the network itself is saved already."""
     try:
-        page = report(net).html(path, title=model)
+        page = report(net).html(path, title=model, random_weights=random_weights)
     except MissingExtra as error:
         print(f"no page was written: {error}", file=sys.stderr)
         return None

@@ -93,9 +93,18 @@ def _picture_shape(shape: Sequence[int] | None) -> tuple[int, int, int] | None:
     if len(shape) != 4 or shape[1] not in MODES:
         raise InputError(
             f"--images are pictures of 1, 3 or 4 channels, and --shape {','.join(map(str, shape))} is not "
-            "batch,channels,height,width of such: give --calibration with arrays, or a function that returns them"
+            f"batch,channels,height,width of such: {_meant(shape)}give --calibration with arrays, or a function that "
+            "returns them"
         )
     return shape[1], shape[2], shape[3]
+
+
+def _meant(shape: Sequence[int]) -> str:
+    """The shape of pictures that was probably meant by one that is none."""
+    whole = {1: (1, 3, *shape, *shape), 2: (1, 3, *shape), 3: (1, *shape)}.get(len(shape), ())
+    return (
+        f"did you mean --shape {','.join(map(str, whole))}? If not, " if len(whole) == 4 and whole[1] in MODES else ""
+    )
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 __all__ = ["Parser"]
 
+LINES = 6  # of a usage that is shown whole
 ALIASES = {"ort": "onnxruntime", "onnx": "onnxruntime", "cpu": "onnxruntime", "trt": "tensorrt", "gpu": "torch"}
 
 
@@ -38,7 +39,15 @@ class Parser(argparse.ArgumentParser):
                 message += f": did you mean {close[0]}?"
             elif found[1] == "COMMAND":
                 message += f". A command comes first: {self.prog} compress {found[2]} --budget 0.6"
-        super().error(message)
+        self.exit(2, f"{self._short_usage()}{self.prog}: error: {message}\n")
+
+    def _short_usage(self) -> str:
+        """The usage; of many options only where they are listed, because what is wrong stands after it."""
+        whole = self.format_usage()
+        if whole.count("\n") <= LINES:
+            return whole
+        words = [a.metavar or a.dest for a in self._actions if not a.option_strings]
+        return f"usage: {self.prog} {' '.join(map(str, words))} [options]     (all of them: {self.prog} --help)\n"
 
     def _command(self, words: Sequence[str]) -> Parser:
         """The parser of the command in these words, however deep."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lmfx.environment.bounded_reading import in_one_line
+from lmfx.quality.measures import Quality
 from lmfx.report.charts import number
 from lmfx.result import Result
 
-__all__ = ["COLLAPSED", "answer_of", "figures_of", "is_calculated", "ratio_of", "runtime"]
+__all__ = ["COLLAPSED", "RANDOM", "answer_of", "figures_of", "is_calculated", "ratio_of", "runtime"]
 
 COLLAPSED = (
     "It no longer does what the original did. Allow a larger budget, train it (lmfx.recover, lmfx.distill), or keep "
     "layers with exclude=."
 )
+
+RANDOM = "The weights are random: latencies hold, and what is kept of the outputs would mean nothing."
 
 
 def ratio_of(result: Result) -> float | None:
@@ -23,9 +26,12 @@ def ratio_of(result: Result) -> float | None:
     return result.predicted / result.original if result.predicted is not None and result.original else None
 
 
-def answer_of(result: Result) -> dict[str, Any]:
-    """`head` is the answer, `detail` on what it rests, `warning` what is wrong with it (or empty)."""
-    ratio, quality = ratio_of(result), result.quality
+def answer_of(result: Result, random_weights: bool = False) -> dict[str, Any]:
+    """`head` is the answer, `detail` on what it rests, `warning` what is wrong with it (or empty).
+
+    With random weights nothing is said of what is kept.
+    """
+    ratio, quality = ratio_of(result), None if random_weights else result.quality
     parts = []
     if not result.plan.candidates:
         parts.append("Nothing was changed")
@@ -39,14 +45,16 @@ def answer_of(result: Result) -> dict[str, Any]:
             parts.append(f"{kept} of the answers are the same")
         else:
             parts.append(f"{kept} of what it computes is kept")
-    head, detail = ", ".join(parts) or "Compressed", " ".join(_detail(result))
+    head, detail = ", ".join(parts) or "Compressed", " ".join(_detail(result, quality))
+    if random_weights:
+        detail = f"{RANDOM} {detail}"
     collapsed = quality is not None and quality.collapsed
     detail = detail.replace(" ms", "\u00a0ms")  # no line ends between a number and its unit
     return {"head": head, "detail": detail, "warning": COLLAPSED if collapsed else ""}
 
 
-def _detail(result: Result) -> list[str]:
-    quality, said = result.quality, []
+def _detail(result: Result, quality: Quality | None) -> list[str]:
+    said = []
     if quality is not None:
         seen = "that no fit saw" if quality.held_out else "that the fits saw as well"
         said.append(f"Judged on {quality.images} image{'' if quality.images == 1 else 's'} {seen} ({quality}).")
@@ -80,7 +88,7 @@ def runtime(result: Result) -> str:
     return in_one_line(text)
 
 
-def figures_of(result: Result) -> list[dict[str, str]]:
+def figures_of(result: Result, random_weights: bool = False) -> list[dict[str, str]]:
     """The figures beneath the answer: `name`, `before`, `after` (texts; `before` may be empty)."""
     ratio = ratio_of(result)
     found = []
@@ -91,7 +99,7 @@ def figures_of(result: Result) -> list[dict[str, str]]:
     if ratio:
         budget = "" if result.budget is None else f"budget {result.budget}"
         found.append(_figure("of the original's latency", budget, f"{ratio:.1%}"))
-    if result.quality is not None:
+    if result.quality is not None and not random_weights:
         q = result.quality
         if q.agreement is not None:
             found.append(

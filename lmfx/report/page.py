@@ -32,7 +32,7 @@ from lmfx.report.blocks import picture_of
 from lmfx.report.changes import SpanChange, change_of
 from lmfx.report.drawing import draw
 from lmfx.report.page_charts import alternatives_chart, frontier_chart, measured_chart
-from lmfx.report.page_tables import latency_rows, made_rows, refusal_rows, span_rows, strips
+from lmfx.report.page_tables import latency_rows, longest_seen, made_rows, refusal_rows, span_rows, strips
 from lmfx.report.stops import say, stop_indices, stop_of
 from lmfx.result import Result, result_of
 
@@ -48,9 +48,10 @@ def write_page(
     title: str | None = None,
     command: str | None = None,
     alternatives: Sequence[Alternative] = (),
+    random_weights: bool = False,
 ) -> Path:
     """Writes the page of a network to a file, which is complete or as it was before."""
-    text = page_text(net, title=title, command=command, alternatives=alternatives)
+    text = page_text(net, title=title, command=command, alternatives=alternatives, random_weights=random_weights)
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,7 @@ def page_text(
     title: str | None = None,
     command: str | None = None,
     alternatives: Sequence[Alternative] = (),
+    random_weights: bool = False,
 ) -> str:
     """The page of a network that carries a result. Raises `MissingExtra` without Jinja2."""
     try:
@@ -77,7 +79,7 @@ def page_text(
     )
     environment.filters["script"] = _script
     own = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")}
-    values = _values(result, title, command, (*result.alternatives, *alternatives))
+    values = _values(result, title, command, (*result.alternatives, *alternatives), random_weights)
     text: str = environment.get_template("page.html.j2").render(**values, css=own["page.css"], js=own["page.js"])
     return "\n".join(line for line in (line.strip() for line in text.splitlines()) if line) + "\n"
 
@@ -91,7 +93,11 @@ def _script(value: Any) -> Any:
 
 
 def _values(
-    result: Result, title: str | None, command: str | None, alternatives: Sequence[Alternative]
+    result: Result,
+    title: str | None,
+    command: str | None,
+    alternatives: Sequence[Alternative],
+    random_weights: bool,
 ) -> dict[str, Any]:
     """All that the template shows."""
     evidence, frontier = result.evidence, result.frontier
@@ -100,19 +106,20 @@ def _values(
     scores = frontier.scores if frontier is not None else None
     values: dict[str, Any] = {
         "title": model,
-        "answer": answer_of(result),
-        "figures": figures_of(result),
+        "answer": answer_of(result, random_weights),
+        "figures": figures_of(result, random_weights),
         "refusals": refusal_rows(result),
         "made": made_rows(result, command),
         "spans": span_rows(result, scores),
         "measured": measured_chart(result),
-        "alternatives": alternatives_chart(result, alternatives),
+        "alternatives": None if random_weights else alternatives_chart(result, alternatives),
         "loaded": evidence is None,
         "held_out": result.quality is not None and result.quality.held_out,
         "chart": None,
         "drawing": None,
         "strips": None,
         "layers": [],
+        "most": 100.0,
         "data": None,
         "now": None,
     }
@@ -130,6 +137,7 @@ def _values(
     values["now"] = _shown(changes, own["changes"])
     values["drawing"] = draw(picture, changes, latencies)
     values["layers"] = latency_rows(picture, changes, latencies)
+    values["most"] = longest_seen(values["layers"], values["now"]["changes"], values["now"]["rows"])
     values["strips"] = strips(picture, changes, latencies)
     nearest = _nearest(stops, own)
     values["chart"] = frontier_chart(frontier, stops, own, nearest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ from lmfx.report.drawing import shortened, tip_of
 from lmfx.report.text import group_refusals
 from lmfx.result import Result
 
-__all__ = ["latency_rows", "made_rows", "refusal_rows", "span_rows", "strips"]
+__all__ = ["latency_rows", "longest_seen", "made_rows", "refusal_rows", "span_rows", "strips"]
 
 NAMES_SHOWN = 6
 
@@ -53,6 +53,12 @@ def latency_rows(
         r |= {f"{k}_text": number(r[k]) for k in ("before", "after")}
         r["short"], r["word"] = shortened(r["name"], 44), KINDS[r["kind"]]
     return rows
+
+
+def longest_seen(rows: Sequence[dict[str, Any]], changes: Container[int], covered: Container[int]) -> float:
+    """The longest bar of those that a plan shows, as a part of the longest of all."""
+    seen = [r for r in rows if (r["row"] not in covered if r["change"] is None else r["change"] in changes)]
+    return max((part for r in seen for part in (r["before_part"], r["after_part"])), default=0.0) or 100.0
 
 
 def _span_name(change: SpanChange) -> str:
@@ -132,7 +138,7 @@ def made_rows(result: Result, command: str | None) -> dict[str, Any]:
         ("system", f"{facts['system']} {facts['machine']}, {facts['cores']} cores"),
         ("processor", cpu_name()),
     ]
-    rows += [(f"backend: {k}", str(v)) for k, v in result.backend.items() if v not in (None, "")]
+    rows += [(k if k == "backend" else f"its {k}", str(v)) for k, v in result.backend.items() if v not in (None, "")]
     rows.append(("budget", "none" if result.budget is None else str(result.budget)))
     rows += [("to keep", f"{result.keep:.4g}")] if result.keep is not None else []
     rows += [("calibration images", str(result.images))] if result.images is not None else []

@@ -1,7 +1,9 @@
 """The points of a frontier that a page's slider stops at, and what there is to say of each.
 
 All of them where there are few. A large frontier has thousands of points that nobody can tell apart: then the best one
-in each of `MOST` equal steps of latency, and always the fastest and the slowest.
+in each of `MOST` equal steps of latency, and always the fastest and the slowest. The line that takes sums of rows to
+networks may predict nothing, or less, where it is far from all networks that were measured: no network is so fast, and
+such points are left out.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ MOST = 120
 
 def stop_indices(frontier: Frontier, most: int = MOST) -> list[int]:
     """The points that are shown, fastest first."""
-    if len(frontier) <= most:
-        return list(range(len(frontier)))
     latency = frontier.latency
-    limits = np.linspace(float(latency[0]), float(latency[-1]), most)
+    first = min(int(np.searchsorted(latency, 0.0, side="right")), len(frontier) - 1)
+    if len(frontier) - first <= most:
+        return list(range(first, len(frontier)))
+    limits = np.linspace(float(latency[first]), float(latency[-1]), most)
     found = np.searchsorted(latency, limits, side="right") - 1
-    return sorted({0, len(frontier) - 1, *(int(i) for i in found)})
+    return sorted({first, len(frontier) - 1, *(int(i) for i in found)})
 
 
 def stop_of(frontier: Frontier, index: int, number_of: Mapping[str, int]) -> dict[str, Any]:

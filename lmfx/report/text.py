@@ -51,11 +51,13 @@ class Report(str):
         title: str | None = None,
         command: str | None = None,
         alternatives: Sequence[Alternative] = (),
+        random_weights: bool = False,
     ) -> Path:
         """Writes the result as one page of HTML that needs nothing from elsewhere, and returns its path.
 
         `title` is the network's name on it (by default the model's class), `command` what made it (by default how this
         process was started), `alternatives` are other ways to be as fast, to be shown beside it (`lmfx.alternative`).
+        With `random_weights` it says that the model has such, and nothing of what is kept of its outputs.
         What was not saved with a network is not on its page: one from `lmfx.load` has no frontier and no drawing.
         Raises `MissingExtra` without Jinja2, `OptionError` for a file that cannot be written.
         """
@@ -63,7 +65,9 @@ class Report(str):
 
         if self._net is None:
             raise InputError("this report was copied without its network: make it anew with lmfx.report(net)")
-        return write_page(self._net, path, title=title, command=command, alternatives=alternatives)
+        return write_page(
+            self._net, path, title=title, command=command, alternatives=alternatives, random_weights=random_weights
+        )
 
 
 @entry
@@ -162,7 +166,9 @@ def _head(result: Result) -> str:
     if line is not None:
         lines.append(f"  table      {_line(line)}")
     if result.images is not None:
-        few = "; too few to judge a fit: pass calibration=" if result.images < FEW_IMAGES and plan.candidates else ""
+        few = (
+            "; too few to judge a fit: give more, such as 64" if result.images < FEW_IMAGES and plan.candidates else ""
+        )
         lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
     if result.checked:
         lines.append(f"  checked    {result.checked}")

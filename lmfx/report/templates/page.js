@@ -38,6 +38,9 @@ const group = (name) => {
 };
 const changes = group("change"), rows = group("row"), edges = group("edge"), colors = group("color");
 const set = (map, keys, action) => { for (const key of keys) for (const element of map.get(key) || []) action(element); };
+/* The longest bar that is seen has the whole width. */
+const width = (bar) => Number(bar.style.getPropertyValue("--w"));
+const bars = all("#bars tbody tr").map((row) => [row, Math.max(...[...row.querySelectorAll(".bar > *")].map(width))]);
 let shown = { changes: [], rows: new Map(), edges: new Set() };
 
 /* Shows one plan: its changes appear, and what they replace goes. */
@@ -57,6 +60,8 @@ const show = (plan) => {
   set(edges, next.edges, (element) => element.setAttribute("hidden", ""));
   for (const [row, kind] of next.rows) set(colors, [row], (element) => color(element, kind));
   shown = next;
+  const most = bars.reduce((so, [row, width]) => (row.hasAttribute("hidden") ? so : Math.max(so, width)), 0);
+  if (most) $("bars").style.setProperty("--most", most);
 };
 const color = (element, kind) => {
   for (const name of [...element.classList]) if (name.startsWith("k-")) element.classList.remove(name);
@@ -118,5 +123,11 @@ $("drawing").addEventListener("keydown", (event) => {
   layers[next].focus();
 });
 result();
+/* What was changed is seen at once, also where the network begins with many layers that were kept. */
+const first = layers.find((layer) => shown.rows.has(Number(layer.dataset.at)));
+if (first) {
+  const box = $("drawing"), far = first.getBoundingClientRect().top - box.getBoundingClientRect().top;
+  if (far > box.clientHeight / 2) box.scrollTop = far - box.clientHeight / 5;
+}
 document.body.classList.add("ready");
 })();

@@ -103,6 +103,24 @@ def test_a_wrong_word_is_told_by_the_command_it_was_given_to(
     assert message in told(capsys, argv)
 
 
+def test_a_long_usage_does_not_stand_before_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    first, *rest = told(capsys, (*ENOUGH, "--bugdet", "0.6")).splitlines()
+    assert first == "usage: lmfx compress MODEL [options]     (all of them: lmfx compress --help)"
+    assert len(rest) == 1 and "did you mean --budget?" in rest[0]
+    assert "[--json]" in told(capsys, ("doctor", "--jsn"))  # a short one is shown
+
+
+@pytest.mark.parametrize(
+    ("shape", "meant"), [("224", None), ("96,80", "1,3,96,80"), ("3,96,80", "1,3,96,80"), ("5,96,80", None)]
+)
+def test_a_shape_that_is_none_of_pictures_is_told_with_what_was_meant(
+    shape: str, meant: str | None, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = told(capsys, (*ENOUGH, "--images", str(photos), "--shape", shape))
+    assert (f"did you mean --shape {meant}? If not, give --calibration" in said) == (meant is not None)
+    assert "did you mean" not in said or meant is not None
+
+
 def test_a_value_that_is_like_no_other_gets_no_guess(capsys: pytest.CaptureFixture[str]) -> None:
     said = told(capsys, (*ENOUGH, "--backend", "abacus"))
     assert "tensorrt" in said

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -176,3 +178,21 @@ def test_advice_follows_the_reason_and_there_is_always_some() -> None:
     assert "dimension 1" in advice_for("the concatenation is not along the channels")
     assert advice_for("something that nobody has thought of") == OTHERWISE
     assert len({advice for _, advice in ADVICE}) == len(ADVICE)
+
+
+class _Predicted:
+    """A frontier as the stops see it, of given latencies."""
+
+    def __init__(self, *latency: float) -> None:
+        self.latency = np.array(latency)
+
+    def __len__(self) -> int:
+        return len(self.latency)
+
+
+def test_points_at_which_the_line_predicts_nothing_or_less_are_no_stops() -> None:
+    some: Any = _Predicted(-0.2, -0.1, 0.0, 0.1, 0.2, 0.3, 1.0)
+    assert stop_indices(some) == [3, 4, 5, 6]
+    assert stop_indices(some, most=2) == [3, 6]
+    nothing: Any = _Predicted(-0.2, 0.0)
+    assert stop_indices(nothing) == [1]  # a page needs a point

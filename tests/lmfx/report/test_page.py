@@ -217,6 +217,14 @@ def test_the_latencies_of_layers_are_rows_of_the_table(page: str, result: Result
         assert f"{float(before):.3g}" in rows
 
 
+def test_the_longest_bar_that_is_seen_has_the_whole_width(page: str) -> None:
+    (most,) = (float(m) for m in re.findall(r'id="bars" style="--most:([\d.]+)"', page))
+    rows = re.findall(r"<tr class=\"k-\w+\" data-(?:row|change)([^>]*)>.*?--w:([\d.]+).*?--w:([\d.]+)", page)
+    seen = [max(float(a), float(b)) for start, a, b in rows if "hidden" not in start]
+    longest = [max(float(a), float(b)) for _, a, b in rows]
+    assert max(seen) == most < max(longest) == 100
+
+
 def test_the_errors_of_spans_are_those_that_were_measured(page: str, result: Result) -> None:
     assert result.evidence is not None
     text = words(page)
@@ -237,6 +245,20 @@ def test_other_ways_to_be_as_fast_stand_beside_the_result(net: Any, result: Resu
     text = page_text(net, alternatives=[Alternative("pruned <x>", 0.625, result.quality)])
     assert "pruned <x>" in words(text) and "62.5%" in words(text)
     assert "Other ways to be as fast" not in words(page_text(net))
+
+
+def test_of_random_weights_nothing_is_said_that_their_outputs_would_have_to_tell(net: Any, result: Result) -> None:
+    assert result.quality is not None
+    output = replace(result.quality.outputs[0], divergence=3.0)
+    bad = changed(net, quality=replace(result.quality, outputs=(output,)))
+    other = Alternative("pruned", 0.625, result.quality)
+    text = page_text(bad, alternatives=[other], random_weights=True)
+    assert "The weights are random: latencies hold" in words(text)
+    (hero,) = re.findall(r'<section id="answer".*?</section>', text, re.DOTALL)
+    assert "% of" not in words(hero) and "Collapsed." not in hero and "the same" not in hero and "PSNR" not in hero
+    assert "Other ways" not in words(text)
+    assert re.search(r"<h1[^>]*>[\d.]+× as fast</h1>", text)
+    assert "weights are random" not in words(page_text(bad))
 
 
 def test_a_collapse_is_said_aloud(net: Any, result: Result) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lmfx
+from lmfx.report.page import page_text
 from tests import page_networks
 from tests.chromium import Chromium, find_chromium
 
@@ -188,3 +189,30 @@ def test_dark_is_dark_and_paper_is_light(browser: Chromium) -> None:
 def test_it_prints(browser: Chromium, tmp_path: Path) -> None:
     assert browser.pdf(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     assert browser.errors == []
+
+
+def test_the_longest_bar_that_a_plan_shows_has_the_whole_width(browser: Chromium) -> None:
+    browser.evaluate("document.getElementById('budget').focus()")
+    for key in ("Home", "End"):
+        browser.press(key)
+        widest = browser.evaluate(
+            "Math.max(...[...document.querySelectorAll('#bars tbody tr:not([hidden]) .bar > *')]"
+            ".map((e) => e.getBoundingClientRect().width / e.parentElement.clientWidth))"
+        )
+        assert 0.8 < widest <= 1
+
+
+def test_a_drawing_begins_where_the_first_change_is(tmp_path: Path) -> None:
+    path = tmp_path / "deep.html"
+    text = page_text(page_networks.compressed())
+    # the same page whose drawing is so low that the changes would be out of sight
+    path.write_text(text.replace("max-height: 640px", "max-height: 60px"))
+    with Chromium() as browser:
+        browser.open(path)
+        seen = browser.evaluate(
+            "(() => { const box = document.getElementById('drawing').getBoundingClientRect();"
+            f" return {SHOWN}.map((e) => e.getBoundingClientRect().top - box.top); }})()"
+        )
+        assert browser.evaluate("document.getElementById('drawing').scrollTop") > 0
+        assert browser.evaluate("scrollY") == 0
+    assert min(seen) < 120
