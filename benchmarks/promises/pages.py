@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/promises/pages.py [--networks resnet50 ...] [--budgets 0.8 0.65] [--pictures DIR]
     REAL=... PYTHONPATH=. python benchmarks/promises/pages.py --networks efficientnet-lite0 --latency onnxruntime
 
-Needs Chromium. Latencies are of the analytic backend unless `--latency` names another. All networks but `resnet152` are
-trained, those of this file here and once: `resnet50`, torchvision's, on drawn characters, in STEPS_RESNET steps, and
-`diffusion-unet`, the one of `benchmarks/diffusion`, on digits, in STEPS_DIFFUSION steps. Every other one is of
-`benchmarks/real`, and left out where its package is not there. `resnet152` has random weights, as its page says.
+Needs Chromium. Latencies are of the analytic backend unless `--latency` names another. The ResNets of torchvision have
+random weights, and their pages tell of latencies only. `diffusion-unet`, the network of `benchmarks/diffusion`, is
+trained here, once. All others are those of `benchmarks/real`, trained by others; one whose package is not there is left
+out.
 
     bytes     of the file
     write     CPU seconds from the result to the file
@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -33,13 +32,12 @@ from benchmarks.diffusion import digits
 from benchmarks.real import real
 from benchmarks.real.packages import Absent
 from benchmarks.real.subjects import Subject
-from benchmarks.shared import characters
 from tests.chromium import Chromium
 
 Case = tuple[nn.Module, Any, Any, dict[str, Any]]  # model, example, images, options of compress
 QUICK: dict[str, Any] = {"importance": "magnitude", "refit": False}
 KEPT = Path("out/pages/originals")  # what was trained here
-STEPS_RESNET, STEPS_DIFFUSION = 560, 1500
+STEPS = 1500  # of training the diffusion network
 STEP = """(() => {
 const slider = document.getElementById('budget');
 for (let i = 0; i < 20; i++) {
@@ -60,35 +58,17 @@ def drawn(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def untrained() -> Case:
-    """ResNet-152 at 96 pixels, with random weights: how large a page becomes, and how slow."""
+def untrained(name: str) -> Case:
+    """A ResNet of torchvision at 96 pixels, with random weights."""
     import torchvision
 
     images = torch.randn(16, 3, 96, 96, generator=torch.Generator().manual_seed(1))
-    return drawn(torchvision.models.resnet152(weights=None)), images[:1], images, QUICK
-
-
-def resnet50() -> Case:
-    """torchvision's ResNet-50, trained on drawn characters of 32 pixels and 36 classes."""
-    import torchvision
-
-    torch.manual_seed(0)
-    model = torchvision.models.resnet50(weights=None, num_classes=36)
-    file = KEPT / f"resnet50-{STEPS_RESNET}.safetensors"
-    if not file.exists():
-        data = characters.load(0, train=STEPS_RESNET // 2 * 64)
-        characters.train(model, data, epochs=2, lr=2e-3)
-        print(f"resnet50: accuracy {characters.accuracy(model, data.test_images, data.test_labels):.1%}", flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(model.state_dict(), file)
-    model.load_state_dict(safetensors.torch.load_file(file))
-    images = characters.normalised(characters.draw(256, split="held")[0])
-    return model.eval(), images[:1], images, {}
+    return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, QUICK
 
 
 def diffusion() -> Case:
     """The denoising network of benchmarks/diffusion, with its time step."""
-    run = digits.Run(digits.options(["--steps", str(STEPS_DIFFUSION), "--images", "256", "--out", str(KEPT)]))
+    run = digits.Run(digits.options(["--steps", str(STEPS), "--images", "256", "--out", str(KEPT)]))
     images, steps = run.calibration()
     return run.original(), (images[:1], steps[:1]), [(images, steps)], {}
 
@@ -102,8 +82,8 @@ def trained(make: Callable[[], Subject]) -> Case:
 
 NETWORKS: dict[str, Callable[[], Case]] = {
     **{name: partial(trained, make) for name, make in real.NETWORKS.items()},
-    "resnet50": resnet50,
-    "resnet152": untrained,
+    "resnet50": partial(untrained, "resnet50"),
+    "resnet152": partial(untrained, "resnet152"),
     "diffusion-unet": diffusion,
 }
 SHOWN = ("resnet50", "efficientnet-lite0", "diffusion-unet")
