@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -60,7 +60,7 @@ def compress(
     refit: bool = True,
     recover: float | str | None = None,
     precision: str | None = None,
-    input_sizes: Sequence[int | Sequence[int]] = (),
+    input_sizes: Sequence[int | Sequence[int]] | Literal["auto"] = (),
     weights: Sequence[float] | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -108,9 +108,10 @@ def compress(
             In 8 bits the reported quality is that of the Q/DQ file, which `lmfx.export_onnx` writes; layers stay float
             where that is faster, and the whole network where nothing is gained (`Result.int8` says so). None takes what
             the backend has, "fp32" by default.
-        input_sizes: other sizes that the images may be scaled to, heights or (height, width): the network is compressed
-            for each, and the one of best quality against the original at its own size is returned. `Result.input_size`
-            says which, `Result.alternatives` what the others keep, and what a smaller input alone would.
+        input_sizes: other sizes that the images may be scaled to, heights or (height, width), or "auto" for those that
+            suit the network: it is compressed for those that may be best, and the one of best quality against the
+            original at its own size is returned. `Result.input_size` says which, `Result.alternatives` what the others
+            keep, and what a smaller input alone would.
         weights: of the shapes of an `example_input` that is a list (each 1): latency is the weighted sum of those at
             each shape, in rows, search and budget; `Result.shapes` has each. Quality is that on the images.
         progress: show progress bars on stderr.

@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--keep", metavar="SHARE", help='what must still agree, 0.98 or "98%%": as fast as that allows')
     made.add_argument("--recover", metavar="TIME", help="train so long on the calibration images: 3min, 90s")
     made.add_argument(
-        "--input-sizes", type=size_list, default=(), metavar="N,N", help="also compress for images of these sizes"
+        "--input-sizes", type=size_list, default=(), metavar="N,N|auto", help="also compress for images of these sizes"
     )
     made.add_argument("--no-refit", action="store_true", help="leave the layers that the plan keeps as they are")
     made.add_argument(

@@ -18,7 +18,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,10 +63,12 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.split("[,x]", text))
 
 
-def size_list(text: str) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each entry of "208,192" or "208x160,96x80"."""
+def size_list(text: str) -> tuple[tuple[int, int], ...] | Literal["auto"]:
+    """(height, width) of each entry of "208,192" or "208x160,96x80"; "auto" as it is."""
+    if text == "auto":
+        return "auto"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?(,[1-9]\d*(x[1-9]\d*)?)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write 208,192 or 208x160,96x80")
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write auto, 208,192 or 208x160,96x80")
     parts = [[int(n) for n in part.split("x")] for part in text.split(",")]
     return tuple((part[0], part[-1]) for part in parts)
 

@@ -9,15 +9,14 @@ left at the best T (`measures.scaled_kl`), so what is returned should have it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx
 
 from lmfx.quality.judge import Judge
+from lmfx.quality.last_layers import last_layers
 from lmfx.quality.measures import LEAST_PROBABILITY
-from lmfx.quality.outputs import LAYERS, MOVES, SOFTMAX, op_of
 
 __all__ = ["best_temperature", "set_scale"]
 
@@ -28,18 +27,23 @@ LEAST_ROWS = 16  # of scores, below which the scale that is best for them says n
 
 
 @torch.no_grad()
-def set_scale(student: fx.GraphModule, judge: Judge, free: Callable[[str], bool] = lambda name: True) -> list[float]:
+def set_scale(
+    student: fx.GraphModule,
+    judge: Judge,
+    free: Callable[[str], bool] = lambda name: True,
+    outputs: Sequence[Tensor] | None = None,
+) -> list[float]:
     """Divides the last layers of scores by their best temperature, in place; the temperatures, 1 where nothing is done.
 
     An output is left as it is where KL falls by less than 2 %, where there are fewer than 16 rows of scores, and where
     its last layer is not one that is called once and read by this output alone. `free` says of a node's name whether
-    its layer may be changed.
+    its layer may be changed, `outputs` are what it gives for the judge's images where its own are of another size.
     """
     found: list[float] = []
     if not any(kind.kind == "scores" for kind in judge.kinds):
         return found
-    layers = [_layer(student, node) for node in _leaves(student)]
-    outputs = judge.outputs(student)
+    layers = last_layers(student)
+    outputs = judge.outputs(student) if outputs is None else outputs
     if len(layers) != len(outputs):  # tensors that the graph does not name one by one
         return found
     for kind, node, reference, other in zip(judge.kinds, layers, judge.reference, outputs, strict=True):
@@ -73,21 +77,3 @@ def best_temperature(y: Tensor, z: Tensor) -> tuple[float, float]:
         low, high = (low, b) if loss(a) <= loss(b) else (a, high)
     best, now = loss((low + high) / 2), loss(0.0)
     return math.exp((low + high) / 2), (now - best) / now if now > 0 and math.isfinite(now) else 0.0
-
-
-def _leaves(gm: fx.GraphModule) -> list[fx.Node]:
-    output = next(n for n in gm.graph.nodes if n.op == "output")
-    return [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
-
-
-def _layer(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The layer whose values an output has, apart from moves and a softmax; None if anything else reads them."""
-    while len(node.users) == 1:
-        module, name = op_of(gm, node)
-        if isinstance(module, LAYERS) and not isinstance(module, nn.LazyLinear):
-            calls = [n for n in gm.graph.nodes if n.op == "call_module" and n.target == node.target]
-            return node if len(calls) == 1 else None
-        if name not in MOVES | SOFTMAX or name == "channelaffine" or len(node.all_input_nodes) != 1:
-            return None
-        node = node.all_input_nodes[0]
-    return None

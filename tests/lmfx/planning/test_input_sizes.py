@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.latency.backends.roofline import RooflineBackend
+from lmfx.planning import input_sizes
+from lmfx.planning.scaled_images import usual_sizes
 from tests.helpers import one_thread as one_thread
 from tests.lmfx.test_quality_of_results import IMAGES, MODEL, compress
 from tests.toys import images
@@ -39,7 +44,7 @@ def test_a_smaller_input_is_a_candidate(tmp_path: Path) -> None:
     result = lmfx.result_of(net)
     assert result.input_size in ((12, 10), (8, 8), (10, 10))
     assert result.ratio is not None and result.ratio <= 0.5
-    assert len(result.alternatives) >= 3
+    assert any(a.what.startswith("compressed for") for a in result.alternatives)
     graph = lmfx.trace(MODEL, IMAGES[:1])
     assert result.quality is not None and result.quality.images == 8
     with torch.no_grad():
@@ -131,3 +136,125 @@ def test_sizes_that_the_network_does_not_take_are_refused() -> None:
 def test_what_is_no_size_is_refused(bad: Any) -> None:
     with pytest.raises(lmfx.OptionError, match="input_sizes"):
         compress(0.8, input_sizes=bad)
+
+
+class Strided(nn.Module):
+    """A classifier whose smallest map has a pixel for each 8 x 8 of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 8, 8, 8)
+        self.body = nn.Sequential(*(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)))
+        self.more = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.body(x))
+        return self.head((x + torch.relu(self.more(x))).mean((2, 3)))
+
+
+def strided() -> nn.Module:
+    torch.manual_seed(1)
+    model = Strided().eval()
+    with torch.no_grad():
+        features: list[Tensor] = []
+        handle = model.head.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+        model(images(64, 48))
+        handle.remove()
+        model.head.weight /= features[0].std(0)
+        model.head.bias -= model(images(64, 48)).mean(0)
+    return model
+
+
+def test_usual_sizes_keep_the_phase_of_padding_and_strides() -> None:
+    graph = lmfx.trace(strided(), torch.zeros(1, 3, 48, 64))
+    assert usual_sizes(graph, (48, 64)) == [(40, 56), (32, 40), (24, 32)]
+    assert usual_sizes(lmfx.trace(pointwise(), torch.zeros(1, 3, 24, 24)), (24, 24)) == []
+
+
+@pytest.fixture
+def by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Originals take as long as their images have pixels."""
+    monkeypatch.setattr(input_sizes, "time_wholes", lambda _, nets: [[float(x[0].numel())] for _, x in nets])
+
+
+@pytest.mark.usefixtures("by_pixels")
+def test_auto_looks_at_the_sizes_that_suit_the_network(tmp_path: Path) -> None:
+    model, data = strided(), images(64, 48)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    options: dict[str, Any] = {"calibration": data, "latency": "roofline", "progress": False, "cache_dir": tmp_path}
+    result = lmfx.result_of(lmfx.compress(model, data[:1], 0.6, input_sizes="auto", **options))
+    assert result.input_size in ((40, 40), (32, 32), (24, 24), (48, 48))
+    alone = {a.what for a in result.alternatives if a.what.endswith("alone")}
+    assert "input 24 x 24 alone" in alone and "input 40 x 40 alone" not in alone  # (5 / 6)^2 is more than 0.6
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), "the model is not touched"
+
+
+def test_auto_leaves_out_sizes_that_the_network_does_not_take(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(288, 5),
+    ).eval()
+    options: dict[str, Any] = {"calibration": images(64), "latency": "roofline", "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lmfx.QualityWarning)
+        net = lmfx.compress(model, images(1), 0.9, input_sizes="auto", **options)
+    assert lmfx.result_of(net).input_size == (12, 12)
+
+
+def searched(
+    monkeypatch: pytest.MonkeyPatch, alone: dict[int, float], made: dict[int, float], budget: float
+) -> list[int]:
+    """The heights that are compressed, where sizes lose so much alone and compressed."""
+    heights: list[int] = []
+
+    def compressed(self: Any, size: tuple[int, int]) -> Any:
+        heights.append(size[0])
+        return input_sizes._Made(self.whole, 0.5, size, made[size[0]])
+
+    monkeypatch.setattr(input_sizes._Search, "alone", lambda self, size: alone[size[0]])
+    monkeypatch.setattr(input_sizes._Search, "made", compressed)
+    monkeypatch.setattr(input_sizes._Search, "finished", lambda self, best: best)
+    monkeypatch.setattr(sys.modules["lmfx.compress"], "_check_quality", lambda *args: None)
+    model, data = strided(), images(64, 48)
+    best: Any = lmfx.compress(
+        model, data[:1], budget, calibration=data, latency="roofline", progress=False, input_sizes=tuple(alone)
+    )
+    assert best.loss == min(made[h] for h in heights)
+    return heights
+
+
+@pytest.mark.usefixtures("by_pixels")
+def test_sizes_that_cannot_be_the_best_are_not_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {24: 0.5, 32: 0.3, 40: 0.1}
+    # Of those that are fast enough alone, only the best; from there to larger ones, until they become worse.
+    assert searched(monkeypatch, few, {32: 0.3, 40: 0.15, 48: 0.2}, 0.5) == [32, 40, 48]
+    assert searched(monkeypatch, few, {32: 0.3, 40: 0.35, 48: 0.2}, 0.5) == [32, 40]
+    assert searched(monkeypatch, {24: 0.1, 32: 0.3, 40: 0.2}, {24: 0.1, 48: 0.05}, 0.35) == [24, 48]
+
+
+def test_what_is_trained_for_a_smaller_input_learns_from_the_original_at_its_own_size(tmp_path: Path) -> None:
+    model, data = strided(), images(96, 48)
+    options: dict[str, Any] = {"calibration": data, "latency": "roofline", "progress": False, "cache_dir": tmp_path}
+    plain, trained = (
+        lmfx.compress(model, data[:1], 0.4, input_sizes=(24,), recover=recover, **options) for recover in (None, "6s")
+    )
+    result = lmfx.result_of(trained)
+    assert result.input_size == lmfx.result_of(plain).input_size == (24, 24) and result.merged
+    assert "lmfx_recovery" in trained.meta
+    choosing = data[3::8]
+    with torch.no_grad():
+        wanted = model(choosing).log_softmax(1)
+        before, after = (
+            float((wanted.exp() * (wanted - net(scaled(choosing, 24, 24)).log_softmax(1))).sum(1).mean())
+            for net in (plain, trained)
+        )
+    assert after < 0.9 * before
+    lmfx.save(trained, tmp_path / "net", model="toy")
+    again = lmfx.load(tmp_path / "net", model)
+    x = scaled(data[:5], 24, 24)
+    assert torch.allclose(again(x), trained(x), atol=1e-5)
