@@ -44,6 +44,7 @@ from lmfx.planning.judged import Judged
 from lmfx.planning.keeping import fastest_that_keeps, keeping_judge
 from lmfx.planning.search import Found, find_loss_free, find_plan, measure_plan
 from lmfx.planning.several_shapes import OverShapes
+from lmfx.planning.smaller_input import smaller_input
 from lmfx.quality import Choosing, Judge, Quality, QualityName
 from lmfx.quality.output_scale import set_scale
 from lmfx.training.recovery import recover as recover_student
@@ -85,6 +86,7 @@ class Compression:
     recover: float | str | None
     progress: bool
     precision: str | None = None  # that of the backend
+    beside: bool = True  # whether a smaller input alone is looked at as well
 
     def run(
         self, model: nn.Module, example_input: Any, wanted: Budget | None, share: float | None, calibration: Any
@@ -145,7 +147,12 @@ class Compression:
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         with clock.stage("merge"):
             net = stages.merge(student) if self.merge else student
-        return finished(graph, net, spans, wanted, source, self.merge, found, images, share, clock)
+        other, here = None, not isinstance(source, (LatencyTable, OverShapes)) and precision_of(source) != "int8"
+        if self.beside and here and lossy and judging is not None and isinstance(found, Found):
+            assert not isinstance(source, LatencyTable)
+            with clock.stage("smaller input", "what a smaller input alone would keep"):
+                other = smaller_input(model, graph, example_input, images.roles().judge, source, found.ratio)
+        return finished(graph, net, spans, wanted, source, self.merge, found, images, share, clock, other)
 
     def planned(
         self, case: _Case, table: LatencyTable, wanted: Budget | None, share: float | None

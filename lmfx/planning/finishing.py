@@ -26,6 +26,7 @@ from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.search import Found
 from lmfx.quality import Judge, Quality
+from lmfx.quality.measures import Alternative
 from lmfx.quality.span_errors import span_errors
 from lmfx.result import Evidence, Result
 
@@ -56,8 +57,9 @@ def finished(
     images: Calibration,
     keep: float | None,
     clock: StageClock,
+    other: Alternative | None = None,
 ) -> fx.GraphModule:
-    """Attach the result, and drop what only the compiler needed."""
+    """Attach the result, and drop what only the compiler needed. `other` is another way to be as fast."""
     made = made_of(net)
     assert made is not None
     plan = made.plan
@@ -100,6 +102,7 @@ def finished(
         inputs=noted(graph).inputs,
         frontier=found.frontier if found else None,
         quality=quality,
+        alternatives=() if other is None else (other,),
         keep=keep,
         int8=int8,
         effort=clock.effort(),

@@ -98,7 +98,7 @@ class _Search:
         calibration: Any,
         name: QualityName,
     ) -> None:
-        self.asked, self.model, self.budget, self.name = asked, model, budget, name
+        self.asked, self.model, self.budget, self.name = replace(asked, beside=False), model, budget, name
         self.images = as_calibration(calibration, example_input)
         self.whole = trace(model, example_input)
         self.own = size_of(self.images)

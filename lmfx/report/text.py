@@ -196,7 +196,9 @@ def _quality(result: Result) -> list[str]:
     if result.input_size:
         lines.append(f"  input      images of {' x '.join(map(str, result.input_size))}")
     for other in result.alternatives:
-        lines.append(f"             {other.what}: {other.quality} at {other.ratio:.1%}")
+        more = not result.input_size and other.quality.kept > quality.kept
+        hint = "; that keeps more, see input_sizes=" if more else ""
+        lines.append(f"             {other.what}: {other.quality} at {other.ratio:.1%}{hint}")
     if quality.collapsed:
         lines.append(f"             COLLAPSED: {COLLAPSED}")
     return lines
