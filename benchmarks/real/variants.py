@@ -94,15 +94,13 @@ def lmfx_itself(work: Work, budget: float, realize: tuple[Realization, ...] = ("
 
 
 def lmfx_sizes(work: Work, budget: float) -> Made:
-    """The same with a smaller input as well: the one that alone takes what lies between the budget and the original.
+    """The same with smaller inputs as well, those that suit the network.
 
-    Raises `Missed` where the network takes no such size.
+    Raises `Missed` where the network takes no others.
     """
-    between = {size: ratio for size, ratio in work.ratios.items() if budget < ratio < 1} if work.subject.smaller else {}
-    if not between:
+    if not work.subject.smaller:
         raise Missed(1.0)
-    size = min(between, key=lambda s: abs(between[s] - budget**0.5))
-    student = _compressed(work, budget, calibration=work.calibration, input_sizes=(size,))
+    student = _compressed(work, budget, calibration=work.calibration, input_sizes="auto")
     found = lmfx.result_of(student)
     example = work.subject.images("cal", 1, found.input_size[0])
     assert found.quality is not None

@@ -70,6 +70,12 @@ class Builder:
             self._shapes = eval_shapes(self.gm, self.specs)
         return self._shapes[node]
 
+    def has_shape(self, node: fx.Node) -> bool:
+        """Whether a node's value is a tensor."""
+        if self._shapes is None:
+            self._shapes = eval_shapes(self.gm, self.specs)
+        return node in self._shapes
+
     def stand_in(self, node: fx.Node, like: fx.Node, name: str) -> None:
         """Let `node` of another graph stand for a value of the shape of `like` that is called `name`."""
         self.shape(like)
@@ -80,6 +86,8 @@ class Builder:
         if isinstance(argument, fx.Node):
             if argument in self.pads:  # somebody other than the conv reads the padded value
                 raise UnsupportedOp(f"{argument.name} is read twice")
+            if argument not in self.values:
+                raise UnsupportedOp(f"the emitter cannot read {argument.name}, which is no tensor")
             return self.values[argument]
         if isinstance(argument, (int, float)) and not isinstance(argument, bool):
             return self.scalar(argument)

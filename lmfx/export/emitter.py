@@ -8,6 +8,7 @@ from torch import fx
 
 from lmfx.export.builder import Builder, UnsupportedOp, onnx_type
 from lmfx.export.rules import FUNCTION_RULES, MODULE_RULES
+from lmfx.export.shape_rules import MOVE_RULES
 
 if TYPE_CHECKING:
     import onnx
@@ -35,8 +36,10 @@ class Emitter(Builder):
                 results = [self.value(n) for n in (returned if isinstance(returned, (tuple, list)) else (returned,))]
             elif node.op != "placeholder":
                 first = len(self.graph.node)
-                self.values[node] = self.emit(node)
-                self.name(node, first)
+                made = self.emit(node)
+                if made is not None:
+                    self.values[node] = made
+                    self.name(node, first)
         for i, name in enumerate(results):
             self.graph.node.append(helper.make_node("Identity", [name], [f"output_{i}"]))
             self.graph.output.append(
@@ -51,7 +54,8 @@ class Emitter(Builder):
             count = self.names[text] = self.names.get(text, 0) + 1
             made.name = text if count == 1 else f"{text}:{count}"
 
-    def emit(self, node: fx.Node) -> str:
+    def emit(self, node: fx.Node) -> str | None:
+        """The name of a node's value; None for a number, such as a size, of which nothing is written."""
         if node.op == "get_attr":
             owner: Any = self.gm
             for part in str(node.target).split("."):
@@ -64,6 +68,12 @@ class Emitter(Builder):
                 return module_rule(self, node, module)
             raise UnsupportedOp(f"the emitter has no rule for {type(module).__name__} ({node.name})")
         rule = FUNCTION_RULES.get(node.target) if node.op == "call_function" else None
-        if rule is None:
-            raise UnsupportedOp(f"the emitter has no rule for {node.op} {node.target} ({node.name})")
-        return rule(self, node, *node.args, **node.kwargs)
+        rule = MOVE_RULES.get(node.target) if rule is None else rule
+        read = node.all_input_nodes
+        if read and not any(n in self.values or n in self.pads for n in read):
+            return None  # sizes, and what is computed of them
+        if rule is not None:
+            return rule(self, node, *node.args, **node.kwargs)
+        if not self.has_shape(node):
+            return None
+        raise UnsupportedOp(f"the emitter has no rule for {node.op} {node.target} ({node.name})")

@@ -1,6 +1,6 @@
 """Says what a smaller input alone would keep at the latency of a result: what anybody can do without a compiler.
 
-    sizes that suit the network  ─▶  the largest of those that are fast enough, measured  ─▶  its quality, as it is
+sizes that suit the network  ─▶  the largest of those that are fast enough, measured  ─▶  its quality, as it is
 """
 
 from __future__ import annotations
