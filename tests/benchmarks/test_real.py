@@ -16,6 +16,7 @@ from benchmarks.real import (
     choices,
     estimates,
     exported,
+    last_layer,
     mosaics,
     packages,
     pruned,
@@ -240,6 +241,19 @@ def test_plans_are_compared_by_what_may_predict_them() -> None:
     before = refitting.MIXED, refitting.MOST_MIXED
     left = choices.mixtures(subject, judged, plan, [0, 2])
     assert left.keys() == {"no refit", "0", "2"} and before == (refitting.MIXED, refitting.MOST_MIXED)
+
+
+def test_a_smaller_input_is_compared_as_it_is_and_fitted() -> None:
+    subject = replace(stand_in(), calibration=64, held=40)
+    rows = last_layer.figures(subject, [16])
+    assert [(row["size"], row["way"]) for row in rows] == [
+        (16, way) for way in ("as it is", "scale of the scores", "last layer fitted")
+    ]
+    held = subject.images("held", 40, 24)
+    with torch.no_grad():
+        small = nn.functional.interpolate(held, size=(16, 16), mode="bilinear", antialias=True)
+        same = (subject.model()(small).argmax(1) == subject.model()(held).argmax(1)).double().mean()
+    assert rows[0]["kept"] == pytest.approx(float(same))
 
 
 def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
