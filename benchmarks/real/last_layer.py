@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, fx
 
 import lmfx
 from benchmarks.real.real import NETWORKS, subjects
 from benchmarks.real.subjects import Subject
-from lmfx.calibration.images import as_calibration
+from lmfx.calibration.images import Calibration, as_calibration
 from lmfx.passes.model.model_copy import deep_copy
 from lmfx.planning.scaled_images import scaled, scaled_example, size_of, usual_sizes
 from lmfx.quality import Judge
@@ -39,15 +41,18 @@ def figures(subject: Subject, heights: list[int]) -> list[dict[str, Any]]:
         seen = scaled(roles.choose, size)
         scale, fit = deep_copy(small), deep_copy(small)
         set_scale(scale, choose, outputs=choose.outputs_of(scale, seen))
-        fit_last_layers(
-            fit, graph, scaled(roles.fit, size), roles.fit, choose, lambda net, s=seen: choose.outputs_of(net, s)
-        )  # type: ignore[misc]
+        fit_last_layers(fit, graph, scaled(roles.fit, size), roles.fit, choose, partial(_outputs, choose, seen))
         for way, net in (("as it is", small), ("scale of the scores", scale), ("last layer fitted", fit)):
             quality = held.of(held.outputs_of(net, scaled(held.images, size)))
-            row = {"network": subject.name, "size": size[0], "way": way, "kept": quality.kept, "kl": quality.kl}
+            row = {"network": subject.name, "size": size[0], "way": way, "divergence": quality.divergence}
+            row |= {"kept": quality.kept, "kl": quality.kl}
             print(f"{subject.name} {size[0]:4d}  {way:20}  {quality}", flush=True)
             rows.append(row)
     return rows
+
+
+def _outputs(judge: Judge, images: Calibration, net: fx.GraphModule) -> list[Tensor]:
+    return judge.outputs_of(net, images)
 
 
 def main() -> None:
