@@ -10,6 +10,9 @@ calibration never saw; files that an earlier run made are taken as they are (`--
     original int8       lmfx.quantize: weights by their Gram, or the nearest; by channel and by tensor
     float plan          compress at a budget, in float; and its int8 files as above
     int8 plan           compress(precision="int8") for the latency that the float plan has in 8 bits
+
+`torchvision-NAME` has random weights (`benchmarks/real/untrained.py`): its latencies are those of a trained network,
+what is left of it is not.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from torch import Tensor, nn
 
 import lmfx
 from benchmarks.real.exported import latencies, outputs
-from benchmarks.real.real import NETWORKS, subjects, version
+from benchmarks.real.packages import Absent
+from benchmarks.real.real import NETWORKS, version
 from benchmarks.real.subjects import Subject
+from benchmarks.real.untrained import UNTRAINED, untrained
 
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {},
@@ -39,6 +44,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8 by tensor, nearest": {"per_channel": False, "weights": "nearest"},
 }
 BYTES = {"": True, " by tensor": False}
+SUBJECTS = NETWORKS | {f"torchvision-{n}": partial(untrained, n) for n in UNTRAINED}
 
 
 def static(source: Path, images: Tensor, target: Path, per_channel: bool) -> None:
@@ -162,7 +168,7 @@ def files_of(
 def main() -> None:
     """Makes, measures and judges all that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["drawn-resnet", "drawn-mobilenet"], choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=["drawn-resnet", "drawn-mobilenet"], choices=list(SUBJECTS))
     parser.add_argument("--budgets", nargs="*", type=float, default=[0.7, 0.5])
     parser.add_argument("--held", type=int, default=None, help="inputs to judge on (default: the benchmark's)")
     parser.add_argument("--folder", type=Path, default=Path("out/int8"))
@@ -171,8 +177,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name, subject in subjects(args.networks).items():
-        made = files_of(subject, args.budgets, args.folder / name, args.quick)
+    for name in args.networks:
+        try:
+            subject = SUBJECTS[name]()
+            made = files_of(subject, args.budgets, args.folder / name, args.quick)
+        except Absent as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
         original = made["original"][0]
         held = subject.images("held", args.held or subject.held, subject.size)
         reference = outputs(original, held)
