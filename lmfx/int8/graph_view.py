@@ -6,6 +6,7 @@ and take identities out; what lmfx emits has none of that.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from lmfx.export.builder import require_onnx
 from lmfx.export.fold_norms import fold_norms, infer
 from lmfx.passes.errors import ExportError, MissingExtra
 
-__all__ = ["GraphView", "basic_form", "require_onnxruntime", "view_of"]
+__all__ = ["GraphView", "basic_form", "require_onnxruntime", "structure", "view_of"]
+
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 class GraphView:
@@ -135,6 +138,28 @@ def view_of(model: bytes) -> GraphView:
     """The view of a model: as lmfx emits it, or else in ONNX Runtime's basic form."""
     proto = require_onnx().load_from_string(model)
     return GraphView(proto if proto.producer_name == "lmfx" else basic_form(model))
+
+
+def structure(view: GraphView) -> str:
+    """A digest of all that the time of a network depends on: its ops and what they read, sizes and constants; of the
+    weights of layers only the shapes, and no names."""
+    place = {name: i for i, name in enumerate(view.inputs)}
+    told: list[Any] = [[(view.shapes.get(n), str(view.dtypes[n])) for n in view.inputs]]
+    for node in view.graph.node:
+        reads = []
+        for name in node.input:
+            if name not in view.constants:
+                reads.append(place.get(name))
+                continue
+            tensor = view.constants[name]
+            weight = node.op_type in LAYERS and name in view.floating
+            reads.append((tuple(tensor.dims), tensor.data_type, b"" if weight else view.array(name).tobytes()))
+        attributes = sorted((a.name, a.SerializeToString(deterministic=True)) for a in node.attribute)
+        told.append((node.domain, node.op_type, reads, attributes, len(node.output)))
+        for name in node.output:
+            place[name] = len(place)
+    told.append([place.get(n) for n in view.outputs])
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def require_onnxruntime() -> Any:

@@ -4,6 +4,9 @@
     a whole    of the network of chosen forms, the one with all in 8 bits, and the float one, what runs fastest
 
 Weights and ranges do not matter for the time, so they are made up here; `lmfx.int8.quantize` has the real ones.
+For the same reason a network that was measured once is decided: the merged network with its real weights is the one
+that the search had measured. Times are least ones, and one counts only when others came near to it; where they
+contradict the rows (the chosen forms are never slower in their sum), all is measured for longer.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 from lmfx.export.builder import require_onnx
 from lmfx.int8.forms import Forms, FormTimes, UnitForm, byte_ends_of
-from lmfx.int8.graph_view import GraphView, view_of
+from lmfx.int8.graph_view import GraphView, structure, view_of
 from lmfx.int8.in_network import conversion_model, has_blocked_layout, in_int8_network
 from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import SCHEMES
@@ -26,7 +29,8 @@ from lmfx.latency.sampling import Runner
 __all__ = ["ChosenForms", "Int8Models"]
 
 SAMPLES, LEAST_MS = 7, 1.0  # of a unit: the least of so many, each of so many ms
-WHOLE_SAMPLES = 5
+WHOLE_SAMPLES, MOST_WHOLE_SAMPLES = 5, 40
+NEAR, NEAR_SAMPLES = 0.02, 3  # a least time counts when so many samples are within this share of it
 KEPT = 4  # whole networks: the original is measured beside every plan
 GAIN = 0.99  # an 8-bit network that takes more than this share of the float one's time is not worth what it loses
 
@@ -47,6 +51,7 @@ class Int8Models:
         self.optimize, self.runner = optimize, runner
         self.scheme = SCHEMES["onnxruntime"]
         self.known: dict[str, tuple[ChosenForms, bytes]] = {}  # of whole networks, the newest few
+        self.times: dict[Any, dict[str, float]] = {}  # ms of the networks that were tried, whatever their weights
         self.forms = Forms(self.scheme, FormTimes(self._float_ms, self._int8_ms, self._conversion_ms))
 
     def row(self, model: bytes) -> tuple[Any, list[str]]:
@@ -72,8 +77,7 @@ class Int8Models:
         tried = {"float32": model, "int8": self._with(view, forms)}
         if forms != every:
             tried["all int8"] = self._with(view, every)
-        ms = self._times(list(tried.values()))
-        times = dict(zip(tried, ms, strict=True))
+        times = self._known_times(view, forms, tried)
         if times.get("all int8", times["int8"]) < times["int8"]:
             forms = every
             tried["int8"], times["int8"] = tried["all int8"], times["all int8"]
@@ -85,15 +89,30 @@ class Int8Models:
         self.known[key] = found, tried["int8" if pays else "float32"]
         return self.known[key][1], found
 
+    def _known_times(self, view: GraphView, forms: Sequence[UnitForm], tried: dict[str, bytes]) -> dict[str, float]:
+        """What each takes, measured once for all networks of this structure."""
+        key = (structure(view), tuple(f.quantized for f in forms))
+        if key not in self.times:
+            times = self._times(list(tried.values()))
+            rows = sum((f.int8 if f.quantized else f.float32) - f.float32 for f in forms)
+            if rows < 0 and min(times[1:]) >= GAIN * times[0]:  # not what the rows say
+                again = self._times(list(tried.values()), MOST_WHOLE_SAMPLES)
+                times = [min(pair) for pair in zip(times, again, strict=True)]
+            self.times[key] = dict(zip(tried, times, strict=True))
+        return dict(self.times[key])
+
     def _with(self, view: GraphView, forms: Sequence[UnitForm]) -> bytes:
         units = [f.unit for f in forms if f.quantized]
         return bytes(with_qdq(view, units, self.scheme).SerializeToString())
 
-    def _times(self, models: Sequence[bytes]) -> list[float]:
+    def _times(self, models: Sequence[bytes], least: int = WHOLE_SAMPLES) -> list[float]:
+        """The least time of each, of at least so many rounds in which all run."""
         runners = [self.runner(m, False) for m in models]
         try:
             counts = [max(1, round(LEAST_MS / max(min(r.time(1), r.time(1)), 1e-4))) for r in runners]
-            rounds = [[r.time(n) / n for r, n in zip(runners, counts, strict=True)] for _ in range(WHOLE_SAMPLES)]
+            rounds: list[list[float]] = []
+            while len(rounds) < least or (len(rounds) < MOST_WHOLE_SAMPLES and not _sure(rounds)):
+                rounds.append([r.time(n) / n for r, n in zip(runners, counts, strict=True)])
             return [min(times) for times in zip(*rounds, strict=True)]
         finally:
             for r in runners:
@@ -122,3 +141,10 @@ class Int8Models:
             return min(runner.time(count) / count for _ in range(SAMPLES))
         finally:
             runner.close()
+
+
+def _sure(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether a few samples of each network came near to its least."""
+    return all(
+        sum(ms <= (1 + NEAR) * min(samples) for ms in samples) >= NEAR_SAMPLES for samples in zip(*rounds, strict=True)
+    )

@@ -141,7 +141,7 @@ def whole_with(
     """(layers in 8 bits in the model of a whole network that is taken, what was found) with these times: "float",
     "mixed" (some in 8 bits) and "int8" (all)."""
 
-    def times(self: Any, models: list[bytes]) -> list[float]:
+    def times(self: Any, models: list[bytes], *longer: int) -> list[float]:
         kinds = []
         for data in models:
             count = layers_in_8_bits(data)
@@ -248,7 +248,7 @@ def test_compress_in_8_bits_measures_judges_and_exports_one_file(tmp_path: Path)
 def test_where_8_bits_do_not_pay_the_network_stays_float_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_models.Int8Models, "_times", lambda self, models: [1.0] * len(models))
+    monkeypatch.setattr(int8_models.Int8Models, "_times", lambda self, models, *longer: [1.0] * len(models))
     net = compressed(cache_dir=tmp_path)
     facts = lmfx.result_of(net).int8
     assert facts is not None and not facts.pays and facts.quantized is None and facts.rows
