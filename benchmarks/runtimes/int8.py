@@ -21,7 +21,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def plan_file(net: nn.Module, example: Any, facts: dict[str, Any], target: Path)
 
 
 def files_of(
-    subject: Subject, budgets: list[float], folder: Path, quick: bool
+    subject: Subject, budgets: list[float], folder: Path, quick: bool, plans: Sequence[str] = ("float", "int8")
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """Every file with what is to be said of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,9 +127,9 @@ def files_of(
         timed(f"original static{text}", partial(static, made["original"][0], images[:128], per_channel=per_channel))
     quantized("original", made["original"][0])
     for budget in budgets:
-        for precision in ("fp32", "int8"):
-            base = "float plan" if precision == "fp32" else "int8 plan"
-            name = f"{base} {budget}"
+        for kind in plans:
+            precision = "fp32" if kind == "float" else kind
+            name = f"{kind} plan {budget}"
             if there(name):
                 if precision == "fp32":
                     quantized(name, made[name][0])
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=None, help="inputs to judge on (default: the benchmark's)")
     parser.add_argument("--folder", type=Path, default=Path("out/int8"))
     parser.add_argument("--quick", action="store_true", help="no files by tensor of weights by their Gram")
+    parser.add_argument("--plans", nargs="+", default=["float", "int8"], choices=["float", "int8"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/int8.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -180,7 +181,7 @@ def main() -> None:
     for name in args.networks:
         try:
             subject = SUBJECTS[name]()
-            made = files_of(subject, args.budgets, args.folder / name, args.quick)
+            made = files_of(subject, args.budgets, args.folder / name, args.quick, args.plans)
         except Absent as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
