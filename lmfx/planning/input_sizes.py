@@ -23,7 +23,7 @@ from lmfx.budget import Budget
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.model_checks import span_options
 from lmfx.latency import LatencyTable
-from lmfx.latency.chosen_backend import chosen_backend
+from lmfx.latency.chosen_backend import chosen_backend, precision_of
 from lmfx.latency.whole_times import time_wholes
 from lmfx.made_of import made_of, set_made_of
 from lmfx.passes.errors import InfeasibleBudget, InputError, LmfxError, OptionError
@@ -173,13 +173,14 @@ class _Search:
     def made(self, size: Size) -> _Made:
         """What is asked for, for images of one size. Raises `InfeasibleBudget`."""
         example = self.examples[size]
+        # Only the best one is trained, and what is trained is the form that is not merged.
+        ahead = replace(self.asked, merge=False, recover=None) if self.recovers else self.asked
         if size == self.own:
-            net = self.asked.run(self.model, example, Budget("fraction", min(self.share, 1.0)), None, self.images)
+            net = ahead.run(self.model, example, Budget("fraction", min(self.share, 1.0)), None, self.images)
             inner = result_of(net).ratio
             return self.judged(net, 1.0 if inner is None else inner, size)
         # Two measured ratios are off by more than one: the network itself beside the original at its own size.
         target, small = min(self.share / self.parts[size], 1.0), scaled(self.images, size)
-        ahead = replace(self.asked, merge=False, recover=None) if self.recovers else self.asked
         for _ in range(TRIES):
             net = ahead.run(self.model, example, Budget("fraction", target), None, small)
             smaller = bare(net if ahead.merge else merge(net), example_arguments(example))
@@ -206,30 +207,28 @@ class _Search:
 
     @property
     def recovers(self) -> bool:
-        """Whether networks for smaller images are trained to give what the original gives at its own size."""
-        return (
-            self.asked.recover is not None
-            and self.asked.precision != "int8"
-            and not noted(self.whole).inputs["keyword"]
-        )
+        """Whether the best network is trained to give what the original gives at its own size."""
+        named = bool(noted(self.whole).inputs["keyword"])
+        return self.asked.recover is not None and precision_of(self.backend) != "int8" and not named
 
     def recovered(self, best: _Made) -> fx.GraphModule:
         """The network after a training whose teacher sees the images at their own size; in the form that was asked."""
-        told = made_of(best.net)
-        example = self.examples[self.own]
-        wrapped = trace(Scaling(best.net, example_arguments(example)[0], self.own, best.size).eval(), example)
-        assert self.asked.recover is not None
-        recover(wrapped, self.whole, self.images, minutes=self.asked.recover, progress=self.asked.progress)
-        best.net.load_state_dict({k.removeprefix("net."): v for k, v in wrapped.state_dict().items()})
+        told, student, example = made_of(best.net), best.net, self.examples[self.own]
+        assert self.asked.recover is not None and told is not None and told.result is not None
+        if best.size != self.own:
+            scaling = Scaling(best.net, example_arguments(example)[0], self.own, best.size)
+            student = trace(scaling.eval(), example)
+        recover(student, self.whole, self.images, minutes=self.asked.recover, progress=self.asked.progress)
+        if student is not best.net:
+            best.net.load_state_dict({k.removeprefix("net."): v for k, v in student.state_dict().items()})
         net = merge(best.net.eval()) if self.asked.merge else best.net.eval()
-        net.meta["lmfx_recovery"] = wrapped.meta["lmfx_recovery"]
-        assert told is not None and told.result is not None
+        net.meta["lmfx_recovery"] = student.meta["lmfx_recovery"]
         set_made_of(net, replace(told, result=replace(told.result, merged=self.asked.merge)))
         return net
 
     def finished(self, best: _Made) -> fx.GraphModule:
         """Attach the result."""
-        if self.recovers and best.size != self.own:
+        if self.recovers:
             best = replace(best, net=self.recovered(best))
         told = made_of(best.net)
         assert told is not None

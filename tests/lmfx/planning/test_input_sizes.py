@@ -258,3 +258,22 @@ def test_what_is_trained_for_a_smaller_input_learns_from_the_original_at_its_own
     again = lmfx.load(tmp_path / "net", model)
     x = scaled(data[:5], 24, 24)
     assert torch.allclose(again(x), trained(x), atol=1e-5)
+
+
+def test_only_the_best_one_is_trained_also_where_it_is_that_of_the_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+    train = input_sizes.recover
+
+    def recover(student: Any, model: Any, images: Any, **options: Any) -> Any:
+        sizes.append(tuple(images.tensors[0].shape[2:]))
+        return train(student, model, images, **options)
+
+    monkeypatch.setattr(input_sizes, "recover", recover)
+    monkeypatch.setattr(
+        "lmfx.planning.compression.recover_student", lambda *args, **options: pytest.fail("was trained")
+    )
+    net = compress(0.5, input_sizes=((3, 3),), recover="2s")
+    result = lmfx.result_of(net)
+    assert result.input_size == (12, 10) and sizes == [(12, 10)]
+    assert result.merged and "lmfx_recovery" in net.meta
+    assert not [name for name, _ in net.named_modules() if "linear_span" in name.lower()]
