@@ -58,7 +58,7 @@ def drawn(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def untrained(name: str) -> Case:
+def untrained(name: str, _: int) -> Case:
     """A ResNet of torchvision at 96 pixels, with random weights."""
     import torchvision
 
@@ -66,21 +66,21 @@ def untrained(name: str) -> Case:
     return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, QUICK
 
 
-def diffusion() -> Case:
+def diffusion(count: int) -> Case:
     """The denoising network of benchmarks/diffusion, with its time step."""
-    run = digits.Run(digits.options(["--steps", str(STEPS), "--images", "256", "--out", str(KEPT)]))
+    run = digits.Run(digits.options(["--steps", str(STEPS), "--images", str(count), "--out", str(KEPT)]))
     images, steps = run.calibration()
     return run.original(), (images[:1], steps[:1]), [(images, steps)], {}
 
 
-def trained(make: Callable[[], Subject]) -> Case:
+def trained(make: Callable[[], Subject], count: int) -> Case:
     """A network of benchmarks/real, with its own images."""
     subject = make()
-    images = subject.images("cal", subject.calibration, subject.size)
+    images = subject.images("cal", min(count, subject.calibration), subject.size)
     return subject.model(), subject.example, images, {}
 
 
-NETWORKS: dict[str, Callable[[], Case]] = {
+NETWORKS: dict[str, Callable[[int], Case]] = {
     **{name: partial(trained, make) for name, make in real.NETWORKS.items()},
     "resnet50": partial(untrained, "resnet50"),
     "resnet152": partial(untrained, "resnet152"),
@@ -125,6 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=SHOWN, choices=list(NETWORKS))
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.8, 0.65])
+    parser.add_argument(
+        "--images", type=int, default=256, help="at most so many to calibrate on (default: %(default)s)"
+    )
     parser.add_argument("--latency", default="roofline", help="the backend")
     parser.add_argument("--out", type=Path, default=Path("out/pages"))
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.networks:
         torch.manual_seed(0)
         try:
-            model, example, images, options = NETWORKS[name]()
+            model, example, images, options = NETWORKS[name](args.images)
         except Absent as absent:
             print(f"{name:26} left out: {absent}", flush=True)
             continue

@@ -16,7 +16,7 @@ COLLAPSED = (
     "layers with exclude=."
 )
 
-RANDOM = "The weights are random: latencies hold, and what is kept of the outputs would mean nothing."
+RANDOM = "The weights are random: latencies hold, but outputs mean nothing, so nothing is said of them."
 
 
 def ratio_of(result: Result) -> float | None:
