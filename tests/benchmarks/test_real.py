@@ -16,6 +16,7 @@ from benchmarks.real import (
     choices,
     estimates,
     exported,
+    kept,
     last_layer,
     mosaics,
     packages,
@@ -255,6 +256,14 @@ def test_a_smaller_input_is_compared_as_it_is_and_fitted() -> None:
         wanted, seen = subject.model()(held).double(), subject.model()(small).double()
     divergence = float((seen - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
     assert rows[0]["divergence"] == pytest.approx(divergence, rel=1e-3)
+
+
+def test_the_same_call_is_made_several_times_and_what_is_kept_is_judged_on_other_inputs() -> None:
+    subject = replace(stand_in(), calibration=24)
+    found = kept.repeated(subject, 0.6, 2, "roofline")
+    assert found["plans"] == 1 and len(found["losses"]) == 2 and found["losses"][0] == pytest.approx(found["losses"][1])
+    row = kept.keeps(subject, 0.5, "roofline")
+    assert row["ratio"] <= 1 and row["kept"] >= 0.5 and row["held_images"] == subject.held
 
 
 def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
