@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 import lmfx
 from benchmarks.shared.random_plans import randomise_norms
-from lmfx.planning.keeping import parse_keep
+from lmfx.planning.keeping import _surely_kept, parse_keep
+from lmfx.quality.measures import OutputQuality, Quality
 
 
 def network() -> nn.Module:
@@ -207,3 +209,12 @@ def test_refit_mends_what_composed_convs_lose(tmp_path: Path) -> None:
     assert lmfx.result_of(nets[0]).plan == lmfx.result_of(nets[1]).plan
     mended, plain = (lmfx.compare(net, graph, choosing).loss() for net in nets)
     assert mended < 0.1 * plain
+
+
+@pytest.mark.parametrize(
+    ("agreement", "images", "share"), [(1.0, 64, 1.0), (63 / 64, 64, 0.9688), (505 / 512, 512, 0.9811), (0.5, 4, 0.25)]
+)
+def test_an_agreement_is_kept_with_its_standard_error_to_spare(agreement: float, images: int, share: float) -> None:
+    output = OutputQuality("y", "scores", 0.1, agreement=agreement)
+    assert _surely_kept(Quality((output,), images)) == pytest.approx(share, abs=1e-4)
+    assert _surely_kept(Quality((replace(output, agreement=None),), images)) == pytest.approx(0.9)
