@@ -28,7 +28,7 @@ from lmfx.passes.model.trace_facts import note, noted
 from lmfx.passes.rewrite.regrouped_sums import groups, regrouped
 from lmfx.passes.rewrite.trainable import span_names
 from lmfx.passes.solve.dynamic_program import Chain, Entry, solve_chains
-from lmfx.passes.spans.costs import kept_cost, layer_cost, merged_cost, merged_ops, span_ops
+from lmfx.passes.spans.costs import adds_convs, kept_cost, layer_cost, merged_cost, merged_ops, span_ops
 from lmfx.passes.spans.enumeration import SpanSet, enumerate_spans
 from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.programs import Model, as_module
@@ -58,9 +58,9 @@ def simplify(
     Args:
         model, example_input: as in `lmfx.compress`. The example's batch size does not matter, its image size may.
         include, exclude: globs of module names that may, or may not, be touched.
-        growth: a merge is made if it takes fewer ops, and the merged conv's multiply-adds and weights (of one image)
-            are at most this many times those of all that it replaces. Of all sets of merges the cheapest is taken. So
-            1x1 convs of a bottleneck that would grow stay apart; math.inf merges them too.
+        growth: a merge is made if it takes fewer ops and no more convs, and the merged conv's multiply-adds and weights
+            (of one image) are at most this many times those of all that it replaces. Of all sets of merges the cheapest
+            is taken. So 1x1 convs of a bottleneck that would grow stay apart; math.inf merges them too.
 
     Returns an ordinary GraphModule in eval mode, that can be reported, saved, exported, trained and compressed;
     `lmfx.report` says what was merged, and what not and why. Simplified again it is the same graph (with a growth
@@ -137,7 +137,7 @@ def cheapest(spans: SpanSet, growth: float = 1.0) -> tuple[float, list[Candidate
                 every = [layers[0], *(network.series[name].layers[i] for name, i, _ in others)]
                 cost = sum(layer_cost(network, layer) for layer in every)
                 entries.append(Entry(c.span.start, c.span.stop, cost, 0.0, c, branches))
-            elif merged_ops(network, c) < span_ops(network, layers):
+            elif merged_ops(network, c) < span_ops(network, layers) and not adds_convs(network, c):
                 # Half an op more: of two sets that cost the same the one of fewer changes.
                 cost = sum(merged_cost(network, one) for one in c.each()) / growth + 0.5
                 entries.append(Entry(c.span.start, c.span.stop, cost, 0.0, c))

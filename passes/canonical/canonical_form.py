@@ -56,14 +56,24 @@ def canonicalize(gm: fx.GraphModule) -> int:
     changed += pads_before(gm)
     changed += _written_copies(gm)
     changed += normalised_inputs(gm)
-    changed += channels_first(gm)
-    changed += slice_pixels(gm)
-    changed += select_channels(gm)
+    changed += _maps(gm)
     drop_dead(gm)
     changed += share_prefixes(gm)
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
+    return changed
+
+
+def _maps(gm: fx.GraphModule) -> int:
+    """Rewrites what is known by the values that are maps. A part of the channels is one once it is a selection, so what
+    permutes it enters a channels-last part; and what leaves such a part is a map whose channels may be selected."""
+    changed = channels_first(gm)
+    while found := slice_pixels(gm) + select_channels(gm):
+        islands = channels_first(gm)
+        changed += found + islands
+        if not islands:
+            break
     return changed
 
 

@@ -107,14 +107,37 @@ def _names_tensor(parts: Any) -> bool:
 def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
     """The shape of each value when the inputs' maps are `growth` pixels larger, of those that can be had.
 
-    Nothing is computed: the graph runs on fake tensors.
+    Nothing is computed: the graph runs on fake tensors. Where no input is known as a map (a reshape or a permute is
+    read before any conv), all of them grow in their pixels, as channels-first or channels-last maps or as sequences:
+    in what makes a map of the graph larger. A graph that runs at one size only for all of these shows none elsewhere.
     """
-    maps = spatial_maps(gm)
-    given = [
-        ((*v[0][:2], *(n + growth for n in v[0][2:])), v[1]) if node.name in maps else v
-        for node, v in placeholder_values(gm).items()
-    ]
-    return {node.name: shape for node, shape in fake_shapes(gm, given, partial=True).items()}
+    maps, given = spatial_maps(gm), placeholder_values(gm)
+    if any(node.name in maps for node in given):
+        return _grown(gm, [given[n] if n.name not in maps else _larger(given[n], 2, None, growth) for n in given])
+    found: list[Shapes] = []
+    for first, last in ((2, None), (1, -1), (1, None)):
+        inputs = [_larger(v, first, last, growth) for v in given.values()]
+        if inputs == list(given.values()):
+            continue
+        found.append(_grown(gm, inputs))
+        if any(found[-1].get(n.name, shape_of(n)) != shape_of(n) for n in gm.graph.nodes if n.name in maps):
+            return found[-1]
+    return found[0] if found else _grown(gm, list(given.values()))
+
+
+def _larger(value: Any, first: int, last: int | None, growth: int) -> Any:
+    """(shape, dtype) of an input with more pixels in these dimensions: of a map, or of a sequence of whole numbers."""
+    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[1], torch.dtype):
+        return value
+    shape, dtype = value
+    if len(shape) < (3 if dtype.is_floating_point else 2) or (dtype.is_floating_point and (first, last) == (1, None)):
+        return value
+    grows = range(len(shape))[first:last]
+    return tuple(n + growth if d in grows else n for d, n in enumerate(shape)), dtype
+
+
+def _grown(gm: fx.GraphModule, inputs: Sequence[Any]) -> Shapes:
+    return {node.name: shape for node, shape in fake_shapes(gm, inputs, partial=True).items()}
 
 
 def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:

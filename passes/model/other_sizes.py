@@ -14,7 +14,8 @@ prove nothing: the values are compared, on images that differ from each other an
 
 Of several inputs each is changed alone as well, where the model takes that. One small input of another batch *and* size
 says all of most graphs. A graph whose tracer decides by numbers (`thorough`) has to agree for a single image, and at a
-smaller and a larger size as well; what such a tracer decides at sizes that are far away (`far`) it is asked there.
+smaller and a larger size as well; what such a tracer decides at sizes that are far away (`far`), which leave other
+rests than the example's when they are divided by a stride, it is asked there.
 """
 
 from __future__ import annotations
@@ -154,13 +155,16 @@ class Probes:
                 return example, free
         return None
 
-    def far(self, kind: SizeKind) -> Example | None:
-        """An example of many more images, or of much larger ones, without memory: for tracers, not for the model."""
+    def far(self, kind: SizeKind, more: int = 0) -> Example | None:
+        """An example of many more images, or of much larger ones, without memory: for tracers, not for the model.
+
+        It has `more` images or pixels than another one of the kind.
+        """
         leaves = next(iter(self.layouts(Trial(kind))), ())
         values = list(self.values)
         for v in leaves:
-            shape = [n + MANY * (d in v.dims) for d, n in enumerate(v.shape)]
-            shape[0] += MANY if v.batched else 0
+            shape = [n + (MANY + more) * (d in v.dims) for d, n in enumerate(v.shape)]
+            shape[0] += MANY + more if v.batched else 0
             values[v.place] = values[v.place].new_zeros(1).expand(shape)
         given: dict[str, Any] = pytree.tree_unflatten(values, self.spec)
         return self.binding.call(lambda *args, **kwargs: (args, kwargs), given) if leaves else None

@@ -128,7 +128,14 @@ def _twice(n: int, axis: int) -> int | None:
 
 
 def _larger(n: int, axis: int) -> int | None:
+    if n < 8:
+        return n + 4 + axis  # `_smaller` has the size before it
     return n + 32 * (1 + axis) if n % 32 == 0 else n + n // 4 + 2 + axis
+
+
+def _next(n: int, axis: int) -> int | None:
+    """What is rounded up to a multiple of a stride: of small maps all other sizes may leave the example's rest."""
+    return n + 2 + axis if n < 16 else None
 
 
 def _quarter(n: int, axis: int) -> int | None:
@@ -152,7 +159,7 @@ def _kept(n: int, axis: int) -> int | None:
 
 
 _ONE: tuple[SizeChange, ...] = (_smaller, _of_32, _half, _square, _twice)
-_MORE: tuple[SizeChange, ...] = (_larger, _quarter, _few, _tiny)
+_MORE: tuple[SizeChange, ...] = (_larger, _quarter, _few, _tiny, _next)
 
 
 def changes_alone(leaf: Leaf, kind: SizeKind, batch: int) -> list[list[tuple[int, ...] | None]]:

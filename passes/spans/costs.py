@@ -24,7 +24,7 @@ from ..ir import Candidate, ConvConfig, Layer
 from .layers import Network
 from .pruning import side_inputs
 
-__all__ = ["kept_cost", "layer_cost", "merged_cost", "merged_ops", "span_ops"]
+__all__ = ["adds_convs", "kept_cost", "layer_cost", "merged_cost", "merged_ops", "span_ops"]
 
 
 def layer_cost(network: Network, layer: Layer) -> float:
@@ -60,8 +60,20 @@ def span_ops(network: Network, layers: tuple[Layer, ...]) -> int:
     """The affine ops and joins of layers, with those of their branches. A conv that pads from its map is two."""
     inside = sum(span_ops(network, b.layers) for lay in layers if lay.parallel for b in lay.parallel.branches)
     names = [n for lay in layers for n in network.affine_nodes(lay) if network.nodes[n].op == "call_module"]
-    mirrored = sum(getattr(network.module(n), "padding_mode", "zeros") != "zeros" for n in names)
+    mirrored = sum(_mirrors(network.module(n)) for n in names)
     return inside + mirrored + sum(len(network.affine_nodes(lay)) + (lay.parallel is not None) for lay in layers)
+
+
+def _mirrors(module: nn.Module) -> bool:
+    """Whether a conv pads from its map, which is an op of its own; one that pads nothing only says how it would."""
+    padding: Any = getattr(module, "padding", 0)
+    pads = padding == "same" if isinstance(padding, str) else any(padding) if isinstance(padding, tuple) else padding
+    return getattr(module, "padding_mode", "zeros") != "zeros" and bool(pads)
+
+
+def adds_convs(network: Network, candidate: Candidate) -> bool:
+    """Whether there are more convs after a merge than before it: a side input gets one of its own."""
+    return len(_sides(network, candidate)) >= max(len(candidate.all_convs), 1)
 
 
 def merged_ops(network: Network, candidate: Candidate) -> int:

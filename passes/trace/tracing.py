@@ -90,6 +90,7 @@ def trace(model: nn.Module, example_input: Any, tracers: tuple[str, ...] = tuple
 
 # Of a graph of one batch and one image size that torch.export is asked to free, at most: 229 took it 16 CPU seconds.
 FREE_NODES = 150
+RESTS = 7, 4  # sizes one after the other that are tried far away: every rest of strides to 7, of large graphs to 4
 
 
 @dataclass(frozen=True, order=True)
@@ -206,8 +207,12 @@ class _TracerSearch:
         return verdict.fixed
 
     def _differs_far_away(self, kind: SizeKind, words: list[str]) -> bool:
-        """Whether the shape tracer decides otherwise for many images, or for large ones: by a branch on a size, say."""
-        example = self.probes.far(kind)
+        """Whether the shape tracer decides otherwise for many images, or for large ones: by a branch on a size, say, or
+        by a pad that is computed from it. Sizes of every rest are tried: a stride of 3 gives one pad in three sizes."""
+        rests = 1 if kind == "batch" else RESTS[len(words) > FREE_NODES]
+        return any(self._differs_at(self.probes.far(kind, more), words) for more in range(rests))
+
+    def _differs_at(self, example: Example | None, words: list[str]) -> bool:
         try:
             return example is not None and _words(_quietly(trace_shapes, self.model, example)) != words
         except Exception:  # a model need not run there
@@ -238,8 +243,15 @@ class _Fixed:
 
 
 def _words(traced: Traced) -> list[str]:
-    """What ops a raw graph has, in order."""
-    return [f"{n.op} {n.target}" for n in traced.gm.graph.nodes if n.op.startswith("call_")]
+    """What ops a raw graph has, in order, each with its numbers: pads, crops, shapes."""
+    nodes = [n for n in traced.gm.graph.nodes if n.op.startswith("call_")]
+    return [f"{n.op} {n.target} {_numbers(n)}" for n in nodes]
+
+
+def _numbers(node: fx.Node) -> list[int | float]:
+    found: list[int | float] = []
+    fx.node.map_aggregate((node.args, node.kwargs), lambda v: found.append(v) if isinstance(v, (int, float)) else None)
+    return found
 
 
 class _Differs(TraceError):

@@ -1,7 +1,8 @@
 """A second way to compute a composed span: run the graph's own modules, each with its own padding, without activations.
 
 Padding between layers is not padding before all of them, so the two agree where the merged window lies inside the
-input. The input is random and large enough for such pixels, whatever the size of the network's maps.
+input; of an op that enlarges its map, where the window of the whole block of pixels does. The input is random and large
+enough for such pixels, whatever the size of the network's maps.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def check_span(network: Network, candidate: Candidate) -> bool:
             return False
         results = {"trainable": module.eval()(x), "merged": module.reparameterize().eval()(x)}
     inside = [slice(None), slice(None)]
-    for n, out, (lo, _), r, s in zip(size, expected.shape[2:], conv.padding, reach, conv.stride, strict=True):
-        good = [o for o in range(out) if s * o - lo >= 0 and s * o - lo + r <= n - 1]
+    blocks = conv.upscale or (1,) * len(size)
+    rows = zip(size, expected.shape[2:], conv.padding, reach, conv.stride, blocks, strict=True)
+    for n, out, (lo, _), r, s, u in rows:
+        good = [o for o in range(out) if s * (o // u) - lo >= 0 and s * (o // u) - lo + r <= n - 1]
         if not good:
             return False
         inside.append(slice(good[0], good[-1] + 1))

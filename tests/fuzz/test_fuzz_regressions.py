@@ -16,7 +16,9 @@ from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import rewrite
 from lmfx.passes.spans.enumeration import SpanOptions
 from lmfx.passes.trace.tracing import trace
-from tests.fuzz.prelude import Output
+from tests.fuzz.oracle import check_span
+from tests.fuzz.prelude import ConvSame, Output
+from tests.fuzz.properties import count
 from tests.helpers import check_rewrite, check_trace, double, ops_of, pick, spans_of
 from tests.helpers import one_thread as one_thread
 
@@ -276,3 +278,158 @@ def test_a_norm_does_not_move_to_where_it_has_one_value_a_channel() -> None:
             if len(c.kept) == 2 and c.post_norm is not None
         ]
         assert bool(both) == bool(moved)
+
+
+@pytest.mark.parametrize("tracers", [("shapes",), ("export",)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"), [(3, (3, 2), (5, 5)), (2, (2, 3), (7, 5)), (2, (4, 4), (7, 7)), (2, (4, 4), (4, 4))]
+)
+def test_pads_that_are_computed_from_the_size_are_never_taken_for_those_of_another_one(
+    kernel: int, stride: tuple[int, int], size: tuple[int, int], tracers: tuple[str, ...]
+) -> None:
+    model = double(nn.Sequential(ConvSame(4, 4, kernel, stride=stride), nn.ReLU()))
+    gm = trace(model, example(2, 4, *size), tracers)
+    for n in range(4, 12):
+        x = example(1, 4, n, n + 1)
+        try:
+            result = gm(x)
+        except lmfx.SizeError:
+            continue
+        assert result.shape == model(x).shape and relative_error(result, model(x)) < 1e-12
+
+
+class RowMore(nn.Module):
+    """A map that gets a row more where it has so many of them."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        more = int(x.shape[2] >= self.rows)  # a branch that no near size takes
+        return self.conv(F.pad(x, [0, 0, more, 0]))  # type: ignore[no-any-return]
+
+
+def test_a_number_that_only_large_images_change_is_seen() -> None:
+    small, large = example(1, 3, 9, 9), example(1, 3, 210, 9)
+    model = double(RowMore(200))
+    gm = trace(model, small)
+    with pytest.raises(lmfx.SizeError):
+        gm(large)
+    model = double(RowMore(10**9))
+    assert relative_error(trace(model, small)(large), model(large)) < 1e-12, "one that stays is no limit"
+
+
+class Reordered(nn.Module):
+    """A reshape before all convs, so that the input is not known as a map; then a block that keeps one pixel at one."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, *size = x.shape
+        return self.block(x.view(n, c // 2, 2, *size).transpose(1, 2).reshape(n, c, *size))  # type: ignore[no-any-return]
+
+
+class Joined(nn.Module):
+    """A conv, and a resampling to a size that is written in numbers beside it."""
+
+    def __init__(self, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.conv = size, nn.Conv1d(4, 4, 3, stride, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, size=(self.size,)) - self.conv(x)
+
+
+class Between(nn.Module):
+    """A pool to a size that is written in numbers, between two convs."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.a, self.pool, self.b = nn.Conv1d(4, 4, 3, 1, 1), nn.AdaptiveAvgPool1d(size), nn.Conv1d(4, 4, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.pool(self.a(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("block", "pixels"), [(Joined(1, 2), 1), (Joined(1, 3), 1), (Joined(1, 1), 1), (Between(1), 1), (Between(6), 6)]
+)
+def test_a_size_in_numbers_that_is_the_examples_is_no_rule_after_a_reshape_of_the_input(
+    block: nn.Module, pixels: int
+) -> None:
+    model, x = double(Reordered(block)), example(2, 4, pixels)
+    spans = spans_of(model, x, realize=("fit", "drop"))
+    more = example(2, 4, pixels + 5)
+    for candidate in (c for c in spans if c.realization != "keep"):
+        net = lmfx.merge(rewrite(spans.network.gm, lmfx.MergePlan((candidate,))))
+        assert net(more).shape == model(more).shape, candidate.key
+    strides = {c.conv.stride for c in spans if c.realization == "fit" and c.conv is not None}
+    assert strides, "what follows a rule can still be fitted"
+
+
+@pytest.mark.parametrize("kernel, stride, dilation, padding", [(4, 3, 2, 0), (4, 2, 1, 0), (5, 3, 2, 1), (3, 2, 1, 1)])
+def test_the_oracle_of_an_op_that_enlarges_looks_at_whole_blocks_inside(
+    kernel: int, stride: int, dilation: int, padding: int
+) -> None:
+    up = nn.ConvTranspose1d(4, 3, kernel, stride, padding, dilation=dilation)
+    model = double(nn.Sequential(nn.Conv1d(4, 4, 1), nn.ReLU(), up))  # the bias of the first is not at the border
+    spans = spans_of(model, example(1, 4, 9), realize=("compose",))
+    (both,) = (c for c in spans if c.realization == "compose" and len(c.kept) == 2)
+    assert check_span(spans.network, both)
+    # What is not the same at the border is no loss-free merge.
+    linear = double(nn.Sequential(nn.Conv1d(4, 4, 1), up))
+    x = example(2, 4, 9)
+    assert relative_error(lmfx.simplify(linear, x, growth=100)(x), linear(x)) < 1e-12
+
+
+class Shifted(nn.Module):
+    """A scaled map, a conv and a vector from the side, and as many norms after it."""
+
+    def __init__(self, conv: nn.Module, norms: int) -> None:
+        super().__init__()
+        self.conv, self.vector = conv, nn.Linear(5, 4)
+        self.norms = nn.Sequential(*(nn.BatchNorm2d(4) for _ in range(norms)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.norms(self.conv(x * 1) + self.vector(y)[:, :, None, None])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("norms", [0, 1, 2])
+def test_simplify_makes_no_more_convs_than_there_are(mode: Any, padding: int, norms: int) -> None:
+    model = double(Shifted(nn.Conv2d(4, 4, 3, padding=padding, padding_mode=mode), norms))
+    inputs = example(2, 4, 6, 5), example(2, 5)
+    net = lmfx.simplify(model, inputs, growth=float("inf"))
+    assert count(net) == 1
+    assert relative_error(net(*inputs), model(*inputs)) < 1e-12
+
+
+class LastOfSplit(nn.Module):
+    """A channels-last part that reads a part of the channels, or gives what a part is taken of."""
+
+    def __init__(self, part_first: bool) -> None:
+        super().__init__()
+        self.part_first = part_first
+        self.conv, self.last = nn.Conv2d(3, 10, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.fc1, self.fc2 = nn.Linear(5 if part_first else 10, 2), nn.Linear(2, 3 if part_first else 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = torch.split(y, 5, 1)[-1] if self.part_first else y
+        y = self.fc2(F.gelu(self.fc1(y.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return self.last(y if self.part_first else y.chunk(2, 1)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_part_of_the_channels_is_a_map_to_channels_last_layers_as_well(part_first: bool) -> None:
+    model, x = double(LastOfSplit(part_first)), example(2, 3, 6, 5)
+    gm = check_trace(model, x)
+    assert not any("permute" in n.name for n in gm.graph.nodes)
+    net = lmfx.simplify(model, x)
+    assert relative_error(net(x), model(x)) < 1e-12
+    assert not lmfx.result_of(lmfx.simplify(net, x)).plan.candidates, "nothing is left for a second run"

@@ -21,7 +21,7 @@ PIXELS = 7 * 5
         ([nn.Conv2d(3, 6, 1, groups=3)], PIXELS * 6 * 1 + 6 + 1 + 6, 1),
         # A pad of one number a number of the map, and one for itself.
         ([nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], PIXELS * 108 + 108 + 1 + 4 + PIXELS * 3 + 1, 2),
-        ([nn.Conv2d(3, 4, 1, padding_mode="reflect")], PIXELS * 12 + 12 + 1 + 4, 2),
+        ([nn.Conv2d(3, 4, 1, padding_mode="reflect")], PIXELS * 12 + 12 + 1 + 4, 1),
         ([nn.AvgPool2d(3, 1, 1)], PIXELS * 3 * 9 + 1, 1),
         ([nn.BatchNorm2d(3)], PIXELS * 3 + 6 + 1, 1),
     ],
