@@ -330,7 +330,7 @@ class Reordered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, *size = x.shape
-        return self.block(x.view(n, c // 2, 2, *size).transpose(1, 2).reshape(n, c, *size))  # type: ignore[no-any-return]
+        return self.block(x.view(n, 1, c, *size).transpose(1, 2).reshape(n, c, *size))  # type: ignore[no-any-return]
 
 
 class Joined(nn.Module):
