@@ -146,7 +146,7 @@ def structure(view: GraphView) -> str:
     place = {name: i for i, name in enumerate(view.inputs)}
     told: list[Any] = [[(view.shapes.get(n), str(view.dtypes[n])) for n in view.inputs]]
     for node in view.graph.node:
-        reads = []
+        reads: list[Any] = []
         for name in node.input:
             if name not in view.constants:
                 reads.append(place.get(name))
