@@ -22,7 +22,7 @@ from lmfx.passes.ir import Realization, Surrogate
 from lmfx.passes.spans.enumeration import Method, Norm
 from lmfx.passes.trace.programs import Model, as_module
 from lmfx.planning.compression import Compression
-from lmfx.planning.input_sizes import at_best_size, parse_sizes
+from lmfx.planning.input_sizes import SizeSearch, parse_sizes
 from lmfx.planning.keeping import parse_keep
 from lmfx.planning.several_shapes import OverShapes, shapes_of, with_shape_times
 from lmfx.quality import QualityName, QualityWarning
@@ -179,7 +179,7 @@ def compress(
     elif sizes := parse_sizes(input_sizes):
         if wanted is None or quality is None or isinstance(latency, LatencyTable):
             raise OptionError("input_sizes= needs a budget, a quality and a backend to measure on")
-        net = at_best_size(asked, model, example_input, wanted, sizes, calibration, quality)
+        net = SizeSearch(asked, model, example_input, wanted, sizes, calibration, quality).best()
     else:
         net = asked.run(model, example_input, wanted, share, calibration)
     _check_quality(net, share, wanted)

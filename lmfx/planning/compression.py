@@ -147,11 +147,12 @@ class Compression:
                 recover_student(student, graph, images, minutes=self.recover, progress=self.progress)
         with clock.stage("merge"):
             net = stages.merge(student) if self.merge else student
-        other, here = None, not isinstance(source, (LatencyTable, OverShapes)) and precision_of(source) != "int8"
-        if self.beside and here and lossy and judging is not None and isinstance(found, Found):
+        other = None
+        if self.beside and lossy and judging is not None and isinstance(found, Found) and _takes_other_sizes(source):
             assert not isinstance(source, LatencyTable)
             with clock.stage("smaller input", "what a smaller input alone would keep"):
-                other = smaller_input(model, graph, example_input, images.roles().judge, source, found.ratio)
+                judge_on = images.roles().judge
+                other = smaller_input(model, graph, example_input, judge_on, source, found.ratio, found.original)
         return finished(graph, net, spans, wanted, source, self.merge, found, images, share, clock, other)
 
     def planned(
@@ -264,6 +265,11 @@ class Compression:
             graph, estimator, table, shares, width=WIDTH, first=drops, progress=self.progress, **options
         )
         return found.table
+
+
+def _takes_other_sizes(source: Backend | LatencyTable) -> bool:
+    """Whether a network for images of another size can be measured as this one is."""
+    return not isinstance(source, (LatencyTable, OverShapes)) and precision_of(source) != "int8"
 
 
 def _loss_free(

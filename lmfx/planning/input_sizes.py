@@ -41,7 +41,7 @@ from lmfx.result import Alternative, result_of
 from lmfx.stages import default_backend, merge, trace
 from lmfx.training.recovery import recover
 
-__all__ = ["at_best_size", "parse_sizes"]
+__all__ = ["SizeSearch", "parse_sizes"]
 
 TRIES = 3  # networks at one size, where they measure over the budget
 
@@ -69,24 +69,12 @@ class _Made:
     loss: float
 
 
-def at_best_size(
-    asked: Compression,
-    model: nn.Module,
-    example_input: Any,
-    budget: Budget,
-    sizes: Sequence[Size] | Literal["auto"],
-    calibration: Any,
-    name: QualityName,
-) -> fx.GraphModule:
-    """What is asked for, at the size of best quality.
+class SizeSearch:
+    """Compresses one model for images of several sizes; `best` gives the network of best quality.
 
-    Raises `InputError` for a network that does not take images of another size, or gives another output there.
+    Raises `InputError` for a network that does not take images of a size that was asked for, or gives another output
+    there.
     """
-    return _Search(asked, model, example_input, budget, sizes, calibration, name).best()
-
-
-class _Search:
-    """The networks of one model for images of several sizes."""
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ def keeping_judge(judged: Judged) -> Judge:
     more = 0 if roles.seen else min(COMPARED - len(pooled), len(pooled), len(roles.fit))
     if more > 0:
         pooled = Calibration.joined(pooled, roles.fit.evenly(more))
-    return Judge(judged.analysis.graph, pooled, held_out=not roles.seen)
+    return Judge(judged.analysis.graph, pooled, held_out=not roles.seen and more <= 0)
 
 
 def fastest_that_keeps(

@@ -5,18 +5,17 @@ sizes that suit the network  ─▶  the largest of those that are fast enough, 
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 from torch import fx, nn
 
 from lmfx.calibration.images import Calibration
 from lmfx.latency import Backend
-from lmfx.latency.whole_times import time_wholes
 from lmfx.passes.errors import LmfxError
 from lmfx.passes.graph.tensor_inputs import bare
 from lmfx.passes.trace.tracing import example_arguments
 from lmfx.planning.scaled_images import scaled, scaled_example, size_of, usual_sizes
+from lmfx.planning.search import measure_pair
 from lmfx.quality import Judge
 from lmfx.quality.measures import Alternative
 from lmfx.stages import trace
@@ -27,9 +26,16 @@ NEARLY, TRIES = 1.1, 2  # times the share that pixels promise, from which on siz
 
 
 def smaller_input(
-    model: nn.Module, graph: fx.GraphModule, example_input: Any, images: Calibration, backend: Backend, share: float
+    model: nn.Module,
+    graph: fx.GraphModule,
+    example_input: Any,
+    images: Calibration,
+    backend: Backend,
+    share: float,
+    original: float,
 ) -> Alternative | None:
-    """The original on smaller images that takes at most `share` of its latency, judged on `images` at their own size.
+    """The original on smaller images that takes at most `share` of its latency (about `original` ms), judged on
+    `images` at their own size.
 
     None where there is no such size, where the network does not take smaller images, gives other shapes for them, or
     gives no scores: of a map a smaller one is wanted, not the same.
@@ -40,14 +46,14 @@ def smaller_input(
             return None
         own = size_of(images)
         sizes = [s for s in usual_sizes(graph, own) if s[0] * s[1] <= NEARLY * share * own[0] * own[1]]
+        whole = bare(graph, example_arguments(example_input))
         for size in sizes[:TRIES]:
             example = scaled_example(example_input, own, size)
             small = trace(model, example)
-            quality = judge.of(judge.outputs_of(small, scaled(images, size)))
-            networks = [bare(graph, example_arguments(example_input)), bare(small, example_arguments(example))]
-            ratio = median(b / a for a, b in zip(*time_wholes(backend, networks), strict=True))
+            ratio = measure_pair(backend, whole, bare(small, example_arguments(example)), original)
             if ratio <= share:
+                quality = judge.of(judge.outputs_of(small, scaled(images, size)))
                 return Alternative(f"input {size[0]} x {size[1]} alone", ratio, quality)
-    except LmfxError:  # it does not take images of another size, or is not measured there: there is no alternative
+    except (LmfxError, RuntimeError):  # a network may refuse a size in any way, and nobody asked for this one
         return None
     return None

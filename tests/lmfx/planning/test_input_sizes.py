@@ -216,9 +216,9 @@ def searched(
         heights.append(size[0])
         return input_sizes._Made(self.whole, 0.5, size, made[size[0]])
 
-    monkeypatch.setattr(input_sizes._Search, "alone", lambda self, size: alone[size[0]])
-    monkeypatch.setattr(input_sizes._Search, "made", compressed)
-    monkeypatch.setattr(input_sizes._Search, "finished", lambda self, best: best)
+    monkeypatch.setattr(input_sizes.SizeSearch, "alone", lambda self, size: alone[size[0]])
+    monkeypatch.setattr(input_sizes.SizeSearch, "made", compressed)
+    monkeypatch.setattr(input_sizes.SizeSearch, "finished", lambda self, best: best)
     monkeypatch.setattr(sys.modules["lmfx.compress"], "_check_quality", lambda *args: None)
     model, data = strided(), images(64, 48)
     best: Any = lmfx.compress(

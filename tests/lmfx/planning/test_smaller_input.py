@@ -22,13 +22,13 @@ X = images(32, 48)
 
 def looked_at(model: nn.Module, share: float, x: Tensor = X, backend: Any = None) -> lmfx.Alternative | None:
     graph = lmfx.trace(model, x[:1])
-    return smaller_input(model, graph, x[:1], Calibration((x,), ()), backend or RooflineBackend(), share)
+    return smaller_input(model, graph, x[:1], Calibration((x,), ()), backend or RooflineBackend(), share, 1.0)
 
 
 @pytest.fixture
 def by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks take as long as their images have pixels."""
-    monkeypatch.setattr(module, "time_wholes", lambda _, nets: [[float(x[0].numel())] for _, x in nets])
+    monkeypatch.setattr(module, "measure_pair", lambda _, a, b, ms: b[1][0].numel() / a[1][0].numel())
 
 
 @pytest.mark.usefixtures("by_pixels")
@@ -69,7 +69,7 @@ def test_where_it_cannot_be_measured_there_is_none(monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any) -> Any:
         raise LmfxError("no such op")
 
-    monkeypatch.setattr(module, "time_wholes", refuse)
+    monkeypatch.setattr(module, "measure_pair", refuse)
     assert looked_at(strided(), 0.7) is None
 
 
