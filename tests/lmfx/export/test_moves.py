@@ -36,6 +36,7 @@ ENDS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "halves": (lambda x: x.reshape(x.size(0), 2, x.size(1) // 2, *x.shape[2:]).transpose(1, 2), 7),
     "pooled and squeezed": (lambda x: nn.functional.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1), 6),
     "averages": (lambda x: x.mean((2, 3)), 6),
+    "less their averages": (lambda x: x - x.mean(2, keepdim=True), 7),
     "averages of rows": (lambda x: x.mean(3, keepdim=True).unsqueeze(2), 1),
     "channels last": (lambda x: x.permute(0, 2, 3, 1).contiguous(), 6),
     "negative dimensions": (lambda x: x.transpose(-1, -3).flatten(-2), 30),

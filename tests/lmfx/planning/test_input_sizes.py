@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lmfx
 from lmfx.latency.backends.roofline import RooflineBackend
+from lmfx.passes.algebra.linear_span import LinearSpan
 from lmfx.planning import input_sizes
 from lmfx.planning.scaled_images import usual_sizes
 from tests.helpers import one_thread as one_thread
@@ -235,6 +236,33 @@ def test_sizes_that_cannot_be_the_best_are_not_compressed(monkeypatch: pytest.Mo
     assert searched(monkeypatch, few, {32: 0.3, 40: 0.15, 48: 0.2}, 0.5) == [32, 40, 48]
     assert searched(monkeypatch, few, {32: 0.3, 40: 0.35, 48: 0.2}, 0.5) == [32, 40]
     assert searched(monkeypatch, {24: 0.1, 32: 0.3, 40: 0.2}, {24: 0.1, 48: 0.05}, 0.35) == [24, 48]
+    assert searched(monkeypatch, {24: 0.1, 32: 0.11}, {24: 0.12, 48: 0.05}, 0.5) == [24, 48]
+
+
+def kl(net: Any, model: nn.Module, data: Tensor) -> float:
+    """What a network for images of 24 x 24 loses of the scores."""
+    with torch.no_grad():
+        wanted, seen = model(data).log_softmax(1), net(scaled(data, 24, 24)).log_softmax(1)
+    return float((wanted.exp() * (wanted - seen)).sum(1).mean())
+
+
+def test_last_layers_are_fitted_to_smaller_images_alone_and_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = strided(), images(96, 48)
+    losses: list[tuple[float, float]] = []
+    alone = input_sizes.SizeSearch.alone
+
+    def both(self: Any, size: tuple[int, int]) -> float:
+        as_it_is = self.choose.of(input_sizes._outputs(self.graphs[size], self.choose, size)).loss(self.name)
+        losses.append((as_it_is, alone(self, size)))
+        return losses[-1][1]
+
+    monkeypatch.setattr(input_sizes.SizeSearch, "alone", both)
+    net = lmfx.compress(model, data[:1], 0.4, input_sizes=(24,), calibration=data, latency="roofline", progress=False)
+    assert lmfx.result_of(net).input_size == (24, 24)
+    assert not torch.equal(net.get_submodule("head").weight, model.get_submodule("head").weight)
+    assert kl(net, model, data[3::8]) < 0.9 * kl(model, model, data[3::8])
+    ((as_it_is, fitted),) = losses  # at the best scale of the scores, both
+    assert fitted < 0.98 * as_it_is
 
 
 def test_what_is_trained_for_a_smaller_input_learns_from_the_original_at_its_own_size(tmp_path: Path) -> None:
@@ -246,14 +274,7 @@ def test_what_is_trained_for_a_smaller_input_learns_from_the_original_at_its_own
     result = lmfx.result_of(trained)
     assert result.input_size == lmfx.result_of(plain).input_size == (24, 24) and result.merged
     assert "lmfx_recovery" in trained.meta
-    choosing = data[3::8]
-    with torch.no_grad():
-        wanted = model(choosing).log_softmax(1)
-        before, after = (
-            float((wanted.exp() * (wanted - net(scaled(choosing, 24, 24)).log_softmax(1))).sum(1).mean())
-            for net in (plain, trained)
-        )
-    assert after < 0.9 * before
+    assert kl(trained, model, data[3::8]) < 0.9 * kl(plain, model, data[3::8])
     lmfx.save(trained, tmp_path / "net", model="toy")
     again = lmfx.load(tmp_path / "net", model)
     x = scaled(data[:5], 24, 24)
@@ -272,8 +293,13 @@ def test_only_the_best_one_is_trained_also_where_it_is_that_of_the_own_size(monk
     monkeypatch.setattr(
         "lmfx.planning.compression.recover_student", lambda *args, **options: pytest.fail("was trained")
     )
-    net = compress(0.5, input_sizes=((3, 3),), recover="2s")
+    net = compress(0.6, input_sizes=((3, 3),), recover="2s", realize=("compose",))
     result = lmfx.result_of(net)
     assert result.input_size == (12, 10) and sizes == [(12, 10)]
     assert result.merged and "lmfx_recovery" in net.meta
-    assert not [name for name, _ in net.named_modules() if "linear_span" in name.lower()]
+    spans = [
+        m
+        for m in compress(0.6, input_sizes=((3, 3),), merge=False, realize=("compose",)).modules()
+        if isinstance(m, LinearSpan)
+    ]
+    assert spans and not any(isinstance(m, LinearSpan) for m in net.modules())

@@ -12,9 +12,11 @@ from torch import Tensor, fx, nn
 
 import lmfx
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.recording import record_batches
 from lmfx.passes.model.model_copy import deep_copy
 from lmfx.quality import Judge
 from lmfx.quality.last_layer_fit import _affine, fit_last_layers
+from lmfx.quality.output_scale import best_temperature
 
 COARSE = torch.randn(96, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -82,6 +84,27 @@ def test_a_network_for_smaller_images_loses_less_and_nothing_else_changes() -> N
     assert kl(net, graph) < 0.6 * before
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, state[k])}
     assert changed == {"head.weight", "head.bias"}
+
+
+def test_scale_and_shift_are_folded_into_the_layer_and_scores_have_their_scale() -> None:
+    net, graph, judge = networks()
+    head = net.get_submodule("head")
+    with torch.no_grad():
+        head.weight.mul_(3)  # too sure
+        head.bias.mul_(3)
+    weight, bias = head.weight.clone(), head.bias.clone()
+    seen = [
+        record_batches(g, images_of(x), {"flatten"})["flatten"]
+        for g, x in ((net, at(SMALL, FIT)), (graph, at(OWN, FIT)))
+    ]
+    scale, shift = _affine(*seen)
+    fit(net, graph, judge)
+    ratio = head.weight / (weight * scale)
+    assert torch.allclose(ratio, ratio[0, 0].expand_as(ratio)) and 0.2 < ratio[0, 0].item() < 0.6
+    assert torch.allclose(head.bias, (bias + weight @ shift) * ratio[0, 0])
+    with torch.no_grad():
+        _, gain = best_temperature(graph(at(OWN, CHOOSE)), net(at(SMALL, CHOOSE)))
+    assert gain < 0.02
 
 
 def test_the_fit_is_the_least_squares_of_its_docstring() -> None:
