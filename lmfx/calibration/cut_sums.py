@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import arguments_of, batches_for
+from lmfx.calibration.recording import arguments_of, batches_for, images_at_once
 from lmfx.passes.errors import InputError
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.closed_form import AUTO_UNKNOWNS
@@ -126,7 +126,7 @@ def sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) -
         counts[name] = min(len(images), max(LEAST_IMAGES, -(-want // pixels)))
         each[name] = -(-want // counts[name])
     reading = _Reading(network, counts, each)
-    for batch in batches_for(network.gm, images, BATCH):
+    for batch in batches_for(network.gm, images, images_at_once(network.gm, BATCH)):
         if reading.done >= max(counts.values()):
             break
         reading.images = len(batch[0])

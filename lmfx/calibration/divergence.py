@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.lockstep import CHUNK, Lockstep
+from lmfx.calibration.lockstep import Lockstep
 from lmfx.calibration.recording import flat_output, floating_outputs, mean_square_distance, output_rows
 
 __all__ = ["Divergence", "Judging"]
@@ -32,7 +32,8 @@ class Judging(Protocol):
 class Divergence:
     """The divergence from a graph on some images."""
 
-    def __init__(self, graph: fx.GraphModule, images: Calibration, size: int = CHUNK) -> None:
+    def __init__(self, graph: fx.GraphModule, images: Calibration, size: int | None = None) -> None:
+        """`size` images are a chunk, as for `Lockstep`."""
         self.images = images
         self._rows = output_rows(graph, images)
         self._units: list[float] = []

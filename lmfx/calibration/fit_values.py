@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmfx.calibration.fitting import FitGroup
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for, record
+from lmfx.calibration.recording import batches_for, images_at_once, record
 from lmfx.passes.fit.normal_equations import power_of_two
 from lmfx.passes.spans.layers import Network
 
@@ -99,7 +99,7 @@ def record_some(
     parts: dict[str, list[Tensor]] = {n: [] for n in counts}
     units: dict[str, Tensor] = {}
     done = 0
-    for batch in batches_for(network.gm, images, BATCH):
+    for batch in batches_for(network.gm, images, images_at_once(network.gm, BATCH)):
         left = {n: count - done for n, count in counts.items() if count > done}
         if not left:
             break

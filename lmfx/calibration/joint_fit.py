@@ -26,7 +26,7 @@ from lmfx.passes.fit import feature_rows
 
 __all__ = ["JointFit", "metric_of"]
 
-CHUNK = 64  # images
+AT_ONCE = 64  # images of a chunk
 ITERATIONS = 5
 DAMPING, MORE_DAMPING = 0.03, 4.0
 RIDGE = 1e-3  # of the mean variance, so that G has an inverse

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import arguments_of, batches_for
+from lmfx.calibration.recording import arguments_of, batches_for, images_at_once
 
 __all__ = ["Lockstep"]
 
@@ -32,7 +32,9 @@ HELD_BYTES = 256 << 20  # of live values that are held without a look for a narr
 class Lockstep:
     """One graph on the images of a calibration, in chunks. `at` is the index of the first node that is not held."""
 
-    def __init__(self, gm: fx.GraphModule, calibration: Calibration, size: int = CHUNK) -> None:
+    def __init__(self, gm: fx.GraphModule, calibration: Calibration, size: int | None = None) -> None:
+        """`size` images are a chunk (default: `images_at_once`, which needs the shapes of a traced graph)."""
+        size = images_at_once(gm, CHUNK) if size is None else size
         self.nodes = list(gm.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.last = {n: max((self.index[u] for u in n.users), default=-1) for n in self.nodes}

@@ -25,9 +25,10 @@ from torch import Tensor, fx, nn
 from lmfx.calibration.derivatives import has_no_derivative
 from lmfx.calibration.divergence import Divergence, Judging
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.joint_fit import CHUNK, PASSES, JointFit, metric_of
-from lmfx.calibration.lockstep import Lockstep
+from lmfx.calibration.joint_fit import AT_ONCE, PASSES, JointFit, metric_of
+from lmfx.calibration.lockstep import CHUNK, Lockstep
 from lmfx.calibration.places import Site, find_sites
+from lmfx.calibration.recording import images_at_once
 from lmfx.calibration.shown_images import shown
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.made_of import made_of
@@ -104,8 +105,9 @@ class _Refit:
         globs: Globs | None = None,
     ) -> None:
         self.sites = [s for s in find_sites(student, graph, plan) if globs is None or not globs.leaves(s.node.name)]
-        self.ours, self.theirs = Lockstep(student, calibration), Lockstep(graph, calibration)
-        self.judged, self.judge = Lockstep(student, judge.images), judge
+        chunk = self.chunk = images_at_once(graph, CHUNK)
+        self.ours, self.theirs = Lockstep(student, calibration, chunk), Lockstep(graph, calibration, chunk)
+        self.judged, self.judge = Lockstep(student, judge.images, chunk), judge
         self.generator = torch.Generator().manual_seed(0)
         self.student, self.graph, self.images = student, graph, calibration
         self.first = self.first_joint()  # index of the node from which on layers are set together
@@ -130,12 +132,13 @@ class _Refit:
             return
         first = self.ours.index[self.metrics[0][0].node]
         images = mixed(self.images)
-        start, judged = Lockstep(self.student, images, CHUNK), Lockstep(self.student, self.judge.images)
+        size = images_at_once(self.graph, AT_ONCE)
+        start, judged = Lockstep(self.student, images, size), Lockstep(self.student, self.judge.images, self.chunk)
         start.hold(first)
         judged.hold(first)
         work = sum(_work(self.student, n) for n in start.nodes[start.at :]) * PASSES * sum(start.images)
         steps = min(max(int(MOST_WORK / work), LEAST_STEPS), MOST_STEPS) if work else MOST_STEPS
-        joint = JointFit(self.student, start, Divergence(self.graph, images, CHUNK), self.metrics)
+        joint = JointFit(self.student, start, Divergence(self.graph, images, size), self.metrics)
         with progress_bar(steps, "setting layers together", progress) as bar:
             for _ in range(steps):
                 before = best

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for, record
+from lmfx.calibration.recording import batches_for, images_at_once, record
 from lmfx.passes.graph.node_facts import tensor_dtype
 from lmfx.passes.spans.layers import Network
 
@@ -33,7 +33,7 @@ def affine_surrogates(network: Network, calibration: Calibration) -> dict[str, t
     middle: dict[str, tuple[Tensor, Tensor]] = {}
     precise: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for batch in batches_for(network.gm, calibration, BATCH, IMAGES):
+    for batch in batches_for(network.gm, calibration, images_at_once(network.gm, BATCH), IMAGES):
         values, _ = record(network.gm, batch, {*acts, *before.values()}, calibration.names)
         for name in acts:
             x, y = values[before[name]].double(), values[name].double()

@@ -27,6 +27,7 @@ from lmfx.calibration.recording import (
     Replaced,
     batches_for,
     flat_output,
+    images_at_once,
     mean_square_distance,
     output_rows,
     record,
@@ -186,7 +187,9 @@ class Scorer:
         """Values and gradients of the nodes on the scoring images, and the outputs' variance."""
         found, outputs = [], []
         generator = torch.Generator().manual_seed(0)
-        for batch in batches_for(self.gm, self.judged, self.options.images, self.options.images):
+        whole = self.options.norms == "batch"  # statistics of all scoring images together
+        size = self.options.images if whole else images_at_once(self.gm, self.options.images)
+        for batch in batches_for(self.gm, self.judged, size, self.options.images):
             part = self.exact_part(batch, names) if self.options.exact else self.part(batch, names, generator)
             if self.options.norms == "batch" and len(part.output) < 2:
                 raise InputError("norms='batch' needs statistics of two images and more: pass more calibration images")

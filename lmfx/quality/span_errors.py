@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from lmfx.calibration.images import Calibration
-from lmfx.calibration.recording import batches_for, record
+from lmfx.calibration.recording import batches_for, images_at_once, record
 from lmfx.passes.ir import Candidate, MergePlan
 
 __all__ = ["span_errors", "stands_for"]
@@ -36,7 +36,8 @@ def span_errors(
     known = {c.span.exit: place.name for c, place in zip(plan.candidates, places, strict=True) if place is not None}
     sums: dict[str, _Sums] = {}
     limit = MOST_IMAGES
-    pairs = zip(batches_for(graph, images, limit=limit), batches_for(net, images, limit=limit), strict=False)
+    size = images_at_once(graph)
+    pairs = zip(batches_for(graph, images, size, limit), batches_for(net, images, size, limit), strict=False)
     for ours, theirs in pairs:
         before, _ = record(graph, ours, known, images.names)
         after, _ = record(net, theirs, known.values(), images.names)
