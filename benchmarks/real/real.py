@@ -47,6 +47,7 @@ NETWORKS: dict[str, Callable[[], Subject]] = {
     "demosaicking": mosaics.bayer,
     "crnn-english": text_lines.crnn,
     "efficientnet-lite0": classifiers.efficientnet,
+    "efficientnet-lite1": lambda: classifiers.efficientnet(1),
 }
 BUDGETS = (0.85, 0.7, 0.55, 0.4)
 ORIGINAL = "original"
