@@ -44,7 +44,7 @@ def compress(
     calibration: Any = None,
     latency: str | Backend | LatencyTable | None = None,
     importance: str | Estimator | ImportanceTable = "reconstruction",
-    realize: tuple[Realization, ...] = ("compose", "fit", "narrow"),
+    realize: tuple[Realization, ...] = ("compose", "fit", "narrow", "factor"),
     max_kernel_size: int | None = 7,
     max_span_convs: int | None = 12,
     surrogate: Surrogate = "affine",
@@ -82,7 +82,8 @@ def compress(
         importance: "reconstruction", "magnitude", an estimator object like `Finetune(train, evaluate)`, or a table that
             `lmfx.score` or `lmfx.score_on_demand` gave for this network.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares),
-            "narrow" (fewer channels inside a span, what reads them refitted).
+            "narrow" (fewer channels inside a span, what reads them refitted), "factor" (a dense conv as a depthwise
+            and a pointwise one).
         max_kernel_size: of merged convs; None for no bound. A fit in place of one larger conv may be nearly as large.
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).

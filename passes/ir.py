@@ -40,7 +40,7 @@ __all__ = [
     "Surrogate",
 ]
 
-Realization = Literal["keep", "compose", "fit", "drop", "narrow"]
+Realization = Literal["keep", "compose", "fit", "drop", "narrow", "factor"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Surrogate = Literal["identity", "affine"]  # what stands for an activation that a composed span removes
 Join = Literal["add", "sub", "cat", "mul", "mesh"]
@@ -84,6 +84,8 @@ class ConvConfig:
     upscale: tuple[int, ...] = field(default=(), metadata={"optional": True})
     cut: tuple[int, ...] = field(default=(), metadata={"optional": True})
     window: tuple[tuple[int, int, int], ...] = field(default=(), metadata={"optional": True})
+    # Depthwise filters for each input channel, of which a pointwise conv makes the outputs; 0 is one dense conv.
+    multiplier: int = field(default=0, metadata={"optional": True})
     biased: bool = field(default=False, compare=False, repr=False)  # an op that it stands for adds constants
 
     @property
@@ -99,6 +101,8 @@ class ConvConfig:
     @property
     def taps(self) -> float:
         """Multiply-adds for each output pixel, output channel, and input channel of a group."""
+        if self.multiplier:
+            return self.multiplier * (1 + prod(self.kernel_size) / self.out_channels)
         return prod(self.written) / prod(self.upscale if self.window else ())
 
     @property
@@ -248,6 +252,7 @@ class Candidate:
     fit      one conv found in closed form, whatever the span holds
     drop     the identity
     narrow   the span as it is, with fewer channels at its `cuts`
+    factor   the span's one dense conv as a depthwise and a pointwise one (`conv.multiplier`)
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves to after the merged conv
@@ -288,6 +293,8 @@ class Candidate:
         if self.conv is not None and self.puts_conv:
             c = self.conv
             parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
+            if c.multiplier:
+                parts.append(f"m{c.multiplier}")
             if any(d != 1 for d in c.dilation):
                 parts.append("d" + "x".join(map(str, c.dilation)))
             if c.padding_mode != "zeros" or c.padding_value:
@@ -311,6 +318,8 @@ class Candidate:
         if self.conv is None or not self.puts_conv:
             return f"{what} left out" if self.realization == "drop" else "as it is"
         kernel = "x".join(map(str, self.conv.written)) or "linear"
+        if self.conv.multiplier:
+            return f"{kernel} as {'' if self.conv.multiplier == 1 else f'{self.conv.multiplier} x '}depthwise and pointwise"
         into = f"{kernel}{' depthwise' if self.conv.depthwise else ''}"
         return into if count == 1 else f"{what} as one {into}"
 
@@ -349,7 +358,10 @@ class MergePlan:
     def conv_counts(self) -> tuple[int, int]:
         """How many convs its spans have, and how many they become."""
         before = {name for c in self.candidates for name in c.all_convs}
-        return len(before), sum(len(c.all_convs) if c.cuts else c.puts_conv for c in self.candidates)
+        after = (
+            len(c.all_convs) if c.cuts else 2 if c.realization == "factor" else c.puts_conv for c in self.candidates
+        )
+        return len(before), sum(after)
 
     def _repr_html_(self) -> str:
         rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]

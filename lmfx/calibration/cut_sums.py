@@ -1,4 +1,4 @@
-"""Sums up what the layers that read the cuts of a network read, in one run over calibration images.
+"""Sums up what some layers of a network read (those at its cuts, say), in one run over calibration images.
 
 A layer's features are the patches that it reads; where these would be too many, the channels of single pixels, and
 each of its taps is then an output of its own. Every fourth image is summed apart, to choose damping by.
@@ -7,7 +7,7 @@ each of its taps is then an output of its own. Every fourth image is summed apar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from lmfx.passes.fit.closed_form import AUTO_UNKNOWNS
 from lmfx.passes.fit.gram import sample_positions
 from lmfx.passes.fit.normal_equations import Sums, System
 from lmfx.passes.spans.layers import Network
-from lmfx.passes.spans.narrowing import PrivateCut
 
 __all__ = ["PartSums", "by_pixel", "can_search", "rows_of", "sums_of", "system_of"]
 
@@ -115,11 +114,11 @@ class _Reading(fx.Interpreter):
         sums.images += images
 
 
-def sums_of(network: Network, images: Calibration, cuts: Sequence[PrivateCut]) -> dict[str, PartSums]:
-    """The sums over what the readers and gates of some cuts read."""
+def sums_of(network: Network, images: Calibration, readers: Iterable[str]) -> dict[str, PartSums]:
+    """The sums over what some layers read, by their nodes' names."""
     counts: dict[str, int] = {}
     each: dict[str, int] = {}
-    for name in (n for cut in cuts for n in (cut.space.reader, *cut.space.gates)):
+    for name in readers:
         layer: Any = network.module(name)
         want = min(max(SAMPLES_AN_UNKNOWN * rows_of(layer), LEAST_SAMPLES), MOST_SAMPLES)
         pixels = max(feature_rows.pixels_of(layer, network.shape(name)), 1)

@@ -133,7 +133,7 @@ class NarrowFits:
 
     @torch.no_grad()
     def _choose(self, cuts: Sequence[PrivateCut]) -> None:
-        sums = sums_of(self.network, self.images, cuts)
+        sums = sums_of(self.network, self.images, [n for cut in cuts for n in _readers(cut)])
         for cut in cuts:
             space = cut.space
             reader = _CutReader.of(self.network, cut, space.reader, sums)
@@ -152,8 +152,8 @@ class NarrowFits:
     @torch.no_grad()
     def _fit(self, cut: PrivateCut, units: frozenset[int]) -> dict[str, _Refitted]:
         """The reader and the gates of a cut for other units than would be chosen."""
-        sums = sums_of(self.network, self.images, [cut])
-        readers = [_CutReader.of(self.network, cut, name, sums) for name in (cut.space.reader, *cut.space.gates)]
+        sums = sums_of(self.network, self.images, _readers(cut))
+        readers = [_CutReader.of(self.network, cut, name, sums) for name in _readers(cut)]
         return {one.name: one.fitted(units, one.damping(one.stays(units))) for one in readers}
 
 
@@ -256,6 +256,11 @@ def _set(module: Any, layer: _Refitted, rows: list[int] | None) -> None:
             feature_rows.weight_of(module, columns[None]).to(module.weight).contiguous(), module.weight.requires_grad
         )
         module.bias = nn.Parameter(bias.to(module.weight), module.weight.requires_grad)
+
+
+def _readers(cut: PrivateCut) -> tuple[str, ...]:
+    """The nodes that read a cut: its conv, and gates."""
+    return cut.space.reader, *cut.space.gates
 
 
 def _bytes(network: Network, cut: PrivateCut) -> int:

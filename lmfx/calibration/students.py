@@ -19,6 +19,7 @@ from functools import cached_property
 from torch import Tensor, fx
 
 from lmfx.calibration.bounded import Bounded
+from lmfx.calibration.factor_fits import FactorFits
 from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.fitting import FittedOp
 from lmfx.calibration.images import Calibration
@@ -32,6 +33,7 @@ from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.graph.graph_edit import set_submodule
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
+from lmfx.passes.rewrite.factored import FactoredOp, set_factored
 from lmfx.passes.rewrite.span_modules import span_sides
 from lmfx.passes.rewrite.trainable import rewrite, span_names
 from lmfx.passes.spans.layers import Network
@@ -72,13 +74,16 @@ class Students:
             fits.prepare(thinner)
             for c in thinner:
                 fits.set(student, c)
+        for name, c in zip(span_names(network.gm, plan), plan.candidates, strict=True):
+            if c.realization == "factor":
+                FactorFits.of(network, self.images).set(student, name, c)
         self._fit(network, student, plan, progress)
         return student
 
     def sketch(self, plan: MergePlan, op: Callable[[Candidate], LinearOp | NarrowedSpan | None]) -> fx.GraphModule:
         """The trainable form under `plan` with fits from elsewhere: to be judged, and not to be kept."""
         network = self.analysis.network(plan)
-        ops = {c.key: op(c) for c in plan.candidates if c.realization in ("fit", "narrow")}
+        ops = {c.key: op(c) for c in plan.candidates if c.realization in ("fit", "narrow", "factor")}
         chosen = (found.candidate if isinstance(found := ops.get(c.key), NarrowedSpan) else c for c in plan.candidates)
         plan = replace(plan, candidates=tuple(chosen))
         composed = any(c.realization == "compose" for c in plan.candidates)
@@ -89,6 +94,8 @@ class Students:
             if isinstance(found, NarrowedSpan):
                 for node, module in found.modules.items():
                     set_submodule(student, str(network.nodes[node].target), module)
+            elif isinstance(found, FactoredOp):
+                set_factored(student, name, found)
             elif found is not None:
                 set_fitted(student.get_submodule(name), found)
         return student

@@ -58,7 +58,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 SYNTAX: dict[str, dict[str, Any]] = {
-    "realize": {"type": _words, "metavar": "WAYS", "help": "comma-separated: compose, fit, narrow"},
+    "realize": {"type": _words, "metavar": "WAYS", "help": "comma-separated: compose, fit, narrow, factor"},
     "max_kernel_size": {"help": "largest merged kernel"},
     "max_span_convs": {"help": "most convs of the main path that one merged conv replaces"},
     "max_fit_convs": {"help": "the same where it is fitted"},

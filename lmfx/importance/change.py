@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from lmfx.calibration.bounded import Bounded
 from lmfx.calibration.derivatives import has_no_derivative
+from lmfx.calibration.factor_fits import FactorFits
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
 from lmfx.calibration.images import Calibration
@@ -88,6 +89,7 @@ class Scorer:
         self.calibration, self.judged = calibration.split(options.images)
         self.choosing = calibration.split(MOST_CHOOSING)[1]
         self.narrow = NarrowFits.of(spans.network, calibration.roles().fit)
+        self.factors = FactorFits.of(spans.network, calibration.roles().fit)
         self.executor = executor
         self.rows = output_rows(self.gm, self.judged)
         self.names: set[str] = set()
@@ -110,6 +112,7 @@ class Scorer:
         self.judged_parts = self.parts(self.names)
         groups = fit_groups(self.network, [c for c in candidates if c.realization == "fit"])
         self.narrow.prepare([c for c in candidates if c.cuts])
+        self.factors.prepare([c for c in candidates if c.realization == "factor"])
         self.values = FitValues(self.network, self.calibration, groups, quick=True)
 
     def reads(self, candidates: Sequence[Candidate]) -> set[str]:
@@ -176,6 +179,8 @@ class Scorer:
             return None, {}
         if c.realization == "narrow":
             return self.narrow.span(c), {}
+        if c.realization == "factor":
+            return self.factors.op(c), {}
         module = build_span(self.network, c, surrogates)
         assert isinstance(module, LinearSpan)
         with torch.no_grad():

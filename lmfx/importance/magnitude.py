@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lmfx.calibration.images import Calibration
 from lmfx.environment.caller_state import entry
 from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.profiling import digest
 from lmfx.passes.fit import feature_rows
+from lmfx.passes.fit.factors import first_factors
 from lmfx.passes.ir import Candidate, Cut
+from lmfx.passes.rewrite.factored import conv_weight, dense_op
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.store.rows import Store
@@ -50,6 +54,11 @@ class Magnitude:
         mean = sum(norms.values()) / max(len(norms), 1) or 1.0
         rows = {}
         for c in candidates:
+            if c.realization == "factor":
+                rows[c.key] = -self.activation * 0.01 - norms.get(c.all_convs[0], 0.0) / mean * _not_factored(
+                    network, c
+                )
+                continue
             if c.cuts:
                 rows[c.key] = -sum(_cut_off(network, cut) for cut in c.cuts) / mean
                 continue
@@ -66,6 +75,14 @@ class Magnitude:
         return ImportanceTable(
             rows, {"estimator": self.name, "activation": self.activation, "graph": digest(network.gm)}
         )
+
+
+def _not_factored(network: Network, c: Candidate) -> float:
+    """The share of a conv's L1 norm that its factors leave."""
+    assert c.conv is not None
+    weight = conv_weight(dense_op(network, c))
+    left = weight - first_factors(weight, c.conv.multiplier).product
+    return float(left.abs().sum() / weight.abs().sum().clamp(min=torch.finfo(weight.dtype).tiny))
 
 
 def _cut_off(network: Network, cut: Cut) -> float:

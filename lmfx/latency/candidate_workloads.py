@@ -34,6 +34,7 @@ from lmfx.passes.identity.fingerprint import node_text
 from lmfx.passes.ir import Candidate, ConvConfig, Layer, MergePlan, Series, Span
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.added_activations import activated
+from lmfx.passes.rewrite.factored import blank_factors
 from lmfx.passes.rewrite.narrowed import Narrowed, narrowed
 from lmfx.passes.rewrite.span_modules import span_sides
 from lmfx.passes.spans.layers import Network
@@ -289,6 +290,8 @@ def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
     a shuffle if it enlarges its map."""
     if config.upscale:
         return blank(config, dtype)
+    if config.multiplier:
+        return [module for _, module in blank_factors(config, dtype=dtype, device="meta")]
     if not config.kernel_size:
         return [nn.Linear(config.in_channels, config.out_channels, dtype=dtype, device="meta")]
     even = config.even

@@ -41,6 +41,7 @@ __all__ = [
 FORMAT = "lmfx-plan"
 VERSION = 1
 _NOT_FINITE = ("nan", "inf", "-inf")
+_MOST_FILTERS = 64  # a channel
 _LARGEST = 2**30  # of any size in a plan, and of the values of one conv (4 GB)
 _RETIRED: dict[type[Any], frozenset[str]] = {MergePlan: frozenset({"notes"})}  # fields that older files have
 
@@ -175,6 +176,10 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
         raise _Damage(f"{where} is {candidate.realization!r} with {len(candidate.cuts)} cuts")
     for i, cut in enumerate(candidate.cuts):
         _check_cut(cut, f"{where}.cuts[{i}]")
+    if (candidate.realization == "factor") != bool(conv is not None and conv.multiplier):
+        raise _Damage(
+            f"{where} is {candidate.realization!r} with {conv.multiplier if conv else 'no'} depthwise filters"
+        )
     if candidate.puts_conv and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:
@@ -207,6 +212,8 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
     pads = [p for pair in conv.padding for p in pair]
     if min(least) < 1:
         raise _Damage(f"{where} has a size below 1")
+    if not 0 <= conv.multiplier <= _MOST_FILTERS or (conv.multiplier and (conv.groups > 1 or conv.upscale)):
+        raise _Damage(f"{where} has {conv.multiplier} depthwise filters for each of its channels")
     if conv.padding_mode != "zeros" and min(pads, default=0) < 0:
         raise _Damage(f"{where} has a negative padding that is filled from the map ({conv.padding_mode})")
     values = conv.conv_channels * conv.in_channels // conv.groups * math.prod(conv.kernel_size)

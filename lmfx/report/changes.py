@@ -19,7 +19,14 @@ from lmfx.report.blocks import Picture
 
 __all__ = ["KINDS", "SpanChange", "change_of", "in_words", "kept_ms", "loss_of"]
 
-KINDS = {"compose": "merged", "fit": "fitted", "narrow": "narrowed", "drop": "dropped", "keep": "kept"}
+KINDS = {
+    "compose": "merged",
+    "fit": "fitted",
+    "narrow": "narrowed",
+    "factor": "factored",
+    "drop": "dropped",
+    "keep": "kept",
+}
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ def _latency(result: Result) -> str:
 
 
 def _spans(result: Result, full: bool) -> str:
-    named = [(name, c) for name, c in zip(result.names, result.plan.candidates, strict=False) if c.puts_conv]
+    named = [(n, c) for n, c in _named(result) if c.puts_conv and c.realization != "factor"]
     if not named:
         return ""
     shown = named if full else named[:ROWS]
@@ -282,6 +282,20 @@ def _narrowed(result: Result, full: bool) -> str:
     shown = cuts if full else cuts[:ROWS]
     lines = [f"  {in_one_line(cut.conv)}: {cut.of} -> {cut.width} channels" for cut in shown]
     return "narrowed\n" + "\n".join(lines) + _more(len(cuts) - len(shown))
+
+
+def _factored(result: Result, full: bool) -> str:
+    found = [c for _, c in _named(result) if c.realization == "factor"]
+    if not found:
+        return ""
+    shown = found if full else found[:ROWS]
+    lines = [f"  {short(c.all_convs, full)}: {c.change}" for c in shown]
+    return "factored\n" + "\n".join(lines) + _more(len(found) - len(shown))
+
+
+def _named(result: Result) -> list[tuple[str, Candidate]]:
+    """The module name and candidate of each changed span."""
+    return list(zip(result.names, result.plan.candidates, strict=False))
 
 
 def _kept_of(candidate: Candidate) -> str:

@@ -4,7 +4,8 @@
                └──────────────────────────────────── add ─ relu           merged     x ─ conv ─ relu
 
 `rewrite` works on a copy. Each composed span becomes a `LinearSpan`, each fitted one a plain conv, a dropped one
-nothing; a narrowed one keeps its nodes, and its modules have fewer channels (`narrowed`). A norm that moves to after
+nothing; a narrowed one keeps its nodes, and its modules have fewer channels (`narrowed`); a factored one is two plain
+convs (`factored`). A norm that moves to after
 the merged conv (`moved_norms`), or an activation added after it (`added_activations`), is a module of its own in both
 forms. `merge` replaces every `LinearSpan` by its single conv. Names of untouched modules stay, dead modules and
 parameters go, and both results are ordinary GraphModules.
@@ -29,6 +30,7 @@ from ..spans.layers import Network
 from ..spans.moved_norms import moved_norm
 from .added_activations import activated
 from .analysis import Analysis
+from .factored import put_factored
 from .narrowed import put_narrowed
 from .one_pixel_vectors import vector_limits
 from .span_modules import build_span
@@ -68,6 +70,10 @@ def rewrite(
             continue
         if candidate.realization == "narrow":
             put_narrowed(gm, nodes, network, candidate)
+            continue
+        if candidate.realization == "factor":
+            put_factored(gm, nodes, network, candidate, name)
+            placed[name] = candidate.key
             continue
         sides: tuple[fx.Node, ...] = ()
         norm: str | None = None
@@ -161,6 +167,8 @@ def span_names(graph: fx.GraphModule, plan: MergePlan) -> list[str]:
             continue
         parent = candidate.convs[0].rpartition(".")[0] if candidate.convs else ""
         base = f"{parent}.merged" if parent else "merged"
+        if candidate.realization == "factor":
+            base = f"{candidate.all_convs[0]}_pointwise"
         name, i = base, 0
         while name in taken or is_attribute(graph, name):
             i += 1

@@ -6,6 +6,7 @@ fit       kernels of several sizes, dense or depthwise, placed on the centre of 
           follows the span's own size rule (`fit_kernels`).
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
 narrow    the span with fewer channels at one or two cuts inside of it (`narrowing`).
+factor    a dense conv as a depthwise and a pointwise one (`factoring`).
 
 What may be enumerated is said by `SpanOptions` (`span_options`).
 """
@@ -25,6 +26,7 @@ from ..graph.reduction import join_of
 from ..html_text import html_facts, html_table
 from ..ir import Candidate, ConvConfig, Cut, Layer, Refusal, Series, Span
 from .exact import inexact
+from .factoring import factorable, multipliers_of
 from .fit_kernels import centred, fit_kernels
 from .globs import Globs
 from .layers import Network
@@ -133,6 +135,8 @@ class _Finder:
             self.drop(span, layers, main, every)
         if "fit" in self.allowed:
             self.fit(span, series, layers, main, every)
+        if "factor" in self.allowed and len(layers) == 1:
+            self.factor(span, layers[0], main, every)
 
     def sites(self, span: Span) -> tuple[Span, ...]:
         """The span, and those of all other calls of its layers."""
@@ -331,6 +335,16 @@ class _Finder:
         main, every = self.network.convs(series.layers[start:stop])
         span = self.make_span(series, start, stop)
         self.candidates.append(Candidate(span, "narrow", None, *self.paths(main, every, every), cuts=cuts))
+
+    def factor(self, span: Span, layer: Layer, main: tuple[str, ...], every: tuple[str, ...]) -> None:
+        config = factorable(self.network, layer)
+        if config is None:
+            return
+        sizes = [(self.network.shape(s.entry)[2:], self.network.shape(s.output)[2:]) for s in self.sites(span)]
+        for multiplier in multipliers_of(config, self.options.max_fit_unknowns):
+            if all(config.output_size(before) == after for before, after in sizes):
+                made = replace(config, multiplier=multiplier)
+                self.add(Candidate(span, "factor", made, *self.paths(main, every, every)))
 
     def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
         """Whether two shorter drops give the same network: nothing stays at their cut, or what the end repeats."""

@@ -1,0 +1,95 @@
+"""Factors the convs of a network by what they read on calibration images (`passes.fit.factors`).
+
+The network runs once over the images; the patches that each conv reads are summed to a Gram, which gives its depthwise
+and pointwise factors at every multiplier. The Gram is that of the original network, so it serves every plan; a refit
+(`lmfx.calibration.refitting`) sets the pointwise conv to what it reads in a plan's network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from lmfx.calibration.cut_sums import sums_of, system_of
+from lmfx.calibration.fit_values import evenly_ordered
+from lmfx.calibration.images import Calibration
+from lmfx.passes.fit import feature_rows
+from lmfx.passes.fit.factors import first_factors, improved
+from lmfx.passes.fit.normal_equations import Sums, usual_damping
+from lmfx.passes.ir import Candidate
+from lmfx.passes.rewrite.factored import FactoredOp, conv_weight, dense_op, set_factored
+from lmfx.passes.spans.layers import Network
+
+__all__ = ["FactorFits"]
+
+GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
+
+
+class FactorFits:
+    """The factors of a network's convs at all multipliers that were asked for."""
+
+    def __init__(self, network: Network, images: Calibration) -> None:
+        self.network, self.images = network, evenly_ordered(images)
+        self.ops: dict[str, FactoredOp] = {}  # by the candidate's key
+
+    @classmethod
+    def of(cls, network: Network, images: Calibration) -> FactorFits:
+        """Those of a network on some images, which are made once."""
+        key = "factors", images.digest() if images.certain() else id(images)
+        if key not in network.held:
+            network.held[key] = cls(network, images)
+        found = network.held[key]
+        assert isinstance(found, cls)
+        return found
+
+    def op(self, c: Candidate) -> FactoredOp:
+        """What a candidate puts in the place of its conv."""
+        self.prepare([c])
+        return self.ops[c.key]
+
+    def set(self, student: fx.GraphModule, name: str, c: Candidate) -> None:
+        """Set the convs of a factored candidate of a student; `name` is that of the pointwise one."""
+        set_factored(student, name, self.op(c))
+
+    @torch.no_grad()
+    def prepare(self, candidates: Iterable[Candidate]) -> None:
+        """Factor all convs of some candidates."""
+        convs: dict[tuple[str, ...], list[Candidate]] = {}
+        for c in candidates:
+            if c.key not in self.ops:
+                convs.setdefault(self._nodes(c), []).append(c)
+        todo = list(convs)
+        while todo:
+            part, held = [todo.pop(0)], 0
+            while todo and (held := held + self._bytes(todo[0])) < GRAM_BYTES:
+                part.append(todo.pop(0))
+            sums = sums_of(self.network, self.images, [name for names in part for name in names])
+            for names in part:
+                total = sums[names[0]].total
+                for other in names[1:]:
+                    total = total.plus(sums[other].total)
+                self._factor(names[0], convs[names], total)
+
+    def _factor(self, name: str, candidates: list[Candidate], sums: Sums) -> None:
+        layer = self.network.module(name)
+        system = system_of(sums, layer)
+        op = dense_op(self.network, candidates[0])
+        weight = conv_weight(op)
+        _, channels, taps = weight.shape
+        gram = system.matrix[0].view(taps, channels, taps, channels).permute(1, 0, 3, 2)
+        mean: Tensor = system.mean[0].view(taps, channels).T
+        damping = max(usual_damping(channels * taps, max(sums.n, 1.0)), float((system.least / system.scale).max()))
+        for c in candidates:
+            assert c.conv is not None
+            found = improved(first_factors(weight, c.conv.multiplier), weight, gram, damping)
+            self.ops[c.key] = FactoredOp.of(op, found, mean)
+
+    def _nodes(self, c: Candidate) -> tuple[str, ...]:
+        """The node of the conv at each call."""
+        found = (self.network.series[s.series].layers[s.start].conv for s in c.spans)
+        return tuple(n for n in found if n is not None)
+
+    def _bytes(self, names: tuple[str, ...]) -> int:
+        return 16 * feature_rows.unknowns_of(self.network.module(names[0])) ** 2 * len(names)

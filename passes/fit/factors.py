@@ -1,0 +1,122 @@
+"""Factors a convolution into a depthwise and a pointwise one, by what that does to the data that it reads.
+
+    y[o] = sum over c, t of  W[o, c, t] x[c, t]                      c a channel, t a tap
+         ~ sum over c, q of  P[o, c, q]  (sum over t of  D[c, q, t] x[c, t])     q one of `multiplier` filters a channel
+
+With the centred sums G of x x' the error is  tr((W - PD) G (W - PD)'),  and each half of it is a linear system:
+
+    P    (D G D') P' = D G W'                                         of (channels x multiplier) unknowns an output
+    D    sum over c', q', t' of  Q[cq, c'q'] G[ct, c't'] D[c', q', t']  =  sum over o of  P[o, c, q] (W G)[o, c, t]
+         Q = P'P                                                      of (channels x multiplier x taps) unknowns
+
+They are solved in turn. D begins with the leading right singular vectors of each channel's part of W, so that a
+convolution which is such a product is found as it is. Depthwise filters have the norm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Factors", "first_factors", "improved"]
+
+ITERATIONS = 12
+LEAST_GAIN = 0.01  # of the error, below which another iteration is not worth its time
+LOSSLESS = 1e-20  # of the variance: the product is the convolution
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`depthwise` (in, multiplier, taps) and `pointwise` (out, in, multiplier), float64."""
+
+    depthwise: Tensor
+    pointwise: Tensor
+
+    @property
+    def product(self) -> Tensor:
+        """The weight of the one convolution that they are, (out, in, taps)."""
+        return torch.einsum("ocq,cqt->oct", self.pointwise, self.depthwise)
+
+
+def first_factors(weight: Tensor, multiplier: int) -> Factors:
+    """The factors of a weight (out, in, taps) that are nearest to it, whatever it reads."""
+    weight = weight.double()
+    vectors = torch.linalg.eigh(torch.einsum("oct,ocs->cts", weight, weight)).eigenvectors  # ascending
+    depthwise = vectors[:, :, -multiplier:].flip(2).transpose(1, 2)
+    return Factors(depthwise, torch.einsum("oct,cqt->ocq", weight, depthwise))
+
+
+def improved(found: Factors, weight: Tensor, gram: Tensor, damping: float) -> Factors:
+    """Factors of `weight` (out, in, taps) that are better on what it reads, from those of `found`.
+
+    `gram` (in, taps, in, taps) is the centred mean of what it reads times itself, `damping` a fraction of its mean
+    diagonal. Never worse than `found` by these two.
+    """
+    out, channels, taps = weight.shape
+    size = channels * taps
+    gram = gram.reshape(size, size).double()
+    gram = gram + torch.eye(size, dtype=gram.dtype, device=gram.device) * (damping * gram.diagonal().mean())
+    rows = weight.double().reshape(out, size)
+    seen = rows @ gram
+    scale = float((seen * rows).sum())
+    if not scale > 0:
+        return found
+
+    def error(factors: Factors) -> float:
+        left = rows - factors.product.reshape(out, size)
+        return float(((left @ gram) * left).sum()) / scale
+
+    best, least = found, error(found)
+    depthwise = found.depthwise
+    for _ in range(ITERATIONS):
+        if least < LOSSLESS:
+            break
+        pointwise = _pointwise(depthwise, seen, gram)
+        made = Factors(depthwise, pointwise)
+        depthwise = _depthwise(made, seen, gram)
+        norms = depthwise.norm(dim=2, keepdim=True)
+        depthwise = depthwise / torch.where(norms > 0, norms, 1.0)
+        made = Factors(depthwise, _pointwise(depthwise, seen, gram))
+        now = error(made)
+        if not now < least:
+            break
+        gain, best, least = 1 - now / least, made, now
+        if gain < LEAST_GAIN:
+            break
+    return best
+
+
+def _pointwise(depthwise: Tensor, seen: Tensor, gram: Tensor) -> Tensor:
+    """The best P for a D; `seen` is W G."""
+    channels, filters, taps = depthwise.shape
+    half = torch.einsum("ncs,crs->ncr", gram.view(len(gram), channels, taps), depthwise)
+    whole = torch.einsum("cqt,ctdr->cqdr", depthwise, half.view(channels, taps, channels, filters))
+    target = torch.einsum("oct,cqt->cqo", seen.view(len(seen), channels, taps), depthwise)
+    n = channels * filters
+    return _solve(whole.reshape(n, n), target.reshape(n, -1)).T.reshape(len(seen), channels, filters)
+
+
+def _depthwise(factors: Factors, seen: Tensor, gram: Tensor) -> Tensor:
+    """The best D for a P."""
+    channels, filters, taps = factors.depthwise.shape
+    p = factors.pointwise
+    inner = torch.einsum("ocq,odr->cqdr", p, p)
+    blocks = gram.view(channels, 1, taps, channels, 1, taps)
+    n = channels * filters * taps
+    matrix = (inner[:, :, None, :, :, None] * blocks).reshape(n, n)
+    target = torch.einsum("ocq,oct->cqt", p, seen.view(len(seen), channels, taps)).reshape(n, 1)
+    return _solve(matrix, target).reshape(channels, filters, taps)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right of a matrix that has no negative eigenvalues, but may have some that are none."""
+    tiny = torch.finfo(matrix.dtype).eps * len(matrix) * matrix.diagonal().amax().clamp(min=1e-300)
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for _ in range(6):
+        factor, info = torch.linalg.cholesky_ex(matrix + tiny * eye)
+        if int(info) == 0:
+            return torch.cholesky_solve(right, factor)
+        tiny = tiny * 100
+    return torch.linalg.lstsq(matrix, right, driver="gelsd").solution

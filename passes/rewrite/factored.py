@@ -1,0 +1,136 @@
+"""Factors a conv of a network: puts a depthwise and a pointwise conv in its place.
+
+    before   x ─ conv k x k ─ norm ─ relu            after   x ─ depthwise k x k ─ pointwise 1 x 1 ─ relu
+
+Both are plain modules, `conv_depthwise` and `conv_pointwise`, in the trainable form and in the merged one, after a pad
+where the conv's own is uneven. The norm goes into the pointwise conv. Their values are the nearest to the conv's
+weights until calibration data set them (`passes/fit/factors.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..algebra.linear_op import LinearOp
+from ..algebra.linear_span import LinearSpan, pad_module
+from ..errors import PlanError
+from ..fit.factors import Factors, first_factors
+from ..graph import ops
+from ..graph.graph_edit import is_attribute, set_submodule
+from ..graph.node_facts import note_like, shape_of
+from ..ir import Candidate, ConvConfig
+from ..spans.layers import Network
+from .span_modules import build_span
+
+__all__ = ["FactoredOp", "blank_factors", "conv_weight", "dense_op", "put_factored", "set_factored"]
+
+DEPTHWISE, POINTWISE = "depthwise", "pointwise"
+
+
+@dataclass(frozen=True)
+class FactoredOp(LinearOp):
+    """The one conv that a depthwise and a pointwise conv are, and these two: `parts`."""
+
+    parts: Factors | None = None
+
+    @classmethod
+    def of(cls, op: LinearOp, parts: Factors, mean: Tensor | None = None) -> FactoredOp:
+        """Factors of the conv `op`; with the `mean` (in, taps) of what it reads, the mean of its output stays."""
+        whole = conv_weight(op)
+        bias = op.bias.double()
+        if mean is not None:
+            bias = bias + ((whole - parts.product) * mean).sum((1, 2))
+        weight = parts.product.reshape(op.weight.shape)
+        return cls(weight, bias, op.stride, op.padding, op.dilation, op.groups, parts=parts)
+
+
+def conv_weight(op: LinearOp) -> Tensor:
+    """The weight of a conv as (out, in, taps) in float64."""
+    return op.weight.detach().double().flatten(2)
+
+
+def dense_op(network: Network, candidate: Candidate) -> LinearOp:
+    """The conv that a candidate factors, with its norm. Raises `PlanError` if its span is not that of one dense conv."""
+    layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
+    conv = candidate.conv
+    if conv is None or len(layers) != 1 or layers[0].conv is None or not conv.multiplier:
+        raise PlanError(f"the plan factors {candidate.key}, which is not one conv of this graph: solve again")
+    plain = replace(conv, multiplier=0)
+    span = build_span(network, replace(candidate, realization="compose", conv=plain, kept=candidate.all_convs))
+    if not isinstance(span, LinearSpan) or span.config != plain or plain.groups != 1 or plain.upscale:
+        raise PlanError(f"the plan factors a conv {plain} in {candidate.key}, and this graph has another: solve again")
+    with torch.no_grad():
+        return span.linear_op()
+
+
+def blank_factors(config: ConvConfig, **where: Any) -> list[tuple[str, nn.Module]]:
+    """The modules of a factored conv by their kinds, in order: a pad where the conv's own is uneven, then the two."""
+    even, ndim = config.even, len(config.kernel_size)
+    make: Any = ops.conv_class(ndim)
+    wide = config.in_channels * config.multiplier
+    before = tuple(lo for lo, _ in config.padding) if even else 0
+    depthwise = make(
+        config.in_channels,
+        wide,
+        config.kernel_size,
+        config.stride,
+        before,
+        config.dilation,
+        config.in_channels,
+        bias=False,
+        **where,
+    )
+    parts = [] if even else [("pad", pad_module(config))]
+    return [*parts, (DEPTHWISE, depthwise), (POINTWISE, make(wide, config.out_channels, (1,) * ndim, **where))]
+
+
+def put_factored(
+    gm: fx.GraphModule, nodes: dict[str, fx.Node], network: Network, candidate: Candidate, name: str
+) -> None:
+    """Put the two convs of a factored one into a copy of the network's graph; the pointwise one is called `name`."""
+    config, op = candidate.conv, dense_op(network, candidate)
+    assert config is not None
+    like = next(p for p in network.gm.parameters() if p.is_floating_point())
+    conv: Any = network.gm.get_submodule(candidate.all_convs[0])
+    parts = blank_factors(config, dtype=like.dtype, device=like.device)
+    names = {kind: name if kind == POINTWISE else _free(gm, f"{candidate.all_convs[0]}_{kind}") for kind, _ in parts}
+    for kind, module in parts:
+        set_submodule(gm, names[kind], module.train(network.gm.training))
+        for p in module.parameters():
+            p.requires_grad_(conv.weight.requires_grad)
+    for number, span in enumerate(candidate.spans):
+        output = nodes[span.output]
+        shape, last, place = shape_of(output), nodes[span.entry], output
+        for kind, _ in parts:
+            with gm.graph.inserting_after(place):
+                own = names[kind].replace(".", "_")
+                place = gm.graph.create_node("call_module", names[kind], (last,), {}, name=own)
+            wide = None if kind == "pad" or shape is None else (shape[0], parts[-1][1].in_channels, *shape[2:])
+            note_like(place, output, shape=shape if kind == POINTWISE else wide, path=names[kind], call=number)
+            last = place
+        output.replace_all_uses_with(last)
+        nodes[span.output] = last
+    set_factored(gm, name, FactoredOp.of(op, first_factors(conv_weight(op), config.multiplier)))
+
+
+def set_factored(gm: fx.GraphModule, name: str, op: FactoredOp) -> None:
+    """Set both convs of a factored one; `name` is that of the pointwise conv."""
+    node = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == name)
+    source = node.args[0]
+    assert isinstance(source, fx.Node) and op.parts is not None
+    depthwise: Any = gm.get_submodule(str(source.target))
+    pointwise: Any = gm.get_submodule(name)
+    with torch.no_grad():
+        depthwise.weight.copy_(op.parts.depthwise.reshape(depthwise.weight.shape))
+        pointwise.weight.copy_(op.parts.pointwise.reshape(pointwise.weight.shape))
+        pointwise.bias.copy_(op.bias)
+
+
+def _free(gm: fx.GraphModule, name: str) -> str:
+    while is_attribute(gm, name):
+        name += "_"
+    return name
