@@ -278,6 +278,11 @@ class Candidate:
         return self.realization not in ("keep", "drop", "narrow")
 
     @property
+    def conv_count(self) -> int:
+        """How many convs stand where the span was."""
+        return len(self.all_convs) if self.cuts else 2 if self.realization == "factor" else int(self.puts_conv)
+
+    @property
     def spans(self) -> tuple[Span, ...]:
         """The spans of all calls, the candidate's own first."""
         return self.span, *self.calls
@@ -319,7 +324,8 @@ class Candidate:
             return f"{what} left out" if self.realization == "drop" else "as it is"
         kernel = "x".join(map(str, self.conv.written)) or "linear"
         if self.conv.multiplier:
-            return f"{kernel} as {'' if self.conv.multiplier == 1 else f'{self.conv.multiplier} x '}depthwise and pointwise"
+            filters = "" if self.conv.multiplier == 1 else f"{self.conv.multiplier} x "
+            return f"{kernel} as {filters}depthwise and pointwise"
         into = f"{kernel}{' depthwise' if self.conv.depthwise else ''}"
         return into if count == 1 else f"{what} as one {into}"
 
@@ -358,10 +364,7 @@ class MergePlan:
     def conv_counts(self) -> tuple[int, int]:
         """How many convs its spans have, and how many they become."""
         before = {name for c in self.candidates for name in c.all_convs}
-        after = (
-            len(c.all_convs) if c.cuts else 2 if c.realization == "factor" else c.puts_conv for c in self.candidates
-        )
-        return len(before), sum(after)
+        return len(before), sum(c.conv_count for c in self.candidates)
 
     def _repr_html_(self) -> str:
         rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]

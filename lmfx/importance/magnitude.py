@@ -55,9 +55,8 @@ class Magnitude:
         rows = {}
         for c in candidates:
             if c.realization == "factor":
-                rows[c.key] = -self.activation * 0.01 - norms.get(c.all_convs[0], 0.0) / mean * _not_factored(
-                    network, c
-                )
+                lost = norms.get(c.all_convs[0], 0.0) / mean * _not_factored(network, c)
+                rows[c.key] = -lost - self.activation * 0.01
                 continue
             if c.cuts:
                 rows[c.key] = -sum(_cut_off(network, cut) for cut in c.cuts) / mean

@@ -176,10 +176,9 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
         raise _Damage(f"{where} is {candidate.realization!r} with {len(candidate.cuts)} cuts")
     for i, cut in enumerate(candidate.cuts):
         _check_cut(cut, f"{where}.cuts[{i}]")
-    if (candidate.realization == "factor") != bool(conv is not None and conv.multiplier):
-        raise _Damage(
-            f"{where} is {candidate.realization!r} with {conv.multiplier if conv else 'no'} depthwise filters"
-        )
+    filters = conv.multiplier if conv is not None else 0
+    if (candidate.realization == "factor") != bool(filters):
+        raise _Damage(f"{where} is {candidate.realization!r} with {filters} depthwise filters for each channel")
     if candidate.puts_conv and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:

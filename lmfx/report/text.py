@@ -81,6 +81,7 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
         _head(result) + _sizes(net),
         _spans(result, full),
         _narrowed(result, full),
+        _factored(result, full),
         _dropped(result, full),
         _kept(result, full),
         _refusals(result, full),

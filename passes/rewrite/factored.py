@@ -54,7 +54,7 @@ def conv_weight(op: LinearOp) -> Tensor:
 
 
 def dense_op(network: Network, candidate: Candidate) -> LinearOp:
-    """The conv that a candidate factors, with its norm. Raises `PlanError` if its span is not that of one dense conv."""
+    """The conv that a candidate factors, with its norm. Raises `PlanError` if its span has not one dense conv."""
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     conv = candidate.conv
     if conv is None or len(layers) != 1 or layers[0].conv is None or not conv.multiplier:
