@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["factorable", "multipliers_of"]
 
 MULTIPLIERS = (1, 2)
-LEAST_CHANNELS = 8  # of the input: with fewer there is little to gain, and much to lose
+LEAST_CHANNELS = 4  # of the input: with fewer there is little to gain, and much to lose
 MOST_UNKNOWNS = 2500  # of the depthwise filters, which are found together: more take seconds
 LEAST_SAVING = 0.8  # of the conv's multiply-adds that the factors have at most
 
 
 def factorable(network: Network, layer: Layer) -> ConvConfig | None:
-    """The conv of a layer as one configuration, if nothing but pads comes before it and it is dense; else None."""
+    """The conv of a layer as one configuration, if it is dense, with pads before it and norms after it; else None."""
     config = network.config(layer) if layer.conv is not None and layer.parallel is None else None
     if not isinstance(config, ConvConfig) or config.groups > 1 or config.upscale:
         return None
@@ -35,8 +35,10 @@ def factorable(network: Network, layer: Layer) -> ConvConfig | None:
     if not ops.plain_in(own, ops.CONVS) or tuple(own.kernel_size) != config.kernel_size:
         return None
     affine = network.affine_nodes(layer)
-    for name in affine[: affine.index(str(layer.conv))]:
-        if network.nodes[name].op != "call_module" or not ops.plain_in(network.module(name), ops.PADS):
+    at = affine.index(str(layer.conv))
+    allowed = [(affine[:at], ops.PADS), (affine[at + 1 :], (*ops.BATCH_NORMS, ops.ChannelAffine, ops.ChannelSelect))]
+    for names, kinds in allowed:
+        if any(network.nodes[n].op != "call_module" or not ops.plain_in(network.module(n), kinds) for n in names):
             return None
     if side_inputs(network, (layer,), frozenset([str(layer.conv)])):
         return None

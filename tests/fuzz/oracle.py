@@ -25,7 +25,7 @@ from lmfx.passes.spans.layers import Network
 from lmfx.passes.spans.pruning import is_dropped
 from tests.fuzz.compare import Wrong
 
-__all__ = ["check_span", "narrowed_twice"]
+__all__ = ["check_span", "factored_twice", "narrowed_twice"]
 
 MOST_VALUES = 200_000
 
@@ -146,3 +146,18 @@ def narrowed_twice(network: Network, candidate: Candidate, rng: random.Random) -
             with torch.no_grad():
                 layer.weight[rows] = 0
     return gm, rewrite(gm, MergePlan((replace(candidate, cuts=tuple(cuts)),)))
+
+
+def factored_twice(network: Network, candidate: Candidate, rng: random.Random) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The graph with a conv that is a depthwise and a pointwise one, and the network with these two."""
+    gm = copy.deepcopy(network.gm)
+    conv: Any = gm.get_submodule(candidate.all_convs[0])
+    assert candidate.conv is not None
+    with torch.no_grad():
+        weight, generator = conv.weight, torch.Generator().manual_seed(rng.randrange(10**9))
+        out, channels, taps, filters = len(weight), weight.shape[1], weight[0, 0].numel(), candidate.conv.multiplier
+        depthwise = torch.randn(channels, filters, taps, generator=generator, dtype=torch.float64)
+        pointwise = torch.randn(out, channels, filters, generator=generator, dtype=torch.float64)
+        scale = weight.double().norm() / max(weight.numel(), 1) ** 0.5 / (filters**0.5)
+        weight.copy_((scale * torch.einsum("ocq,cqt->oct", pointwise, depthwise)).view(weight.shape))
+    return gm, rewrite(gm, MergePlan((candidate,)))

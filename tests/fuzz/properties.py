@@ -28,7 +28,7 @@ from lmfx.passes.spans.layers import Network
 from lmfx.passes.trace.tracing import trace
 from tests.fuzz.compare import Wrong, call, check_same, check_untouched, clones, leaves, noise_of, state_of, structure
 from tests.fuzz.keys import check_keys
-from tests.fuzz.oracle import check_span, narrowed_twice
+from tests.fuzz.oracle import check_span, factored_twice, narrowed_twice
 from tests.fuzz.program import Program
 
 __all__ = ["Outcome", "Shares", "check"]
@@ -186,8 +186,8 @@ def _check_message(error: LmfxError) -> None:
 
 
 def _options(rng: random.Random) -> SpanOptions:
-    some = [("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",), ("narrow",)]
-    realize: Any = rng.choice([*some, ("compose", "fit", "narrow")])
+    some = [("compose", "fit"), ("compose",), ("compose", "fit", "drop"), ("fit",), ("narrow",), ("factor",)]
+    realize: Any = rng.choice([*some, ("compose", "fit", "narrow", "factor")])
     return SpanOptions(realize=realize, max_kernel_size=rng.choice([7, None, 9, 3]), **_method(rng, realize))
 
 
@@ -253,6 +253,18 @@ def _check_plans(
                 "narrowed is not the network without these channels", expected, result, 1e-12, _Noise(whole, example)
             )
         outcome.note("narrowed alone")
+
+    products = [c for c in spans if c.realization == "factor"]
+    for candidate in rng.sample(products, min(2, len(products))):
+        with _only_lmfx_errors("factor"):
+            whole, factored = factored_twice(spans.network, candidate, rng)
+        for example, _ in inputs:
+            with _only_lmfx_errors("a factored network"):
+                expected, result = call(whole, example), call(factored, example)
+            if structure(expected) != structure(result):
+                raise Wrong("a factored network", f"{structure(expected)} became {structure(result)}")
+            check_same("a conv that is a product is not its factors", expected, result, 1e-9, _Noise(whole, example))
+        outcome.note("factored alone")
 
 
 def _check_simplify(
@@ -332,7 +344,7 @@ def _compress(
     # Small bounds: what is tested is that all that is offered works, not how good it is.
     options = {"max_kernel_size": rng.choice([3, 5]), "max_span_convs": rng.choice([2, 4]), **_method(rng), **options}
     options["surrogate"] = rng.choice(["affine", "identity"])
-    options.setdefault("realize", rng.choice([("compose", "fit"), ("compose", "fit", "narrow")]))
+    options.setdefault("realize", rng.choice([("compose", "fit"), ("compose", "fit", "narrow", "factor")]))
     return lmfx.compress(
         model, x, budget, latency="roofline", importance="magnitude", cache_dir=folder, progress=False, **options
     )

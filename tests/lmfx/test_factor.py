@@ -1,0 +1,283 @@
+"""Factored convs through the whole pipeline: candidates, fits, scores, latencies, files, reports, refits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmfx
+from lmfx.calibration.images import as_calibration
+from lmfx.calibration.places import find_sites
+from lmfx.calibration.students import Students
+from lmfx.importance import Magnitude, Reconstruction
+from lmfx.importance.change import Scorer
+from lmfx.importance.dominance import bounded_by
+from lmfx.latency.candidate_workloads import Workloads
+from lmfx.passes.errors import PlanError
+from lmfx.passes.ir import Candidate, MergePlan
+from lmfx.passes.rewrite.analysis import Analysis
+from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.trace.tracing import fingerprint
+from tests.helpers import double
+from tests.toys import compress
+
+
+def chain(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A stem, three dense convs (stride 2; an explicit uneven pad), a classifier."""
+    torch.manual_seed(seed)
+    layers = [
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU6()),
+        *(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(24, 16, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
+    ]
+    return double(nn.Sequential(*layers)).to(dtype)
+
+
+def drawn(count: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(count, *(shape or (3, 17, 14)), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (x + x.roll(1, -1)).to(dtype)  # neighbours are alike, as in pictures
+
+
+def factors_of(net: nn.Module, x: Tensor, **options: Any) -> tuple[SpanSet, list[Candidate]]:
+    spans = lmfx.spans(lmfx.trace(net, x[:1]), **{"realize": ("factor",), **options})
+    return spans, [c for c in spans if c.realization == "factor"]
+
+
+def separable(net: nn.Module, multiplier: int) -> None:
+    """Make every conv a product."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            w = m.weight.data
+            depthwise = torch.randn(w.shape[1], multiplier, w[0, 0].numel(), dtype=w.dtype)
+            pointwise = torch.randn(w.shape[0], w.shape[1], multiplier, dtype=w.dtype)
+            w.copy_(torch.einsum("ocq,cqt->oct", pointwise, depthwise).view_as(w) * w.std())
+
+
+def test_dense_convs_of_several_channels_are_factored() -> None:
+    _, found = factors_of(chain(), drawn(2))
+    names = [(c.convs[0], c.conv.multiplier) for c in found if c.conv]
+    assert names == [(n, m) for n in ("3", "6", "10") for m in (1, 2)]
+    assert found[0].change == "3x3 as depthwise and pointwise"
+    assert found[1].change == "3x3 as 2 x depthwise and pointwise"
+
+
+class Side(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return (self.conv(x) + self.embed(t)[:, :, None, None]).relu()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.ConvTranspose2d(8, 8, 3, stride=2),
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(8, 1, 3),
+        nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 8, 3)),
+        nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.ZeroPad2d(1)),
+        nn.Conv2d(300, 8, 3),
+    ],
+    ids=[
+        "1x1",
+        "grouped",
+        "depthwise",
+        "transposed",
+        "few in",
+        "few out",
+        "pool",
+        "norm before",
+        "pad after",
+        "too many unknowns",
+    ],
+)
+def test_other_layers_are_not(layer: nn.Module) -> None:
+    channels = next(m.in_channels for m in layer.modules() if hasattr(m, "in_channels"))
+    _, found = factors_of(double(nn.Sequential(layer, nn.ReLU())), drawn(2, channels, 12, 12))
+    assert not found
+
+
+def test_a_vector_from_the_side_an_option_and_a_method_leave_nothing_to_factor() -> None:
+    x = drawn(2)
+    example = (drawn(1, 8, 9, 9), drawn(1, 4))
+    spans = lmfx.spans(lmfx.trace(Side().double().eval(), example), realize=("factor",))
+    assert all(c.realization == "keep" for c in spans)
+    assert {c.convs for c in factors_of(chain(), x, exclude=("6",))[1]} == {("3",), ("10",)}
+    assert not factors_of(chain(), x, realize=("compose", "fit"))[1]
+    assert not factors_of(chain(), x, realize=("compose", "factor"), method="depth")[1]
+    assert {c.convs for c in factors_of(chain(), x, max_fit_unknowns=16 * 9)[1]} == {("3",)}
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_conv_that_is_a_product_loses_nothing(multiplier: int, calibrated: bool) -> None:
+    net, x = chain(), drawn(12)
+    separable(net, multiplier)
+    spans, found = factors_of(net, x)
+    plan = MergePlan(tuple(c for c in found if c.conv and c.conv.multiplier == multiplier))
+    assert len(plan.candidates) == 3
+    data = {"calibration": x} if calibrated else {}
+    student = lmfx.rewrite(spans.network.gm, plan, **data)
+    for net_form in (student, lmfx.merge(student)):
+        for other in (x, drawn(3, 3, 11, 20)):
+            assert torch.allclose(net_form(other), net(other), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ndim", [1, 3])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_one_and_three_dimensions_strides_dilations_and_padding_modes(ndim: int, mode: str) -> None:
+    torch.manual_seed(0)
+    make: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+    conv = make(6, 10, 3, stride=2, padding=2, dilation=2, padding_mode=mode)
+    net = nn.Sequential(conv, nn.ReLU()).double().eval()
+    separable(net, 1)
+    x = drawn(4, 6, *(9, 8, 7)[:ndim])
+    spans, found = factors_of(net, x)
+    student = lmfx.rewrite(spans.network.gm, MergePlan((found[0],)), calibration=x)
+    assert torch.allclose(student(x), net(x), rtol=1e-9, atol=1e-9)
+    names = [str(n.target) for n in student.graph.nodes if n.op == "call_module"]
+    assert names[-3:] == ["0_depthwise", "0_pointwise", "1"]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.body(x))
+
+
+def test_a_conv_of_two_calls_is_factored_for_both() -> None:
+    torch.manual_seed(0)
+    net, x = Twice().double().eval(), drawn(16, 8, 9, 9)
+    spans, found = factors_of(net, x)
+    assert [len(c.spans) for c in found] == [2, 2]
+    plan = MergePlan((found[1],))
+    student, blank = (lmfx.rewrite(spans.network.gm, plan, **data) for data in ({"calibration": x}, {}))
+    assert sum(n.target == "body.0_pointwise" for n in student.graph.nodes) == 2
+    with torch.no_grad():
+        fitted, first = (float((s(x) - net(x)).square().mean()) for s in (student, blank))
+    separable(net, 2)
+    exact = lmfx.rewrite(lmfx.trace(net, x[:1]), MergePlan((found[1],)), calibration=x)
+    assert fitted < 0.9 * first and torch.allclose(exact(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+def test_data_make_factors_better_and_a_refit_makes_a_plan_of_them_better_still() -> None:
+    net, x = chain(), drawn(96)
+    spans, found = factors_of(net, x)
+    plan = MergePlan(tuple(c for c in found if c.conv and c.conv.multiplier == 1))
+    graph, others = spans.network.gm, drawn(200)[100:]
+    forms = [lmfx.rewrite(graph, plan), lmfx.rewrite(graph, plan, calibration=x)]
+    forms.append(lmfx.rewrite(graph, plan, calibration=x, refit=True))
+    with torch.no_grad():
+        errors = [float((f(others) - net(others)).square().mean()) for f in forms]
+    if torch.equal(forms[0](others), forms[1](others)):
+        raise AssertionError("calibration changed nothing")
+    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.9 * errors[1]
+    sites = {s.path for s in find_sites(forms[1], graph, plan)}
+    assert {"3_pointwise", "6_pointwise", "10_pointwise"} <= sites and not any("depthwise" in s for s in sites)
+
+
+def test_scores_are_what_the_rewritten_network_loses() -> None:
+    net, x = chain(), drawn(32)
+    spans, found = factors_of(net, x)
+    scorer = Scorer(Reconstruction(exact=True), spans, as_calibration(x, x[:1]), None, found)
+    table = dict(scorer.run(found, list))
+    parts, scale = scorer.judged_parts
+    students = Students(Analysis.of(spans.network), scorer.calibration)
+    for c in found:
+        plan = MergePlan((c,), fingerprint(spans.network.gm))
+        (seen,) = scorer.judged.tensors
+        for student in (students.sketch(plan, lambda c: scorer.made(c)[0]), students.student(plan)):
+            with torch.no_grad():
+                change = (student(seen) - parts[0].output).square().sum() / len(seen)
+            assert table[c.key] == pytest.approx(-0.5 * float(change) / scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [Reconstruction(exact=True), Reconstruction(exact=False), Magnitude()])
+def test_more_filters_score_no_worse_and_bound_fewer(estimator: Any) -> None:
+    net, x = chain(), drawn(48)
+    spans, found = factors_of(net, x)
+    table = lmfx.score(spans.network.gm, estimator, calibration=x, spans=spans, progress=False)
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        assert table[one.key] < table[two.key] < 0
+    bounded = bounded_by(spans.network, found)
+    assert [b.tolist() for b in bounded[:2]] == [[1], []]
+
+
+def test_a_row_is_that_of_two_convs() -> None:
+    spans, found = factors_of(chain(dtype=torch.float32), drawn(2, dtype=torch.float32))
+    make = Workloads(spans.network)
+    work = make(found[-1])
+    assert work is not None
+    module = work.build()
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    assert [(m.in_channels, m.out_channels, m.groups, m.kernel_size) for m in convs] == [
+        (24, 48, 24, (3, 3)),
+        (48, 16, 1, (1, 1)),
+    ]
+    assert module(*(torch.randn(shape, dtype=dtype) for shape, dtype in work.inputs)).shape == (1, 16, 9, 6)
+    table = lmfx.profile(spans.network.gm, "roofline", spans=spans, progress=False)
+    one, two = (table.ms(c.key) for c in found[:2])
+    assert make(found[0]) is not make(found[1]) and one < two
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_compress_save_load_report_export_and_compress_again(tmp_path: Path, merge: bool) -> None:
+    net, x = chain(dtype=torch.float32), drawn(48, 3, 48, 48, dtype=torch.float32)
+    small = compress(net, x[:1], 0.8, calibration=x, realize=("factor",), merge=merge)
+    plan = lmfx.result_of(small).plan
+    assert plan.candidates and {c.realization for c in plan.candidates} == {"factor"}
+    name = plan.candidates[0].all_convs[0]
+    said = lmfx.report(small)
+    assert f"{name}: {plan.candidates[0].change}" in said and "factored" in said
+    assert plan.conv_counts == (len(plan.candidates), 2 * len(plan.candidates))
+    again = lmfx.load(lmfx.save(small, tmp_path / "net"), chain(1, torch.float32))
+    assert torch.equal(again(x), small(x)) and lmfx.result_of(again).plan == plan
+    lmfx.export_onnx(lmfx.merge(small) if not merge else small, x[:1], tmp_path / "net.onnx")
+    twice = compress(small, x[:1], 0.9, calibration=x)
+    assert twice(x).shape == (48, 5)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"multiplier": 0}, "0 depthwise filters"),
+        ({"multiplier": -1}, "-1 depthwise filters"),
+        ({"multiplier": 10**6}, "1000000 depthwise filters"),
+        ({"groups": 8}, "2 depthwise filters"),
+    ],
+)
+def test_a_plan_file_with_filters_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, int], word: str) -> None:
+    _, found = factors_of(chain(), drawn(2))
+    file = lmfx.save_plan(MergePlan((found[1],)), tmp_path / "plan.json")
+    document = json.loads(file.read_text())
+    document["plan"]["candidates"][0]["conv"].update(change)
+    file.write_text(json.dumps(document))
+    with pytest.raises(PlanError, match=word):
+        lmfx.load_plan(file)
+
+
+@pytest.mark.parametrize("change", [{"dilation": [2, 2]}, {"stride": [3, 3]}, {"kernel_size": [5, 5]}])
+def test_a_plan_that_factors_another_conv_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    spans, found = factors_of(chain(), drawn(2))
+    file = lmfx.save_plan(MergePlan((found[1],)), tmp_path / "plan.json")
+    document = json.loads(file.read_text())
+    document["plan"]["candidates"][0]["conv"].update(change)
+    file.write_text(json.dumps(document))
+    with pytest.raises(PlanError, match="solve again"):
+        lmfx.rewrite(spans.network.gm, lmfx.load_plan(file))
