@@ -33,6 +33,7 @@ from lmfx.passes.ir import Realization
 __all__ = ["RECOVERED", "VARIANTS", "Made", "Work", "make", "uses_planning"]
 
 RECOVERED = "+recover"
+EVERY: tuple[Realization, ...] = ("compose", "fit", "narrow", "factor")
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class _Scaled(nn.Module):
         return self.net(nn.functional.interpolate(x, size=self.shape, mode="bilinear", antialias=True))
 
 
-def lmfx_itself(work: Work, budget: float, realize: tuple[Realization, ...] = ("compose", "fit", "narrow")) -> Made:
-    """What `lmfx.compress` gives with some realizations."""
+def lmfx_itself(work: Work, budget: float, realize: tuple[Realization, ...] = EVERY) -> Made:
+    """What `lmfx.compress` gives with some realizations; by default all, as is its own."""
     student = _compressed(work, budget, calibration=work.calibration, realize=realize)
     found = lmfx.result_of(student)
     assert found.quality is not None
@@ -177,6 +178,8 @@ VARIANTS: dict[str, Callable[[Work, float], Made]] = {
     "lmfx": lmfx_itself,
     "lmfx depth": partial(lmfx_itself, realize=("compose", "fit")),
     "lmfx sizes": lmfx_sizes,
+    "lmfx no factors": partial(lmfx_itself, realize=("compose", "fit", "narrow")),
+    "lmfx factors": partial(lmfx_itself, realize=("factor",)),
     "lmfx width": partial(lmfx_itself, realize=("narrow",)),
     "smaller input": smaller_input,
     "torch-pruning": torch_pruning,

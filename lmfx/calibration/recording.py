@@ -43,7 +43,7 @@ def images_at_once(gm: fx.GraphModule, most: int = BATCH) -> int:
     """How many images a traced graph runs on at a time, at most `most`, so that no image takes longer than it need.
 
     On a CPU a value that is too large for the allocator to keep is mapped and zeroed by the kernel at each op, and is
-    out of the caches before it is read: EfficientNet-Lite0 at 224 pixels takes 20 ms an image in batches of 4, and
+    out of the caches before it is read: inverted residuals at 224 pixels take 20 ms an image in batches of 4, and
     47 ms in batches of 32. Of a graph whose shapes are not known it is `most`.
     """
     example = next((s for n in gm.graph.nodes if n.op == "placeholder" and (s := shape_of(n))), None)
