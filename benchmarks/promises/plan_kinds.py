@@ -79,7 +79,7 @@ def row(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One network."""
     model, example = network(name, args.size)
     graph = lmfx.trace(model, example)
-    spans = lmfx.spans(graph, realize=("compose", "fit", "narrow"))
+    spans = lmfx.spans(graph, realize=("compose", "fit", "narrow", "factor"))
     backend = suited(get_backend("onnxruntime", sampling=Sampling(caches=args.caches)), graph)
     with tempfile.TemporaryDirectory() as folder:
         table = lmfx.profile(graph, backend, spans=spans, cache_dir=args.cache_dir or folder, progress=False)

@@ -473,7 +473,7 @@ def test_the_stages_by_hand_find_the_rows_of_compress(
 ) -> None:
     model = toy()
     graph = lmfx.trace(model, X)
-    spans = lmfx.spans(graph, max_kernel_size=3, realize=("compose", "fit", "narrow"))  # as compress has it
+    spans = lmfx.spans(graph, max_kernel_size=3, realize=("compose", "fit", "narrow", "factor"))  # as compress has it
     # Few candidates would be scored exactly, and all of them would not.
     judged = len(Calibration((DATA,)).split(Reconstruction().images)[1])
     cost = macs.multiply_accumulates(spans.network) * judged / 2

@@ -533,7 +533,7 @@ def test_defaults_are_those_of_the_function_behind_the_command() -> None:
     args = COMMAND._parser().parse_args(["compress", "m:f", "--budget", "1", "-o", "out"])
     assert (args.max_kernel_size, args.realize, args.surrogate, args.importance) == (
         7,
-        ("compose", "fit", "narrow"),
+        ("compose", "fit", "narrow", "factor"),
         "affine",
         "reconstruction",
     )

@@ -36,7 +36,7 @@ def test_each_point_is_a_row_with_its_figures(frontier: Frontier) -> None:
         assert row["latency_ms"] == point.latency
         assert row["loss"] == -point.importance
         assert row["of_original"] == pytest.approx(point.latency / frontier.original)
-        for way in ("compose", "fit", "narrow", "drop"):
+        for way in ("compose", "fit", "narrow", "factor", "drop"):
             assert row[way] == sum(c.realization == way for c in point.plan.candidates)
 
 
