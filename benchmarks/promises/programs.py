@@ -10,12 +10,8 @@ Everything is in float64, so that what differs is not rounding. Rows that are th
 
 from __future__ import annotations
 
-import argparse
-import csv
-import fnmatch
 import signal
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lmfx
+from benchmarks.shared.filled_table import fill_table
 from benchmarks.zoo.models import build, examples
 from lmfx.export.free_sizes import free_sizes
 from lmfx.passes.errors import ExportError, LmfxError
@@ -104,7 +101,7 @@ def row_of(name: str) -> dict[str, Any]:
     """What became of one network."""
     begun = time.process_time()
     model = build(name).double()
-    row: dict[str, Any] = {"model": name, "family": NETWORKS.get(name, "")}
+    row: dict[str, Any] = {}
     x = next(e for e in examples(name, model, sizes=SIZES) if runs(model, in_double(e)))
     x = in_double(x)
     example = example_arguments(x)
@@ -159,37 +156,23 @@ def runs(model: nn.Module, example: Any) -> bool:
     return True
 
 
-def main() -> None:
-    """All networks that have no row yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="*")
-    parser.add_argument("--table", type=Path, default=TABLE)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    done = list(csv.DictReader(args.table.open())) if args.table.exists() else []
-    known = {row["model"] for row in done}
+def in_time(name: str) -> dict[str, Any]:
+    """What became of one network, in no more than `SECONDS`."""
 
     def stop(*_: Any) -> None:
         raise OutOfTime(f"more than {SECONDS} s of CPU time")
 
     signal.signal(signal.SIGPROF, stop)
-    for name in NETWORKS:
-        if name in known or not fnmatch.fnmatch(name, args.models):
-            continue
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        try:
-            row = row_of(name)
-        except (LmfxError, OutOfTime) as problem:
-            row = {"model": name, "family": NETWORKS[name], "note": f"{type(problem).__name__}: {problem}"[:400]}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        return row_of(name)
+    finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        row["note"] = " ".join(str(row.get("note", "")).split())
-        done.append(row)
-        print({k: row.get(k) for k in FIELDS}, flush=True)
-        with args.table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(done)
+
+
+def main() -> None:
+    """All networks that have no row yet."""
+    fill_table(__doc__, TABLE, FIELDS, NETWORKS, in_time, (LmfxError, OutOfTime))
 
 
 if __name__ == "__main__":
