@@ -28,7 +28,7 @@ def fill_table(
     fields: Sequence[str],
     families: Mapping[str, str],
     row_of: Callable[[str], dict[str, Any]],
-    problems: tuple[type[Exception], ...],
+    problems: tuple[type[BaseException], ...],
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Makes the rows that are missing; `families` has every network with its family, `problems` go into the table."""
