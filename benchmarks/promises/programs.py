@@ -123,13 +123,11 @@ def row_of(name: str) -> dict[str, Any]:
     begun = time.process_time()
     model = build(name).double()
     row: dict[str, Any] = {}
-    x = next(e for e in examples(name, model, sizes=SIZES) if runs(model, in_double(e)))
-    x = in_double(x)
+    x, program, options, notes = exported(name, model)
     example = example_arguments(x)
     row["input"] = "; ".join("x".join(map(str, v.shape)) for v in pytree.tree_leaves(x) if isinstance(v, Tensor))
     graph = lmfx.trace(model, x)
     row["candidates"] = len(lmfx.spans(graph))
-    program, options, notes = exported(model, x)
     row["free"] = "batch, size" if len(options) == 2 else "batch" if options else "nothing"
     read = lmfx.trace(program, x)
     row["of_program"] = len(lmfx.spans(read))
@@ -147,7 +145,17 @@ def row_of(name: str) -> dict[str, Any]:
     return row
 
 
-def exported(model: nn.Module, x: Any) -> tuple[torch.export.ExportedProgram, dict[str, bool], str]:
+def exported(name: str, model: nn.Module) -> tuple[Any, torch.export.ExportedProgram, dict[str, bool], str]:
+    """The smallest example that a network and its program take, the program, what is free of it, and why not more."""
+    for x in map(in_double, examples(name, model, sizes=SIZES)):
+        if runs(model, x):
+            program, options, notes = program_of(model, x)
+            if runs(program.module(), x):  # guards exclude maps of one pixel
+                return x, program, options, notes
+    raise ExportError(f"the programs of {name} take none of the examples")
+
+
+def program_of(model: nn.Module, x: Any) -> tuple[torch.export.ExportedProgram, dict[str, bool], str]:
     """The model's program with as much free as torch.export allows, what that is, and why not more."""
     notes = ""
     for options in ({"dynamic_batch": True, "dynamic_shapes": True}, {"dynamic_batch": True}, {}):
