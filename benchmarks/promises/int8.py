@@ -26,7 +26,7 @@ from benchmarks.real.exported import latencies
 from benchmarks.real.real import version
 from lmfx.cli.models import load_model
 
-NETWORKS = tuple(f"torchvision:{n}" for n in ("resnet18", "mobilenet_v2", "vgg11_bn", "resnet34", "mnasnet0_5"))
+NETWORKS = tuple(f"torchvision:{n}" for n in ("resnet18", "mobilenet_v2", "mnasnet0_5", "resnet34", "regnet_x_400mf"))
 TABLE = Path(__file__).parents[1] / "results" / "int8_budgets.jsonl"
 
 

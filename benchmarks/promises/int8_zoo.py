@@ -11,13 +11,9 @@ Rows that are there are not made again.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import csv
-import fnmatch
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 import lmfx
 from benchmarks.promises.programs import NETWORKS
+from benchmarks.shared.filled_table import fill_table
 from benchmarks.zoo.models import build, examples, randomise
 from lmfx.calibration.images import as_calibration
 from lmfx.export.tensorrt import network_layers
@@ -50,7 +47,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
     example = example_of(name, model)
     images = pytree.tree_map(several, example)
     data = images if isinstance(images, Tensor) else [images]
-    row: dict[str, Any] = {"model": name, "family": NETWORKS.get(name, "")}
+    row: dict[str, Any] = {}
     row["input"] = "; ".join("x".join(map(str, v.shape)) for v in pytree.tree_leaves(example) if isinstance(v, Tensor))
     files = {runtime: folder / f"{runtime}.onnx" for runtime in ("onnxruntime", "tensorrt_rtx")}
     for runtime, file in files.items():
@@ -104,33 +101,17 @@ def several(value: Any) -> Any:
     return torch.randn(rows.shape) if value.is_floating_point() else rows
 
 
+def row_with_files(name: str) -> dict[str, Any]:
+    """What became of one network, with its error as it is read; its files are not kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = row_of(name, Path(folder))
+    return {**row, "error": f"{row['error']:.2g}"}
+
+
 def main() -> None:
     """All networks that have no row yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="*")
-    parser.add_argument("--table", type=Path, default=TABLE)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    done = list(csv.DictReader(args.table.open())) if args.table.exists() else []
-    known = {row["model"] for row in done}
-    for name in NETWORKS:
-        if name in known or not fnmatch.fnmatch(name, args.models):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                row = row_of(name, Path(folder))
-            except (LmfxError, RuntimeError) as problem:  # RuntimeError: tensorrt_rtx does not read the file
-                row = {"model": name, "family": NETWORKS[name], "note": f"{type(problem).__name__}: {problem}"[:400]}
-        row["note"] = " ".join(str(row.get("note", "")).split())
-        if isinstance(row.get("error"), float):
-            row["error"] = f"{row['error']:.2g}"
-        done.append(row)
-        print({k: row.get(k) for k in FIELDS}, flush=True)
-        with args.table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(done)
+    problems = LmfxError, RuntimeError  # RuntimeError: tensorrt_rtx does not read the file
+    fill_table(__doc__, TABLE, FIELDS, NETWORKS, row_with_files, problems)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Needs Chromium. Latencies are of the analytic backend unless `--latency` names another. The ResNets of torchvision have
 random weights, and their pages tell of latencies only. `diffusion-unet`, the network of `benchmarks/diffusion`, is
-trained here, once. All others are those of `benchmarks/real`, trained by others; one whose package is not there is left
-out.
+trained here, once (`--steps`). All others are those of `benchmarks/real`, trained by others; one whose package is not
+there is left out.
 
     bytes     of the file
     write     CPU seconds from the result to the file
@@ -37,7 +37,6 @@ from tests.chromium import Chromium
 Case = tuple[nn.Module, Any, Any, dict[str, Any]]  # model, example, images, options of compress
 QUICK: dict[str, Any] = {"importance": "magnitude", "refit": False}
 KEPT = Path("out/pages/originals")  # what was trained here
-STEPS = 1500  # of training the diffusion network
 STEP = """(() => {
 const slider = document.getElementById('budget');
 for (let i = 0; i < 20; i++) {
@@ -58,7 +57,7 @@ def drawn(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def untrained(name: str, _: int) -> Case:
+def untrained(name: str, _: argparse.Namespace) -> Case:
     """A ResNet of torchvision at 96 pixels, with random weights."""
     import torchvision
 
@@ -66,21 +65,21 @@ def untrained(name: str, _: int) -> Case:
     return drawn(getattr(torchvision.models, name)(weights=None)), images[:1], images, QUICK
 
 
-def diffusion(count: int) -> Case:
+def diffusion(args: argparse.Namespace) -> Case:
     """The denoising network of benchmarks/diffusion, with its time step."""
-    run = digits.Run(digits.options(["--steps", str(STEPS), "--images", str(count), "--out", str(KEPT)]))
+    run = digits.Run(digits.options(["--steps", str(args.steps), "--images", str(args.images), "--out", str(KEPT)]))
     images, steps = run.calibration()
     return run.original(), (images[:1], steps[:1]), [(images, steps)], {}
 
 
-def trained(make: Callable[[], Subject], count: int) -> Case:
+def trained(make: Callable[[], Subject], args: argparse.Namespace) -> Case:
     """A network of benchmarks/real, with its own images."""
     subject = make()
-    images = subject.images("cal", min(count, subject.calibration), subject.size)
+    images = subject.images("cal", min(args.images, subject.calibration), subject.size)
     return subject.model(), subject.example, images, {}
 
 
-NETWORKS: dict[str, Callable[[int], Case]] = {
+NETWORKS: dict[str, Callable[[argparse.Namespace], Case]] = {
     **{name: partial(trained, make) for name, make in real.NETWORKS.items()},
     "resnet50": partial(untrained, "resnet50"),
     "resnet152": partial(untrained, "resnet152"),
@@ -128,6 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, default=256, help="at most so many to calibrate on (default: %(default)s)"
     )
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="of training the diffusion network (default: %(default)s)"
+    )
     parser.add_argument("--latency", default="roofline", help="the backend")
     parser.add_argument("--out", type=Path, default=Path("out/pages"))
     parser.add_argument("--pictures", type=Path, help="a folder for screenshots")
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.networks:
         torch.manual_seed(0)
         try:
-            model, example, images, options = NETWORKS[name](args.images)
+            model, example, images, options = NETWORKS[name](args)
         except Absent as absent:
             print(f"{name:26} left out: {absent}", flush=True)
             continue

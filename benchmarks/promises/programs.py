@@ -10,12 +10,10 @@ Everything is in float64, so that what differs is not rounding. Rows that are th
 
 from __future__ import annotations
 
-import argparse
-import csv
-import fnmatch
+import contextlib
 import signal
 import time
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lmfx
+from benchmarks.shared.filled_table import fill_table
 from benchmarks.zoo.models import build, examples
 from lmfx.export.free_sizes import free_sizes
 from lmfx.passes.errors import ExportError, LmfxError
@@ -34,6 +33,7 @@ from lmfx.passes.trace.tracing import example_arguments
 TABLE = Path(__file__).parents[1] / "results" / "programs.csv"
 SIZES = (64, 96, 128, 224, 256)
 SECONDS = 900  # for one network
+EXPORT_SECONDS = 60  # for one export of a model: five nested pads of a free size took torch minutes
 # model -> the family that it stands for
 NETWORKS = {
     "timm/test_resnet": "resnet",
@@ -70,8 +70,26 @@ FIELDS = (
 )
 
 
-class OutOfTime(Exception):
-    """One network took too long."""
+class OutOfTime(BaseException):
+    """One network, or one export, took too long. No `Exception`, which torch and lmfx would take for the network's."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises `OutOfTime` in the body after so much CPU time; what is left of a limit around it goes on after it."""
+
+    def stop(*_: Any) -> None:
+        raise OutOfTime(f"more than {seconds:g} s of CPU time")
+
+    before, begun = signal.signal(signal.SIGPROF, stop), time.process_time()
+    left = signal.setitimer(signal.ITIMER_PROF, seconds)[0]
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        if left:
+            signal.setitimer(signal.ITIMER_PROF, max(0.01, left - (time.process_time() - begun)))
 
 
 def outputs(net: Any, example: Any) -> list[Tensor]:
@@ -104,14 +122,12 @@ def row_of(name: str) -> dict[str, Any]:
     """What became of one network."""
     begun = time.process_time()
     model = build(name).double()
-    row: dict[str, Any] = {"model": name, "family": NETWORKS.get(name, "")}
-    x = next(e for e in examples(name, model, sizes=SIZES) if runs(model, in_double(e)))
-    x = in_double(x)
+    row: dict[str, Any] = {}
+    x, program, options, notes = exported(name, model)
     example = example_arguments(x)
     row["input"] = "; ".join("x".join(map(str, v.shape)) for v in pytree.tree_leaves(x) if isinstance(v, Tensor))
     graph = lmfx.trace(model, x)
     row["candidates"] = len(lmfx.spans(graph))
-    program, options, notes = exported(model, x)
     row["free"] = "batch, size" if len(options) == 2 else "batch" if options else "nothing"
     read = lmfx.trace(program, x)
     row["of_program"] = len(lmfx.spans(read))
@@ -129,13 +145,24 @@ def row_of(name: str) -> dict[str, Any]:
     return row
 
 
-def exported(model: nn.Module, x: Any) -> tuple[torch.export.ExportedProgram, dict[str, bool], str]:
+def exported(name: str, model: nn.Module) -> tuple[Any, torch.export.ExportedProgram, dict[str, bool], str]:
+    """The smallest example that a network and its program take, the program, what is free of it, and why not more."""
+    for x in map(in_double, examples(name, model, sizes=SIZES)):
+        if runs(model, x):
+            program, options, notes = program_of(model, x)
+            if runs(program.module(), x):  # guards exclude maps of one pixel
+                return x, program, options, notes
+    raise ExportError(f"the programs of {name} take none of the examples")
+
+
+def program_of(model: nn.Module, x: Any) -> tuple[torch.export.ExportedProgram, dict[str, bool], str]:
     """The model's program with as much free as torch.export allows, what that is, and why not more."""
     notes = ""
     for options in ({"dynamic_batch": True, "dynamic_shapes": True}, {"dynamic_batch": True}, {}):
         try:
-            return lmfx.export_program(model, x, **options), options, notes
-        except ExportError as problem:
+            with within(EXPORT_SECONDS):
+                return lmfx.export_program(model, x, **options), options, notes
+        except (ExportError, OutOfTime) as problem:
             notes = notes or str(problem)[:200]
     raise ExportError(notes)
 
@@ -161,35 +188,7 @@ def runs(model: nn.Module, example: Any) -> bool:
 
 def main() -> None:
     """All networks that have no row yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="*")
-    parser.add_argument("--table", type=Path, default=TABLE)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    done = list(csv.DictReader(args.table.open())) if args.table.exists() else []
-    known = {row["model"] for row in done}
-
-    def stop(*_: Any) -> None:
-        raise OutOfTime(f"more than {SECONDS} s of CPU time")
-
-    signal.signal(signal.SIGPROF, stop)
-    for name in NETWORKS:
-        if name in known or not fnmatch.fnmatch(name, args.models):
-            continue
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        try:
-            row = row_of(name)
-        except (LmfxError, OutOfTime) as problem:
-            row = {"model": name, "family": NETWORKS[name], "note": f"{type(problem).__name__}: {problem}"[:400]}
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        row["note"] = " ".join(str(row.get("note", "")).split())
-        done.append(row)
-        print({k: row.get(k) for k in FIELDS}, flush=True)
-        with args.table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(done)
+    fill_table(__doc__, TABLE, FIELDS, NETWORKS, within(SECONDS)(row_of), (LmfxError, OutOfTime))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from lmfx.passes.fit.changes import GRID
 from lmfx.passes.fit.closed_form import search_damping
 from lmfx.passes.fit.elimination import compensated, eliminate
 from lmfx.passes.fit.normal_equations import Sums, System, usual_damping
+from lmfx.passes.graph.graph_edit import is_attribute
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.narrowed import chosen_units, narrowed, with_units
 from lmfx.passes.spans.layers import Network
@@ -109,7 +110,9 @@ class NarrowFits:
     def set(self, student: fx.GraphModule, c: Candidate) -> None:
         """Set the readers of a narrowed candidate of a student, whichever channels it keeps."""
         for name, layer, rows in self._set_layers(c):
-            _set(student.get_submodule(str(self.network.nodes[name].target)), layer, rows)
+            path = str(self.network.nodes[name].target)
+            if is_attribute(student, path):  # else another change of the plan left out what read it
+                _set(student.get_submodule(path), layer, rows)
 
     def _set_layers(self, c: Candidate) -> list[tuple[str, _Refitted, list[int] | None]]:
         """(node of a reader or gate, what it is, its outputs that stay) of a candidate."""

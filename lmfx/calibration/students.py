@@ -5,6 +5,8 @@
              ├ values        what the original has on the images, where some fit aims at it
              └ ops           what was fitted: a fit depends on what the plan changes before it, and on nothing else
 
+Of a fit that nobody reads any more (another change of the plan left its only reader out) no module is left to be set.
+
 A student shares the tensors of all that is unchanged with the graph unless it is asked for its own, so that building
 and judging many costs little more than the fits that differ. What is kept is bounded (`HELD_BYTES`); the least recently
 used goes first, and is made again when it is needed.
@@ -30,7 +32,7 @@ from lmfx.calibration.recording import batches_for, record_batches
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.passes.algebra.linear import LinearOp
-from lmfx.passes.graph.graph_edit import set_submodule
+from lmfx.passes.graph.graph_edit import is_attribute, set_submodule
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.rewrite.factored import FactoredOp, set_factored
@@ -75,7 +77,7 @@ class Students:
             for c in thinner:
                 fits.set(student, c)
         for name, c in zip(span_names(network.gm, plan), plan.candidates, strict=True):
-            if c.realization == "factor":
+            if c.realization == "factor" and is_attribute(student, name):
                 FactorFits.of(network, self.images).set(student, name, c)
         self._fit(network, student, plan, progress)
         return student
@@ -94,6 +96,8 @@ class Students:
             if isinstance(found, NarrowedSpan):
                 for node, module in found.modules.items():
                     set_submodule(student, str(network.nodes[node].target), module)
+            elif found is not None and not is_attribute(student, name):
+                continue  # nothing reads it
             elif isinstance(found, FactoredOp):
                 set_factored(student, name, found)
             elif found is not None:
@@ -112,7 +116,7 @@ class Students:
 
     def _fit(self, network: Network, student: fx.GraphModule, plan: MergePlan, progress: bool) -> None:
         names = dict(zip(span_names(network.gm, plan), plan.candidates, strict=True))
-        fits = {name: c for name, c in names.items() if c.realization == "fit"}
+        fits = {name: c for name, c in names.items() if c.realization == "fit" and is_attribute(student, name)}
         if not fits:
             return
         causes = {name: _causes(network, c, plan) for name, c in fits.items()}

@@ -7,7 +7,7 @@ It is what torch.compile, AOTInductor, torch_tensorrt and ExecuTorch take, and l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from lmfx.passes.trace.tracing import example_arguments
 
 __all__ = ["export_program"]
 
+# What torch.export says of a network that branches on the number of images (`if len(x) >= 64`).
+BATCH_OF_A_RANGE = "Constraints violated (batch)"
+
 
 @entry
 def export_program(
@@ -37,8 +40,9 @@ def export_program(
     """`net` in eval mode as an exported program; `torch.export.save(program, "net.pt2")` writes it.
 
     `example_input`, `dynamic_batch` and `dynamic_shapes` are those of `lmfx.export_onnx`: what is free, and where it is
-    tried. Outputs at each size may differ from the network's by `tolerance`, relative to the largest entry. The
-    training mode of `net` is restored.
+    tried. A network that branches on the number of images has a program for those on the example's side of the branch,
+    which refuses others. Outputs at each size may differ from the network's by `tolerance`, relative to the largest
+    entry. The training mode of `net` is restored.
 
     Raises `ExportError` for a network that torch.export cannot export, that is right at one size only, or whose program
     gives something else.
@@ -49,10 +53,19 @@ def export_program(
     with eval_mode(net), torch.no_grad():
         free = free_sizes(net, example, dynamic_batch, dynamic_shapes) or FreeSizes(shown=example)
         args, kwargs = free.shown
-        specs = free.specs(dimension) if free.dims else None
-        try:
+
+        def exported(of_dim: Callable[[str], Any]) -> torch.export.ExportedProgram:
+            specs = free.specs(of_dim) if free.dims else None
             with quiet(), tracing():
-                program = torch.export.export(plain_face(net), args, kwargs, dynamic_shapes=specs, strict=False)
+                return torch.export.export(plain_face(net), args, kwargs, dynamic_shapes=specs, strict=False)
+
+        try:
+            try:
+                program = exported(dimension)
+            except Exception as error:
+                if BATCH_OF_A_RANGE not in str(error):
+                    raise
+                program = exported(lambda name: torch.export.Dim.DYNAMIC)  # as many as the network takes alike
         except Exception as error:  # torch.export raises many kinds, all of them about this network
             raise ExportError(
                 f"torch.export could not export {type(net).__name__}: {type(error).__name__}: {one_line(error)}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lmfx.environment.bounded_reading import in_one_line
@@ -15,6 +16,8 @@ COLLAPSED = (
     "It no longer does what the original did. Allow a larger budget, train it (lmfx.recover, lmfx.distill), or keep "
     "layers with exclude=."
 )
+
+FEW = 100  # images, of which a share in per cent says more than was counted
 
 RANDOM = "The weights are random: latencies hold, but outputs mean nothing, so nothing is said of them."
 
@@ -40,11 +43,10 @@ def answer_of(result: Result, random_weights: bool = False) -> dict[str, Any]:
     if result.plan.candidates and (result.checked or result.plan.exact):
         parts.append("computes the same")
     elif quality is not None and result.plan.candidates:
-        kept = f"{quality.kept:.1%}"
         if quality.agreement is not None:
-            parts.append(f"{kept} of the answers are the same")
+            parts.append(f"{_kept(quality)} {'' if _counted(quality) else 'of the '}answers are the same")
         else:
-            parts.append(f"{kept} of what it computes is kept")
+            parts.append(f"{_kept(quality)} of what it computes is kept")
     head, detail = ", ".join(parts) or "Compressed", " ".join(_detail(result, quality))
     if random_weights:
         detail = f"{RANDOM} {detail}"
@@ -53,11 +55,33 @@ def answer_of(result: Result, random_weights: bool = False) -> dict[str, Any]:
     return {"head": head, "detail": detail, "warning": COLLAPSED if collapsed else ""}
 
 
+def _counted(quality: Quality) -> bool:
+    """Whether the agreement is a count of few images: of maps it is one of places, and not."""
+    n, share = quality.images, quality.agreement
+    return share is not None and 1 < n < FEW and abs(share * n - round(share * n)) < 1e-6 * n
+
+
+def _kept(quality: Quality) -> str:
+    """What is kept, as exactly as it is known: "11 of 16", or in per cent."""
+    return f"{round(quality.kept * quality.images)} of {quality.images}" if _counted(quality) else f"{quality.kept:.1%}"
+
+
+def _between(share: float, images: int) -> tuple[float, float]:
+    """Wilson's interval, 95 %, of a share that was counted on so many images."""
+    z = 1.96
+    middle, scale = share + z * z / (2 * images), 1 + z * z / images
+    half = z * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
 def _detail(result: Result, quality: Quality | None) -> list[str]:
     said = []
     if quality is not None:
         seen = "that no fit saw" if quality.held_out else "that the fits saw as well"
         said.append(f"Judged on {quality.images} image{'' if quality.images == 1 else 's'} {seen} ({quality}).")
+        if _counted(quality):
+            low, high = _between(quality.kept, quality.images)
+            said.append(f"So few leave it between {low:.0%} and {high:.0%}: give more to know it better.")
     if result.checked:
         said.append(f"Compared with the model: {result.checked}.")
     where = f"with {runtime(result) or 'an unknown runtime'}"
@@ -102,9 +126,7 @@ def figures_of(result: Result, random_weights: bool = False) -> list[dict[str, s
     if result.quality is not None and not random_weights:
         q = result.quality
         if q.agreement is not None:
-            found.append(
-                _figure("answers that are the same", "" if q.kl is None else f"KL {q.kl:.3g}", f"{q.kept:.1%}")
-            )
+            found.append(_figure("answers that are the same", "" if q.kl is None else f"KL {q.kl:.3g}", _kept(q)))
         else:
             more = "" if q.psnr is None else f"PSNR {q.psnr:.1f} dB"
             found.append(_figure("kept of what it computes", more, f"{q.kept:.1%}"))

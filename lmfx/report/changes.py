@@ -64,7 +64,9 @@ def change_of(
     rows = tuple((r[0], r[-1]) for r in ranges if r)
     edges = () if candidate.cuts else _edges(picture, rows)
     config, shape = candidate.conv, spans.network.shape
-    kernel = "×".join(map(str, config.written)) if config is not None and candidate.puts_conv else ""
+    kernel = ""
+    if config is not None and candidate.puts_conv:
+        kernel = "×".join(map(str, config.written)) or "linear"
     known = latencies is not None and candidate.key in latencies
     return SpanChange(
         key=candidate.key,

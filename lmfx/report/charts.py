@@ -38,8 +38,9 @@ class Axis:
 
     @property
     def labels(self) -> list[tuple[float, str]]:
-        """Position and text of each tick."""
-        return [(self.at(t), number(t)) for t in self.ticks]
+        """Position and text of each tick; powers of ten below 0.001 are short, and clear of the axis' name."""
+        short = self.threshold is not None
+        return [(self.at(t), _power(t) if short and 0 < t < 0.999e-3 else number(t)) for t in self.ticks]
 
 
 def linear(values: Sequence[float], start: float, end: float, count: int = 5, zero: bool = False) -> Axis:
@@ -60,6 +61,10 @@ def symlog(values: Sequence[float], start: float, end: float) -> Axis:
     bottom, top = loss_decades(values)
     ticks = [0.0, *(float(10**p) for p in range(bottom, top + 1))]
     return Axis(0.0, max(high, ticks[-2]), start, end, tuple(t for t in ticks if t <= high), float(10**bottom))
+
+
+def _power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def _step(rough: float) -> float:

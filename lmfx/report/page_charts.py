@@ -92,12 +92,16 @@ def alternatives_chart(result: Result, alternatives: Sequence[Alternative]) -> d
     wide = 440.0
     x = linear([r for _, r, _ in known] + [1.0], LEFT, wide - RIGHT)
     y = linear([q.kept for *_, q in known] + [1.0], TALL - BOTTOM, TOP)
+    # at one latency two ways often keep as much, and differ in how far their outputs went
+    far = "KL" if all(q.kl is not None for *_, q in known) else "divergence"
     rows = [
         {"what": what, "ratio": f"{r:.1%}", "kept": f"{q.kept:.1%}", "x": x.at(r), "y": y.at(q.kept), "own": i == 0}
         | {"mark": chr(ord("A") + i) if i < 26 else str(i), "quality": str(q)}
+        | {"far": number(q.divergence if far == "divergence" or q.kl is None else q.kl)}
         for i, (what, r, q) in enumerate(known)
     ]
     return _frame(x, y, "of the original's latency", "share that is kept", wide) | {
         "rows": rows,
+        "far": far,
         "original": (x.at(1.0), y.at(1.0)),
     }

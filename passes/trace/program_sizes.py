@@ -140,9 +140,9 @@ class _Named(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def _larger(self, node: ast.Call) -> ast.AST:
-        """`torch.sym_max(a, b)` is `max(a, b)`, and `sym_min` is `min`."""
-        name = {"torch.sym_max": "max", "torch.sym_min": "min"}.get(ast.unparse(node.func))
-        if name is None or name in self.names or len(node.args) != 2 or node.keywords:
+        """`torch.sym_max(a, b)` is `max(a, b)`, as torch writes it before 2.14, and `sym_min` is `min`."""
+        name = {"torch.sym_max": "max", "torch.sym_min": "min"}.get(called := ast.unparse(node.func), called)
+        if name not in ("max", "min") or name in self.names or len(node.args) != 2 or node.keywords:
             raise _NotPlain
         return ast.Call(ast.Name(name, ast.Load()), [self.visit(v) for v in node.args], [])
 

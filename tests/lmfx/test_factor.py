@@ -281,3 +281,28 @@ def test_a_plan_that_factors_another_conv_is_refused(tmp_path: Path, change: dic
     file.write_text(json.dumps(document))
     with pytest.raises(PlanError, match="solve again"):
         lmfx.rewrite(spans.network.gm, lmfx.load_plan(file))
+
+
+class Gone(nn.Module):
+    """A path that only the branch of a sum reads, which a plan may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        side = self.side(z).relu().mean((2, 3), keepdim=True)
+        x = self.stem(x).relu()
+        return x + self.body(x * side)
+
+
+def test_factors_of_what_nobody_reads_any_more_are_left_out() -> None:
+    torch.manual_seed(0)
+    net, x, z = Gone().double().eval(), drawn(24, 8, 9, 9), drawn(24, 8, 7, 7)
+    graph = lmfx.trace(net, (x[:1], z[:1]))
+    spans = lmfx.spans(graph, realize=("factor", "fit"))
+    side = next(c for c in spans if c.realization == "factor" and c.convs == ("side",))
+    whole = next(c for c in spans if c.realization == "drop" and c.all_convs == ("body.0", "body.2"))
+    student = lmfx.rewrite(graph, MergePlan((side, whole)), calibration=(x, z))
+    assert student(x, z).shape == net(x, z).shape

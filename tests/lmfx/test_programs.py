@@ -122,3 +122,32 @@ def test_the_command_line_takes_a_file_and_its_own_example(tmp_path: Path, capsy
 def test_what_a_program_runs_as_is_refused_with_what_to_pass_instead() -> None:
     with pytest.raises(lmfx.ModelError, match="pass the ExportedProgram itself"):
         lmfx.trace(exported(network(), X).module(), X)
+
+
+class OtherDtype(nn.Module):
+    """Computes a gate in float32 whatever its own dtype is, as embeddings of time steps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = (x.float().mean((2, 3), keepdim=True) * 1.7).sin().to(x.dtype)
+        return self.b(self.a(x * gate).relu())
+
+
+@pytest.mark.parametrize("core", [False, True])
+def test_numbers_of_another_dtype_than_the_layers_are_taken_and_taken_again(core: bool) -> None:
+    model, x = OtherDtype().double().eval(), X.double()
+    program = exported(model, x)
+    net = lmfx.simplify(program.run_decompositions() if core else program, x)
+    assert {p.dtype for p in net.parameters()} == {torch.float32, torch.float64}
+    for again in (net, lmfx.simplify(net, x)):
+        torch.testing.assert_close(run(again, x), run(model, x), rtol=1e-6, atol=1e-7)
+
+
+def test_layers_of_two_dtypes_are_still_refused() -> None:
+    model = OtherDtype().double().eval()
+    model.b.float()
+    with pytest.raises(lmfx.LmfxError, match="mixes float32, float64"):
+        lmfx.simplify(model, X.double())

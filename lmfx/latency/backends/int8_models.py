@@ -23,6 +23,7 @@ from lmfx.int8.graph_view import GraphView, structure, view_of
 from lmfx.int8.in_network import conversion_model, has_blocked_layout, in_int8_network
 from lmfx.int8.qdq import with_qdq
 from lmfx.int8.units import SCHEMES
+from lmfx.latency.backend import WARM_MS
 from lmfx.latency.blocked_layout import in_network
 from lmfx.latency.sampling import Runner
 
@@ -106,13 +107,22 @@ class Int8Models:
         return bytes(with_qdq(view, units, self.scheme).SerializeToString())
 
     def _times(self, models: Sequence[bytes], least: int = WHOLE_SAMPLES) -> list[float]:
-        """The least time of each, of at least so many rounds in which all run."""
+        """The least time of each, of at least so many rounds in which all run.
+
+        Short networks run once before each sample, as in `measure_interleaved`: those that run most often in a sample
+        would pay least for finding the caches full of another's weights.
+        """
         runners = [self.runner(m, False) for m in models]
         try:
-            counts = [max(1, round(LEAST_MS / max(min(r.time(1), r.time(1)), 1e-4))) for r in runners]
+            once = [min(r.time(1), r.time(1)) for r in runners]
+            counts = [max(1, round(LEAST_MS / max(ms, 1e-4))) for ms in once]
             rounds: list[list[float]] = []
             while len(rounds) < least or (len(rounds) < MOST_WHOLE_SAMPLES and not _sure(rounds)):
-                rounds.append([r.time(n) / n for r, n in zip(runners, counts, strict=True)])
+                rounds.append([])
+                for r, n, ms in zip(runners, counts, once, strict=True):
+                    if ms <= WARM_MS:
+                        r.time(1)
+                    rounds[-1].append(r.time(n) / n)
             return [min(times) for times in zip(*rounds, strict=True)]
         finally:
             for r in runners:

@@ -219,3 +219,25 @@ def test_a_program_that_takes_no_map_of_one_pixel_is_exported_for_larger_ones() 
     program = lmfx.export_program(net, X, dynamic_batch=True, dynamic_shapes=True)
     other = torch.randn(3, 3, 40, 33)
     torch.testing.assert_close(run(program.module(), other), run(net, other), rtol=1e-4, atol=1e-5)
+
+
+class Branch(nn.Module):
+    """Does otherwise for many images, as upsampling in diffusers does."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.conv, self.most = nn.Conv2d(3, 4, 3), most
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + 1 if y.shape[0] >= self.most else y.relu()
+
+
+def test_a_network_that_branches_on_the_number_of_images_has_a_program_for_the_few() -> None:
+    net = Branch(64).eval()
+    program = lmfx.export_program(net, X, dynamic_batch=True, dynamic_shapes=True).module()
+    for shape in ((1, 3, 16, 12), (63, 3, 9, 20)):
+        other = torch.randn(shape)
+        torch.testing.assert_close(run(program, other), run(net, other), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match="63"):
+        program(torch.randn(64, 3, 9, 20))  # and is not wrong there

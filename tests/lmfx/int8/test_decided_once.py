@@ -77,12 +77,50 @@ def test_a_whole_network_is_timed_until_its_times_are_sure() -> None:
         def close(self) -> None:
             self.closed = True
 
-    # two runs find how many make a sample; then five samples of a busy spell, and quiet ones
-    runners = [Noisy([2.0] * 7 + [1.0]), Noisy([3.0, 3.0, 3.9, 3.3, 4.4, 3.6, 4.1, 1.0])]
+    # two runs find how many make a sample; then five samples of a busy spell, each after a run that does not count
+    busy = [3.9, 0.1, 3.3, 0.1, 4.4, 0.1, 3.6, 0.1, 4.1, 0.1]
+    runners = [Noisy([2.0] * 12 + [1.0]), Noisy([3.0, 3.0, 0.1, *busy, 1.0])]
     waiting = iter(runners)
     models = int8_models.Int8Models(onnx.load_from_string, lambda model, optimised: next(waiting))  # type: ignore
     assert models._times([b"", b""]) == [1.0, 1.0]
     assert all(r.closed for r in runners)
+
+
+def test_whole_networks_are_compared_with_their_weights_in_the_caches() -> None:
+    """A float network has four times the weights to fetch again, and the budget is measured without that."""
+    last: Any = None
+
+    class Cold:
+        def __init__(self, ms: float, fetching: float) -> None:
+            self.ms, self.fetching = ms, fetching
+
+        def time(self, repeats: int) -> float:
+            nonlocal last
+            cold, last = last is not self, self
+            return repeats * self.ms + cold * self.fetching
+
+        def close(self) -> None:
+            pass
+
+    waiting = iter([Cold(1.0, 0.5), Cold(1.05, 0.1)])
+    models = int8_models.Int8Models(onnx.load_from_string, lambda model, optimised: next(waiting))  # type: ignore
+    assert models._times([b"", b""]) == [1.0, 1.05]  # and not 1.5 and 1.15, by which 8 bits would pay
+
+
+def test_long_networks_run_no_more_than_they_are_timed() -> None:
+    class Long:
+        runs = 0
+
+        def time(self, repeats: int) -> float:
+            self.runs += repeats
+            return 40.0 * repeats
+
+        def close(self) -> None:
+            pass
+
+    runner = Long()
+    models = int8_models.Int8Models(onnx.load_from_string, lambda model, optimised: runner)  # type: ignore
+    assert models._times([b""]) == [40.0] and runner.runs == 2 + int8_models.WHOLE_SAMPLES
 
 
 def test_a_structure_is_ops_sizes_and_constants_but_no_weights_and_no_names() -> None:

@@ -45,6 +45,13 @@ def test_losses_that_are_only_rounded_do_not_take_the_axis() -> None:
     axis = symlog([0.0, 1e-17, 0.5, 2.0], 0.0, 240.0)
     assert len(axis.ticks) <= 9 and axis.ticks[1] == pytest.approx(1e-6)
     assert axis.at(1e-17) < 1e-6
+
+
+def test_no_label_of_a_loss_is_longer_than_five_letters() -> None:
+    for least in (1e-7, 1e-5, 1e-4, 1e-3, 0.1):
+        texts = [text for _, text in symlog([0.0, least, 0.5], 240.0, 0.0).labels]
+        assert max(map(len, texts)) <= 5 and texts[0] == "0"
+        assert [float(text) for text in texts[1:]] == pytest.approx(symlog([0.0, least, 0.5], 240.0, 0.0).ticks[1:])
     assert symlog([0.0], 0.0, 240.0).at(0.0) == 0.0
 
 

@@ -196,3 +196,10 @@ def test_points_at_which_the_line_predicts_nothing_or_less_are_no_stops() -> Non
     assert stop_indices(some, most=2) == [3, 6]
     nothing: Any = _Predicted(-0.2, 0.0)
     assert stop_indices(nothing) == [1]  # a page needs a point
+
+
+def test_linear_layers_that_became_one_are_named_in_it() -> None:
+    spans = spans_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 8), nn.ReLU(), nn.Linear(8, 4)))
+    picture = picture_of(spans.network)
+    found = [c for c in spans if c.realization in ("compose", "fit") and c.all_convs == ("2", "4")]
+    assert found and {change_of(c, spans, picture).kernel for c in found} == {"linear"}

@@ -6,6 +6,7 @@ import builtins
 import copy
 import html
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from torch import fx, nn
 import lmfx
 from lmfx.made_of import MadeOf, made_of, set_made_of
 from lmfx.passes.errors import InputError, MissingExtra, OptionError
+from lmfx.quality.measures import OutputQuality, Quality
 from lmfx.report.page import page_text
 from lmfx.report.stops import MOST
 from lmfx.result import Alternative, Result
@@ -245,6 +247,49 @@ def test_other_ways_to_be_as_fast_stand_beside_the_result(net: Any, result: Resu
     text = page_text(net, alternatives=[Alternative("pruned <x>", 0.625, result.quality)])
     assert "pruned <x>" in words(text) and "62.5%" in words(text)
     assert "Other ways to be as fast" not in words(page_text(net))
+
+
+def of_classes(net: Any, images: int, agreement: float) -> Any:
+    """The network, judged as a classifier with this agreement."""
+    output = OutputQuality("y", "scores", 0.1, agreement, kl=0.25)
+    return changed(net, quality=Quality((output,), images))
+
+
+@pytest.mark.parametrize(
+    ("images", "agreement", "said"),
+    [(16, 11 / 16, "11 of 16 answers are the same"), (32, 1.0, "32 of 32 answers are the same")],
+)
+def test_of_few_images_answers_are_counted_and_their_share_has_bounds(
+    net: Any, images: int, agreement: float, said: str
+) -> None:
+    text = words(page_text(of_classes(net, images, agreement)))
+    assert said in text and f"{agreement:.1%}of" not in text and f"{agreement:.1%} of the" not in text
+    low, high = map(int, re.findall(r"leave it between (\d+)% and (\d+)%", text)[0])
+    # a binomial of that share gives as few, or as many, with a chance of a few per cent
+    count = round(agreement * images)
+    most = sum(
+        math.comb(images, k) * (low / 100) ** k * (1 - low / 100) ** (images - k) for k in range(count, images + 1)
+    )
+    assert 0.005 < most < 0.08
+    assert low < 100 * agreement and (high == 100 if agreement == 1 else 100 * agreement < high < 90)
+
+
+@pytest.mark.parametrize(("images", "agreement"), [(200, 0.6875), (16, 0.7031), (1, 1.0)])
+def test_shares_of_many_images_of_places_and_of_one_image_are_in_per_cent(
+    net: Any, images: int, agreement: float
+) -> None:
+    text = words(page_text(of_classes(net, images, agreement)))
+    assert f"{agreement:.1%} of the answers are the same" in text
+    assert "leave it between" not in text
+
+
+def test_ways_that_keep_as_much_are_told_apart_by_how_far_their_outputs_went(net: Any, result: Result) -> None:
+    near, far = (Quality((OutputQuality("y", "scores", 0.1, 0.5, kl=kl),), 16) for kl in (0.125, 0.875))
+    text = words(page_text(changed(net, quality=near), alternatives=[Alternative("smaller", 0.5, far)]))
+    assert re.search(r"kept\s*KL\b", text) and "0.125" in text and "0.875" in text
+    assert result.quality is not None and result.quality.kl is None
+    text = words(page_text(net, alternatives=[Alternative("smaller", 0.5, far)]))
+    assert re.search(r"kept\s*divergence\b", text)
 
 
 def test_of_random_weights_nothing_is_said_that_their_outputs_would_have_to_tell(net: Any, result: Result) -> None:

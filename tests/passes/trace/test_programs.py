@@ -224,7 +224,7 @@ def test_control_flow_of_its_own_is_refused() -> None:
             return torch.cond(x.sum() > 0, lambda v: self.conv(v), lambda v: -self.conv(v), (x,))
 
     with pytest.raises(ModelError, match="control flow"):
-        module_of_program(exported(Either().double().eval()))
+        module_of_program(exported(Either().double().eval().requires_grad_(False)))
 
 
 def test_a_part_without_gradients_is_taken_as_it_is() -> None:
