@@ -24,6 +24,8 @@ __all__ = ["Factors", "first_factors", "improved"]
 
 ITERATIONS = 12
 LEAST_GAIN = 0.01  # of the error, below which another iteration is not worth its time
+STEPS = 10  # of conjugate gradients an iteration; 5 and 20 give the same error to 1e-6
+SINGULAR = 1e-12  # of the largest diagonal entry, which is added to each
 LOSSLESS = 1e-20  # of the variance: the product is the convolution
 
 
@@ -99,15 +101,37 @@ def _pointwise(depthwise: Tensor, seen: Tensor, gram: Tensor) -> Tensor:
 
 
 def _depthwise(factors: Factors, seen: Tensor, gram: Tensor) -> Tensor:
-    """The best D for a P."""
+    """A better D for a P: some steps of conjugate gradients from the one there is, which the next iteration goes on
+    from; each channel's own part is solved exactly (the preconditioner)."""
     channels, filters, taps = factors.depthwise.shape
     p = factors.pointwise
     inner = torch.einsum("ocq,odr->cqdr", p, p)
     blocks = gram.view(channels, 1, taps, channels, 1, taps)
-    n = channels * filters * taps
-    matrix = (inner[:, :, None, :, :, None] * blocks).reshape(n, n)
-    target = torch.einsum("ocq,oct->cqt", p, seen.view(len(seen), channels, taps)).reshape(n, 1)
-    return _solve(matrix, target).reshape(channels, filters, taps)
+    part = filters * taps
+    matrix = (inner[:, :, None, :, :, None] * blocks).reshape(channels * part, channels * part)
+    target = torch.einsum("ocq,oct->cqt", p, seen.view(len(seen), channels, taps)).flatten()
+    own = matrix.view(channels, part, channels, part).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    tiny = SINGULAR * own.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(own.dtype).tiny)
+    factor = torch.linalg.cholesky(own + tiny * torch.eye(part, dtype=own.dtype, device=own.device))
+
+    def alone(residual: Tensor) -> Tensor:
+        return torch.cholesky_solve(residual.view(channels, part, 1), factor).flatten()
+
+    found = factors.depthwise.flatten()
+    residual = target - matrix @ found
+    step = direction = alone(residual)
+    size = residual @ step
+    for _ in range(STEPS):
+        ahead = matrix @ direction
+        curved = direction @ ahead
+        if not (size > 0 and curved > 0):
+            break
+        found = found + size / curved * direction
+        residual = residual - size / curved * ahead
+        step = alone(residual)
+        size, before = residual @ step, size
+        direction = step + size / before * direction
+    return found.reshape(channels, filters, taps)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
