@@ -56,6 +56,7 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         "stride": list(stride),
         "upscale": list(upscale),
         "groups": groups,
+        "multiplier": 0 if config is None else config.multiplier,
         "depthwise": groups > 1 and groups == channels[0] == channels[1],
         "in_channels": channels[0],
         "out_channels": channels[1],
@@ -74,7 +75,8 @@ def spans_table(spans: SpanSet) -> str:
     grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for d in found:
         grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
-        shape = size(d["kernel_size"]) + grouping
+        filters = f" m{d['multiplier']}" if d["multiplier"] else ""
+        shape = size(d["kernel_size"]) + grouping + filters
         if d["cuts"]:
             shape = " and ".join(f"{cut['of']} to {cut['width']}" for cut in d["cuts"])
         stride = f"1/{size(d['upscale'])}" if d["upscale"] else size(d["stride"])

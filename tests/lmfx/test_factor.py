@@ -23,6 +23,7 @@ from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
+from lmfx.report.spans import spans_table
 from tests.helpers import double
 from tests.toys import compress
 
@@ -61,7 +62,8 @@ def separable(net: nn.Module, multiplier: int) -> None:
 
 
 def test_dense_convs_of_several_channels_are_factored() -> None:
-    _, found = factors_of(chain(), drawn(2))
+    spans, found = factors_of(chain(), drawn(2))
+    assert spans_table(spans).count("keep; factor 3x3 m1, 3x3 m2") == 3
     names = [(c.convs[0], c.conv.multiplier) for c in found if c.conv]
     assert names == [(n, m) for n in ("3", "6", "10") for m in (1, 2)]
     assert found[0].change == "3x3 as depthwise and pointwise"
