@@ -72,8 +72,10 @@ class RecoveryObjective(nn.Module):
             if kind.rows is not None
         ]
         total = torch.stack(apart).mean()
-        if values:
-            errors = [normalised_error(got, theirs) for got, theirs in zip(values, wanted[1], strict=True)]
+        # A graph that was pruned after it was traced has fewer channels than its nodes' noted shapes say.
+        pairs = [(got, theirs) for got, theirs in zip(values, wanted[1], strict=True) if got.shape == theirs.shape]
+        if pairs:
+            errors = [normalised_error(got, theirs) for got, theirs in pairs]
             total = total + self.weight * torch.stack(errors).mean()
         return total
 

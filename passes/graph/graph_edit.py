@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from .node_facts import comes_from_leaf, note_like, path_of
 
-__all__ = ["bypass", "drop_dead", "is_attribute", "place", "set_submodule"]
+__all__ = ["bypass", "drop_dead", "free_name", "is_attribute", "place", "set_submodule"]
 
 _OWNED = (".weight", ".bias", ".running_mean", ".running_var")
 
@@ -104,6 +104,13 @@ def is_attribute(gm: nn.Module, path: str) -> bool:
             return False
         item = getattr(item, atom)
     return True
+
+
+def free_name(gm: nn.Module, name: str) -> str:
+    """The name, or the next one (with `_` after it) that nothing below a module has."""
+    while is_attribute(gm, name):
+        name += "_"
+    return name
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

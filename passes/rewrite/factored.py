@@ -20,7 +20,7 @@ from ..algebra.linear_span import LinearSpan, pad_module
 from ..errors import PlanError
 from ..fit.factors import Factors, first_factors
 from ..graph import ops
-from ..graph.graph_edit import is_attribute, set_submodule
+from ..graph.graph_edit import free_name, set_submodule
 from ..graph.node_facts import note_like, shape_of
 from ..ir import Candidate, ConvConfig
 from ..spans.layers import Network
@@ -97,7 +97,9 @@ def put_factored(
     like = next(p for p in network.gm.parameters() if p.is_floating_point())
     conv: Any = network.gm.get_submodule(candidate.all_convs[0])
     parts = blank_factors(config, dtype=like.dtype, device=like.device)
-    names = {kind: name if kind == POINTWISE else _free(gm, f"{candidate.all_convs[0]}_{kind}") for kind, _ in parts}
+    names = {
+        kind: name if kind == POINTWISE else free_name(gm, f"{candidate.all_convs[0]}_{kind}") for kind, _ in parts
+    }
     for kind, module in parts:
         set_submodule(gm, names[kind], module.train(network.gm.training))
         for p in module.parameters():
@@ -128,9 +130,3 @@ def set_factored(gm: fx.GraphModule, name: str, op: FactoredOp) -> None:
         depthwise.weight.copy_(op.parts.depthwise.reshape(depthwise.weight.shape))
         pointwise.weight.copy_(op.parts.pointwise.reshape(pointwise.weight.shape))
         pointwise.bias.copy_(op.bias)
-
-
-def _free(gm: fx.GraphModule, name: str) -> str:
-    while is_attribute(gm, name):
-        name += "_"
-    return name

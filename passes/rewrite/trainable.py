@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..algebra.linear_span import LinearSpan
 from ..errors import PlanError
 from ..graph import ops
-from ..graph.graph_edit import drop_dead, is_attribute, set_submodule
+from ..graph.graph_edit import drop_dead, free_name, is_attribute, set_submodule
 from ..graph.node_facts import note_like, note_shape
 from ..graph.verify import check_graph, drop_unread
 from ..ir import Candidate, ConvConfig, MergePlan, Span
@@ -114,16 +114,9 @@ def rewrite(
 
 def _append(gm: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
     """A call of `module` after `node`, which all readers of `node` read instead."""
-    name = _free(gm, name)
+    name = free_name(gm, name)
     set_submodule(gm, name, module)
     return _call_after(gm, node, name)
-
-
-def _free(gm: fx.GraphModule, name: str) -> str:
-    """The name, or the next one that no layer of the model has."""
-    while is_attribute(gm, name):
-        name += "_"
-    return name
 
 
 def _kind(part: nn.Module) -> str:
@@ -197,7 +190,7 @@ def merge(module: fx.GraphModule, share_tensors: bool = False) -> fx.GraphModule
         if isinstance(conv, nn.Sequential):
             parts = list(conv)
             main = next(i for i, part in enumerate(parts) if isinstance(part, _ConvNd))
-            names = {part: _free(gm, f"{name}_{_kind(part)}") for part in parts[:main] + parts[main + 1 :]}
+            names = {part: free_name(gm, f"{name}_{_kind(part)}") for part in parts[:main] + parts[main + 1 :]}
             for part, own in names.items():
                 set_submodule(gm, own, part.train(module.training))
             for node in nodes:

@@ -499,3 +499,24 @@ def test_networks_and_images_that_can_not_be(student: fx.GraphModule, model: nn.
         next(student.parameters()).fill_(math.nan)
     with pytest.raises(lmfx.InputError, match="no number at any rate: check the weights"):
         recover(student, model)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head((x + self.body(x)).relu().mean((2, 3)))
+
+
+def test_a_student_that_was_pruned_after_it_was_traced_is_recovered_where_shapes_agree() -> None:
+    torch.manual_seed(0)
+    net, thin = Residual(8).eval(), Residual(5).eval()
+    pruned = lmfx.trace(copy.deepcopy(net), DATA[:1])
+    for name, module in thin.named_children():  # as Torch-Pruning does: the shapes that nodes have noted stay
+        pruned.add_module(name, module)
+    before = loss_of(pruned, net)
+    assert loss_of(recover(pruned, net), net) < before
