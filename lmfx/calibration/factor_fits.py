@@ -12,10 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from lmfx.calibration.cut_sums import sums_of, system_of
 from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.images import Calibration
-from lmfx.passes.fit import feature_rows
+from lmfx.calibration.layer_sums import in_parts, kept_with, sums_of, system_of
 from lmfx.passes.fit.factors import first_factors, improved
 from lmfx.passes.fit.normal_equations import Sums, usual_damping
 from lmfx.passes.ir import Candidate
@@ -23,8 +22,6 @@ from lmfx.passes.rewrite.factored import FactoredOp, conv_weight, dense_op, set_
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["FactorFits"]
-
-GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
 
 
 class FactorFits:
@@ -37,12 +34,7 @@ class FactorFits:
     @classmethod
     def of(cls, network: Network, images: Calibration) -> FactorFits:
         """Those of a network on some images, which are made once."""
-        key = "factors", images.digest() if images.certain() else id(images)
-        if key not in network.held:
-            network.held[key] = cls(network, images)
-        found = network.held[key]
-        assert isinstance(found, cls)
-        return found
+        return kept_with(network, cls, images)
 
     def op(self, c: Candidate) -> FactoredOp:
         """What a candidate puts in the place of its conv."""
@@ -60,11 +52,7 @@ class FactorFits:
         for c in candidates:
             if c.key not in self.ops:
                 convs.setdefault(self._nodes(c), []).append(c)
-        todo = list(convs)
-        while todo:
-            part, held = [todo.pop(0)], 0
-            while todo and (held := held + self._bytes(todo[0])) < GRAM_BYTES:
-                part.append(todo.pop(0))
+        for part in in_parts(list(convs), lambda names: [self.network.module(name) for name in names]):
             sums = sums_of(self.network, self.images, [name for names in part for name in names])
             for names in part:
                 total = sums[names[0]].total
@@ -90,6 +78,3 @@ class FactorFits:
         """The node of the conv at each call."""
         found = (self.network.series[s.series].layers[s.start].conv for s in c.spans)
         return tuple(n for n in found if n is not None)
-
-    def _bytes(self, names: tuple[str, ...]) -> int:
-        return 16 * feature_rows.unknowns_of(self.network.module(names[0])) ** 2 * len(names)

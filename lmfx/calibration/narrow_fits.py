@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lmfx.calibration.cut_sums import PartSums, by_pixel, can_search, rows_of, sums_of, system_of
 from lmfx.calibration.fit_values import evenly_ordered
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.layer_sums import PartSums, by_pixel, can_search, in_parts, kept_with, sums_of, system_of
 from lmfx.calibration.narrowed_span import NarrowedSpan
 from lmfx.passes.fit import feature_rows
 from lmfx.passes.fit.changes import GRID
@@ -41,7 +41,6 @@ from lmfx.passes.spans.narrowing import PrivateCut
 
 __all__ = ["NarrowFits"]
 
-GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
 LOSSLESS = 1e-16  # of a variance, below which channels are linear combinations of others
 
 
@@ -64,12 +63,7 @@ class NarrowFits:
     @classmethod
     def of(cls, network: Network, images: Calibration) -> NarrowFits:
         """Those of a network on some images, which are made once."""
-        key = "narrow", images.digest() if images.certain() else id(images)
-        if key not in network.held:
-            network.held[key] = cls(network, images)
-        found = network.held[key]
-        assert isinstance(found, cls)
-        return found
+        return kept_with(network, cls, images)
 
     def completed(self, plan: MergePlan) -> MergePlan:
         """The plan with the channels of its narrowed candidates chosen."""
@@ -83,10 +77,7 @@ class NarrowFits:
         """Choose for all cuts of some candidates, at all of their widths."""
         cuts = {cut.space.reader: cut for c in candidates for cut in self._cuts(c)}
         todo = [cut for reader, cut in cuts.items() if (reader, cut.widths[0]) not in self.units]
-        while todo:
-            part, held = [todo.pop(0)], 0
-            while todo and (held := held + _bytes(self.network, todo[0])) < GRAM_BYTES:
-                part.append(todo.pop(0))
+        for part in in_parts(todo, lambda cut: [self.network.module(cut.space.reader)]):
             self._choose(part)
 
     def chosen(self, c: Candidate) -> Candidate:
@@ -264,7 +255,3 @@ def _set(module: Any, layer: _Refitted, rows: list[int] | None) -> None:
 def _readers(cut: PrivateCut) -> tuple[str, ...]:
     """The nodes that read a cut: its conv, and gates."""
     return cut.space.reader, *cut.space.gates
-
-
-def _bytes(network: Network, cut: PrivateCut) -> int:
-    return 16 * rows_of(network.module(cut.space.reader)) ** 2

@@ -76,9 +76,12 @@ class Students:
             fits.prepare(thinner)
             for c in thinner:
                 fits.set(student, c)
-        for name, c in zip(span_names(network.gm, plan), plan.candidates, strict=True):
-            if c.realization == "factor" and is_attribute(student, name):
-                FactorFits.of(network, self.images).set(student, name, c)
+        names = zip(span_names(network.gm, plan), plan.candidates, strict=True)
+        if factored := [(name, c) for name, c in names if c.realization == "factor" and is_attribute(student, name)]:
+            factors = FactorFits.of(network, self.images)
+            factors.prepare([c for _, c in factored])
+            for name, c in factored:
+                factors.set(student, name, c)
         self._fit(network, student, plan, progress)
         return student
 

@@ -263,7 +263,8 @@ def _latency(result: Result) -> str:
 
 
 def _spans(result: Result, full: bool) -> str:
-    named = [(n, c) for n, c in _named(result) if c.puts_conv and c.realization != "factor"]
+    pairs = zip(result.names, result.plan.candidates, strict=False)
+    named = [(name, c) for name, c in pairs if c.puts_conv and c.realization != "factor"]
     if not named:
         return ""
     shown = named if full else named[:ROWS]
@@ -286,17 +287,12 @@ def _narrowed(result: Result, full: bool) -> str:
 
 
 def _factored(result: Result, full: bool) -> str:
-    found = [c for _, c in _named(result) if c.realization == "factor"]
+    found = [c for c in result.plan.candidates if c.realization == "factor"]
     if not found:
         return ""
     shown = found if full else found[:ROWS]
     lines = [f"  {short(c.all_convs, full)}: {c.change}" for c in shown]
     return "factored\n" + "\n".join(lines) + _more(len(found) - len(shown))
-
-
-def _named(result: Result) -> list[tuple[str, Candidate]]:
-    """The module name and candidate of each changed span."""
-    return list(zip(result.names, result.plan.candidates, strict=False))
 
 
 def _kept_of(candidate: Candidate) -> str:

@@ -112,7 +112,9 @@ def _depthwise(factors: Factors, seen: Tensor, gram: Tensor) -> Tensor:
     target = torch.einsum("ocq,oct->cqt", p, seen.view(len(seen), channels, taps)).flatten()
     own = matrix.view(channels, part, channels, part).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     tiny = SINGULAR * own.diagonal(dim1=1, dim2=2).amax().clamp(min=torch.finfo(own.dtype).tiny)
-    factor = torch.linalg.cholesky(own + tiny * torch.eye(part, dtype=own.dtype, device=own.device))
+    factor, info = torch.linalg.cholesky_ex(own + tiny * torch.eye(part, dtype=own.dtype, device=own.device))
+    if bool(info.any()):  # rounding made it indefinite: no better D is to be had
+        return factors.depthwise
 
     def alone(residual: Tensor) -> Tensor:
         return torch.cholesky_solve(residual.view(channels, part, 1), factor).flatten()
@@ -143,4 +145,4 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
         if int(info) == 0:
             return torch.cholesky_solve(right, factor)
         tiny = tiny * 100
-    return torch.linalg.lstsq(matrix, right, driver="gelsd").solution
+    return torch.linalg.pinv(matrix, hermitian=True) @ right

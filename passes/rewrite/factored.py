@@ -23,6 +23,7 @@ from ..graph import ops
 from ..graph.graph_edit import free_name, set_submodule
 from ..graph.node_facts import note_like, shape_of
 from ..ir import Candidate, ConvConfig
+from ..spans.factoring import factorable, multipliers_of
 from ..spans.layers import Network
 from .span_modules import build_span
 
@@ -54,15 +55,20 @@ def conv_weight(op: LinearOp) -> Tensor:
 
 
 def dense_op(network: Network, candidate: Candidate) -> LinearOp:
-    """The conv that a candidate factors, with its norm. Raises `PlanError` if its span has not one dense conv."""
+    """The conv that a candidate factors, with its norm.
+
+    A plan may come from a file: raises `PlanError` for a span that is not that conv alone, and for more filters than
+    are ever offered.
+    """
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
-    conv = candidate.conv
-    if conv is None or len(layers) != 1 or layers[0].conv is None or not conv.multiplier:
-        raise PlanError(f"the plan factors {candidate.key}, which is not one conv of this graph: solve again")
-    plain = replace(conv, multiplier=0)
+    found = factorable(network, layers[0]) if len(layers) == 1 else None
+    if candidate.conv is None or found is None or candidate.conv.multiplier not in multipliers_of(found):
+        raise PlanError(f"the plan factors {candidate.key}, which this graph has not to factor so: solve again")
+    plain = replace(candidate.conv, multiplier=0)
+    if plain != found:
+        raise PlanError(f"the plan factors a conv {plain} in {candidate.key}, and this graph has {found}: solve again")
     span = build_span(network, replace(candidate, realization="compose", conv=plain, kept=candidate.all_convs))
-    if not isinstance(span, LinearSpan) or span.config != plain or plain.groups != 1 or plain.upscale:
-        raise PlanError(f"the plan factors a conv {plain} in {candidate.key}, and this graph has another: solve again")
+    assert isinstance(span, LinearSpan)
     with torch.no_grad():
         return span.linear_op()
 

@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import lmfx
 from benchmarks.shared.random_plans import random_plan
 from lmfx.passes.errors import ExportError, LmfxError, SizeError, TraceError, VerifyError
 from lmfx.passes.graph import ops
-from lmfx.passes.ir import MergePlan
+from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.model.trace_facts import noted
 from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanOptions, SpanSet, enumerate_spans
@@ -242,29 +242,31 @@ def _check_plans(
 
     thinner = [c for c in spans if c.cuts]
     for candidate in rng.sample(thinner, min(4, len(thinner))):
-        with _only_lmfx_errors("narrow"):
-            whole, narrow = narrowed_twice(spans.network, candidate, rng)
-        for example, _ in inputs:
-            with _only_lmfx_errors("a narrowed network"):
-                expected, result = call(whole, example), call(narrow, example)
-            if structure(expected) != structure(result):
-                raise Wrong("a narrowed network", f"{structure(expected)} became {structure(result)}")
-            check_same(
-                "narrowed is not the network without these channels", expected, result, 1e-12, _Noise(whole, example)
-            )
+        _check_twice(narrowed_twice, spans.network, candidate, inputs, rng, 1e-12)
         outcome.note("narrowed alone")
-
     products = [c for c in spans if c.realization == "factor"]
     for candidate in rng.sample(products, min(2, len(products))):
-        with _only_lmfx_errors("factor"):
-            whole, factored = factored_twice(spans.network, candidate, rng)
-        for example, _ in inputs:
-            with _only_lmfx_errors("a factored network"):
-                expected, result = call(whole, example), call(factored, example)
-            if structure(expected) != structure(result):
-                raise Wrong("a factored network", f"{structure(expected)} became {structure(result)}")
-            check_same("a conv that is a product is not its factors", expected, result, 1e-9, _Noise(whole, example))
+        _check_twice(factored_twice, spans.network, candidate, inputs, rng, 1e-9)
         outcome.note("factored alone")
+
+
+def _check_twice(
+    made: Callable[[Network, Candidate, random.Random], tuple[fx.GraphModule, fx.GraphModule]],
+    network: Network,
+    candidate: Candidate,
+    inputs: list[tuple[Any, Any]],
+    rng: random.Random,
+    limit: float,
+) -> None:
+    """Two ways to the network of one candidate give the same."""
+    with _only_lmfx_errors(made.__name__):
+        whole, other = made(network, candidate, rng)
+    for example, _ in inputs:
+        with _only_lmfx_errors(f"a network of {made.__name__}"):
+            expected, result = call(whole, example), call(other, example)
+        if structure(expected) != structure(result):
+            raise Wrong(made.__name__, f"{structure(expected)} became {structure(result)}")
+        check_same(f"{made.__name__} gives two functions", expected, result, limit, _Noise(whole, example))
 
 
 def _check_simplify(

@@ -274,7 +274,15 @@ def test_a_plan_file_with_filters_that_cannot_be_is_refused(tmp_path: Path, chan
         lmfx.load_plan(file)
 
 
-@pytest.mark.parametrize("change", [{"dilation": [2, 2]}, {"stride": [3, 3]}, {"kernel_size": [5, 5]}])
+OTHERS: list[dict[str, Any]] = [
+    {"dilation": [2, 2]},
+    {"stride": [3, 3]},
+    {"kernel_size": [5, 5]},
+    {"multiplier": 64},  # more than are ever offered: their system would take all memory
+]
+
+
+@pytest.mark.parametrize("change", OTHERS)
 def test_a_plan_that_factors_another_conv_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     spans, found = factors_of(chain(), drawn(2))
     file = lmfx.save_plan(MergePlan((found[1],)), tmp_path / "plan.json")

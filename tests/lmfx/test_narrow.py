@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.calibration import cut_sums
+from lmfx.calibration import layer_sums
 from lmfx.calibration.images import as_calibration
 from lmfx.calibration.narrow_fits import NarrowFits
 from lmfx.calibration.places import find_sites
@@ -80,7 +80,7 @@ def test_channels_that_depend_on_others_go_without_a_loss() -> None:
 @pytest.mark.parametrize("most", [2500, 30])
 def test_a_kernel_of_many_unknowns_makes_up_tap_by_tap(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Copies of channels go without a loss either way, with padding and a stride."""
-    monkeypatch.setattr(cut_sums, "AUTO_UNKNOWNS", most)
+    monkeypatch.setattr(layer_sums, "AUTO_UNKNOWNS", most)
     torch.manual_seed(0)
     net = double(nn.Sequential(conv(3, 16, bias=False), nn.ReLU(), nn.Conv2d(16, 4, 3, 2, 1), nn.Tanh(), conv(4, 3)))
     with torch.no_grad():
@@ -241,3 +241,11 @@ def test_a_narrowed_network_is_recovered(tmp_path: Path) -> None:
     lmfx.recover(student, net, x, minutes=0.03, progress=False)
     assert lmfx.compare(student, graph, chosen_by).loss() <= before * (1 + 1e-6)
     lmfx.export_onnx(lmfx.merge(student), x[:1], tmp_path / "net.onnx")
+
+
+def test_layers_are_summed_together_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [1, 2, 9, 1, 1, 1]
+    monkeypatch.setattr(layer_sums, "rows_of", lambda size: size)
+    monkeypatch.setattr(layer_sums, "GRAM_BYTES", 16 * 6)
+    parts = list(layer_sums.in_parts(sizes, lambda size: [size]))
+    assert parts == [[1, 2], [9], [1, 1, 1]] and list(layer_sums.in_parts([], lambda size: [size])) == []

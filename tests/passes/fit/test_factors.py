@@ -90,3 +90,13 @@ def test_a_weight_of_zeros_has_factors() -> None:
     weight = torch.zeros(3, 4, 9, dtype=torch.float64)
     found = improved(first_factors(weight, 2), weight, correlated(4, 9), 0.1)
     assert torch.equal(found.product, weight)
+
+
+def test_sums_that_rounding_made_indefinite_leave_factors_that_are_no_worse() -> None:
+    weight, gram = draw(5, 4, 9), correlated(4, 9)
+    size = 36
+    values, vectors = torch.linalg.eigh(gram.reshape(size, size))
+    bent = (vectors * torch.where(values < values.median(), -0.01 * values.amax(), values)) @ vectors.T
+    begin = first_factors(weight, 1)
+    found = improved(begin, weight, bent.view(4, 9, 4, 9), 0.0)
+    assert bool(found.product.isfinite().all())

@@ -1,4 +1,4 @@
-"""Sums up what some layers of a network read (those at its cuts, say), in one run over calibration images.
+"""Sums up what some layers of a network read, in one run over calibration images.
 
 A layer's features are the patches that it reads; where these would be too many, the channels of single pixels, and
 each of its taps is then an output of its own. Every fourth image is summed apart, to choose damping by.
@@ -7,9 +7,9 @@ each of its taps is then an output of its own. Every fourth image is summed apar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,12 +23,21 @@ from lmfx.passes.fit.gram import sample_positions
 from lmfx.passes.fit.normal_equations import Sums, System
 from lmfx.passes.spans.layers import Network
 
-__all__ = ["PartSums", "by_pixel", "can_search", "rows_of", "sums_of", "system_of"]
+__all__ = ["PartSums", "by_pixel", "can_search", "in_parts", "kept_with", "rows_of", "sums_of", "system_of"]
 
 SAMPLES_AN_UNKNOWN, LEAST_SAMPLES, MOST_SAMPLES, LEAST_IMAGES = 8, 4096, 20000, 96
 BATCH = 16
 HOLD_OUT_EVERY = 4  # images
+GRAM_BYTES = 1 << 29  # of the sums that are made at the same time
 FLOAT32_ROUNDING = 1e-6  # see `Gram`
+
+
+class _Fits(Protocol):
+    def __init__(self, network: Network, images: Calibration) -> None: ...
+
+
+Fits = TypeVar("Fits", bound=_Fits)
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -66,6 +75,31 @@ def system_of(sums: Sums, layer: Any, rows: tuple[int, ...] | None = None) -> Sy
     """The centred sums of a layer's rows, or of some of them."""
     rounding = 0.0 if layer.weight.dtype == torch.float64 else FLOAT32_ROUNDING
     return System.of(sums, 1, tuple(range(sums.xx.shape[1] - 1)) if rows is None else rows, True, True, rounding)
+
+
+def in_parts(items: Sequence[Item], layers: Callable[[Item], Sequence[Any]]) -> Iterator[list[Item]]:
+    """Items in runs whose layers' sums, with what is made of them, fit into memory; each run has one at least."""
+    part: list[Item] = []
+    held = 0
+    for item in items:
+        size = sum(16 * rows_of(layer) ** 2 for layer in layers(item))
+        if part and held + size >= GRAM_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += size
+    if part:
+        yield part
+
+
+def kept_with(network: Network, make: type[Fits], images: Calibration) -> Fits:
+    """What one class makes of a network and some images, which is made once."""
+    key = make, images.digest() if images.certain() else id(images)
+    if key not in network.held:
+        network.held[key] = make(network, images)
+    found = network.held[key]
+    assert isinstance(found, make)
+    return found
 
 
 class _Reading(fx.Interpreter):
