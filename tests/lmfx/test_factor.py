@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lmfx
-from lmfx.calibration.images import as_calibration
+from lmfx.calibration.factor_fits import FactorFits
+from lmfx.calibration.images import Calibration, as_calibration
+from lmfx.calibration.layer_sums import sums_of
 from lmfx.calibration.places import find_sites
 from lmfx.calibration.students import Students
 from lmfx.importance import Magnitude, Reconstruction
@@ -19,6 +21,7 @@ from lmfx.importance.change import Scorer
 from lmfx.importance.dominance import bounded_by
 from lmfx.latency.candidate_workloads import Workloads
 from lmfx.passes.errors import PlanError
+from lmfx.passes.graph.node_facts import call_of
 from lmfx.passes.ir import Candidate, MergePlan
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
@@ -154,6 +157,9 @@ def test_one_and_three_dimensions_strides_dilations_and_padding_modes(ndim: int,
     assert names[-3:] == ["0_depthwise", "0_pointwise", "1"]
 
 
+KINDS = ("depthwise", "pointwise")
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -170,12 +176,51 @@ def test_a_conv_of_two_calls_is_factored_for_both() -> None:
     assert [len(c.spans) for c in found] == [2, 2]
     plan = MergePlan((found[1],))
     student, blank = (lmfx.rewrite(spans.network.gm, plan, **data) for data in ({"calibration": x}, {}))
-    assert sum(n.target == "body.0_pointwise" for n in student.graph.nodes) == 2
+    calls = {kind: [call_of(n) for n in student.graph.nodes if n.target == f"body.0_{kind}"] for kind in KINDS}
+    assert calls == {"depthwise": [0, 1], "pointwise": [0, 1]}
     with torch.no_grad():
         fitted, first = (float((s(x) - net(x)).square().mean()) for s in (student, blank))
     separable(net, 2)
     exact = lmfx.rewrite(lmfx.trace(net, x[:1]), MergePlan((found[1],)), calibration=x)
     assert fitted < 0.9 * first and torch.allclose(exact(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+def test_factors_of_a_conv_of_two_calls_are_made_from_what_both_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net, x = Twice().double().eval(), drawn(16, 8, 9, 9)
+    spans, found = factors_of(net, x)
+    fits, seen = FactorFits(spans.network, Calibration((x,))), []
+    monkeypatch.setattr(FactorFits, "_factor", lambda self, name, candidates, sums: seen.append(sums))
+    fits.prepare(found)
+    each = sums_of(spans.network, fits.images, fits._nodes(found[0]))
+    assert len(each) == 2 and seen[0].n == sum(part.total.n for part in each.values())
+    assert torch.allclose(seen[0].xx, sum(part.total.xx for part in each.values()))
+
+
+def test_the_mean_of_the_output_stays() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU()).double().eval(), drawn(64, 8, 9, 9) + 3.0
+    spans, found = factors_of(net, x)
+    plan = MergePlan((found[0],))
+    student, blank = (lmfx.rewrite(spans.network.gm, plan, **data) for data in ({"calibration": x}, {}))
+
+    def shift(form: nn.Module) -> float:
+        """By how much the means of the channels are off, before the activation."""
+        with torch.no_grad():
+            parts = [form.get_submodule(f"0_{kind}") for kind in KINDS]
+            return float((parts[1](parts[0](x)) - net[0](x)).mean((0, 2, 3)).abs().amax())
+
+    assert shift(student) < 0.05 * shift(blank)
+
+
+def test_factors_of_frozen_weights_are_frozen() -> None:
+    net, x = chain(), drawn(2)
+    net[3].requires_grad_(False)
+    spans, found = factors_of(net, x)
+    student = lmfx.rewrite(spans.network.gm, MergePlan((found[0], found[2])))
+    for name, trains in (("3", False), ("6", True)):
+        parameters = [p for kind in KINDS for p in student.get_submodule(f"{name}_{kind}").parameters()]
+        assert len(parameters) == 3 and all(p.requires_grad is trains for p in parameters)
 
 
 def test_data_make_factors_better_and_a_refit_makes_a_plan_of_them_better_still() -> None:

@@ -43,10 +43,10 @@ def test_a_weight_is_no_value_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.table = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(400, 4, 1, 1))
+            self.conv, self.table = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(64, 100))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.conv(x) * self.table[0]
+            return self.conv(x).flatten(1) @ self.table
 
     monkeypatch.setattr(RECORDING, 1 << 14)
     graph = lmfx.trace(Scaled().eval(), torch.zeros(1, 3, 6, 6))
