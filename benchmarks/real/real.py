@@ -89,10 +89,10 @@ def make_all(subject: Subject, rows: Rows, args: argparse.Namespace) -> None:
     original = Key(subject.name, ORIGINAL, 1.0)
     if not exists(original, rows, args):
         keep(original, Made(work.model, subject.example), 0.0, rows, args)
-    for variant in args.variants:
-        if variant.startswith("smaller") and not subject.smaller:
-            continue
-        for budget in args.budgets:
+    for budget in args.budgets:
+        for variant in args.variants:  # X+recover goes on from X, if that comes before it
+            if variant.startswith("smaller") and not subject.smaller:
+                continue
             key = Key(subject.name, variant, budget)
             found = rows.find(key, "made")
             gone = found is None or ("digest" in found and not exists(key, rows, args))

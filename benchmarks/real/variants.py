@@ -56,6 +56,7 @@ class Work:
     steps: int = 0  # of recovery, in place of minutes
     options: dict[str, Any] = field(default_factory=dict)  # of lmfx.compress
     widths: dict[tuple[int, ...], float] = field(default_factory=dict)  # measured ratios of pruned networks
+    last: tuple[str, float, Made] | None = None  # what was made last without recovery: recovery goes on from it
 
     @cached_property
     def model(self) -> nn.Module:
@@ -194,9 +195,13 @@ def uses_planning(variant: str) -> bool:
 
 def make(work: Work, variant: str, budget: float) -> Made:
     """A variant, recovered if its name says so. Raises `Missed`, or an `LmfxError`."""
-    made = VARIANTS[variant.removesuffix(RECOVERED)](work, budget)
-    if not variant.endswith(RECOVERED):
+    plain = variant.removesuffix(RECOVERED)
+    if work.last is None or work.last[:2] != (plain, budget) or plain == variant:
+        work.last = plain, budget, VARIANTS[plain](work, budget)
+    made = work.last[2]
+    if plain == variant:
         return made
+    work.last = None  # it is trained in place
     subject = work.subject
     images = subject.images("cal", subject.recovery, subject.size)
     assert made.trainable is not None
