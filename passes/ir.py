@@ -84,8 +84,10 @@ class ConvConfig:
     upscale: tuple[int, ...] = field(default=(), metadata={"optional": True})
     cut: tuple[int, ...] = field(default=(), metadata={"optional": True})
     window: tuple[tuple[int, int, int], ...] = field(default=(), metadata={"optional": True})
-    # Depthwise filters for each input channel, of which a pointwise conv makes the outputs; 0 is one dense conv.
+    # What a pointwise conv makes the outputs of, where it is two convs: so many depthwise filters of each input
+    # channel, or so many channels of a dense conv. Both are 0 for one conv.
     multiplier: int = field(default=0, metadata={"optional": True})
+    rank: int = field(default=0, metadata={"optional": True})
     biased: bool = field(default=False, compare=False, repr=False)  # an op that it stands for adds constants
 
     @property
@@ -103,6 +105,8 @@ class ConvConfig:
         """Multiply-adds for each output pixel, output channel, and input channel of a group."""
         if self.multiplier:
             return self.multiplier * (1 + prod(self.kernel_size) / self.out_channels)
+        if self.rank:
+            return self.rank * (prod(self.kernel_size) / self.out_channels + 1 / self.in_channels)
         return prod(self.written) / prod(self.upscale if self.window else ())
 
     @property
@@ -122,6 +126,11 @@ class ConvConfig:
             return True
         zeros = self.padding_mode == "zeros" and self.padding_value == 0
         return not self.pads or (zeros and all(lo == hi >= 0 for lo, hi in self.padding))
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is two convs."""
+        return bool(self.multiplier or self.rank)
 
     @property
     def depthwise(self) -> bool:
@@ -252,7 +261,8 @@ class Candidate:
     fit      one conv found in closed form, whatever the span holds
     drop     the identity
     narrow   the span as it is, with fewer channels at its `cuts`
-    factor   the span's one dense conv as a depthwise and a pointwise one (`conv.multiplier`)
+    factor   the span's one dense conv as a pointwise one after a depthwise one (`conv.multiplier`) or after a dense one
+             of fewer channels (`conv.rank`)
 
     `convs` are the qualified module names of the convs on the main path in order, `all_convs` those of the skips too,
     `kept` those that are composed. `post_norm` is the node of the norm that moves to after the merged conv
@@ -300,6 +310,8 @@ class Candidate:
             parts.append("x".join(map(str, c.kernel_size)) + f"s{'x'.join(map(str, c.stride))}g{c.groups}")
             if c.multiplier:
                 parts.append(f"m{c.multiplier}")
+            if c.rank:
+                parts.append(f"r{c.rank}")
             if any(d != 1 for d in c.dilation):
                 parts.append("d" + "x".join(map(str, c.dilation)))
             if c.padding_mode != "zeros" or c.padding_value:
@@ -326,6 +338,8 @@ class Candidate:
         if self.conv.multiplier:
             filters = "" if self.conv.multiplier == 1 else f"{self.conv.multiplier} x "
             return f"{kernel} as {filters}depthwise and pointwise"
+        if self.conv.rank:
+            return f"{kernel} to {self.conv.rank} channels and pointwise"
         into = f"{kernel}{' depthwise' if self.conv.depthwise else ''}"
         return into if count == 1 else f"{what} as one {into}"
 

@@ -7,7 +7,7 @@ Candidate c is *bounded by* d if d lies inside c, and d takes away no more than 
     groups     d's channels see as many others: it is dense, or its groups are a part of c's
     freedom    a fit is free to be any conv; a composed conv is not, and prunes what it does not keep;
                the identity (`drop`) is one conv among all: it is bounded, and bounds nothing
-    factors    of one conv in fewer depthwise filters by that in more
+    factors    of one conv in fewer depthwise filters by that in more, of lower by those of higher rank
     width      of narrowed spans the one with fewer channels at each cut; the sets of channels are nested
 
 `importance(c) <= importance(d)` is then an *assumption*. It is what is usually seen, because all that stays between d
@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lmfx.passes.ir import Candidate, Span
+from lmfx.passes.ir import Candidate, ConvConfig, Span
 from lmfx.passes.spans.layers import Network
 
 __all__ = ["bounded_by", "places", "violations"]
@@ -59,6 +59,12 @@ def places(span: Span) -> list[tuple[str, int, int]]:
     return places
 
 
+def _fewer(c: ConvConfig | None, d: ConvConfig | None) -> bool:
+    """Whether one conv's factors of one kind are fewer than others."""
+    assert c is not None and d is not None
+    return 0 < c.multiplier < d.multiplier or 0 < c.rank < d.rank
+
+
 def _bounds(network: Network, d: Candidate, c: Candidate) -> bool:
     """Whether d, which lies inside c, takes away no more than c does there."""
     if c.cuts or d.cuts:
@@ -69,9 +75,8 @@ def _bounds(network: Network, d: Candidate, c: Candidate) -> bool:
         return False
     if c.realization == d.realization == "compose" and not set(c.kept) & set(d.all_convs) <= set(d.kept):
         return False
-    if "factor" in (c.realization, d.realization):  # of one conv, fewer filters are bounded by more
-        same = c.realization == d.realization and c.span == d.span
-        return same and c.conv is not None and d.conv is not None and c.conv.multiplier < d.conv.multiplier
+    if "factor" in (c.realization, d.realization):
+        return c.realization == d.realization and c.span == d.span and _fewer(c.conv, d.conv)
     if any(e.conv is not None and e.conv.upscale for e in (c, d)):
         return False  # their kernels are those of a smaller map
     if c.conv is None or d.conv is None or len(c.conv.kernel_size) != len(d.conv.kernel_size):

@@ -21,9 +21,8 @@ from lmfx.importance.base import ImportanceTable
 from lmfx.importance.pool import ExecutorLike
 from lmfx.latency.profiling import digest
 from lmfx.passes.fit import feature_rows
-from lmfx.passes.fit.factors import first_factors
 from lmfx.passes.ir import Candidate, Cut
-from lmfx.passes.rewrite.factored import conv_weight, dense_op
+from lmfx.passes.rewrite.factored import conv_weight, dense_op, nearest
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
 from lmfx.store.rows import Store
@@ -80,7 +79,7 @@ def _not_factored(network: Network, c: Candidate) -> float:
     """The share of a conv's L1 norm that its factors leave."""
     assert c.conv is not None
     weight = conv_weight(dense_op(network, c))
-    left = weight - first_factors(weight, c.conv.multiplier).product
+    left = weight - nearest(weight, c.conv).product
     return float(left.abs().sum() / weight.abs().sum().clamp(min=torch.finfo(weight.dtype).tiny))
 
 

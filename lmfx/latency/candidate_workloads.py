@@ -290,7 +290,7 @@ def _meta_conv(config: ConvConfig, dtype: torch.dtype) -> list[nn.Module]:
     a shuffle if it enlarges its map."""
     if config.upscale:
         return blank(config, dtype)
-    if config.multiplier:
+    if config.factored:
         return [module for _, module in blank_factors(config, dtype=dtype, device="meta")]
     if not config.kernel_size:
         return [nn.Linear(config.in_channels, config.out_channels, dtype=dtype, device="meta")]

@@ -176,9 +176,10 @@ def _check_candidate(candidate: Candidate, where: str) -> None:
         raise _Damage(f"{where} is {candidate.realization!r} with {len(candidate.cuts)} cuts")
     for i, cut in enumerate(candidate.cuts):
         _check_cut(cut, f"{where}.cuts[{i}]")
-    filters = conv.multiplier if conv is not None else 0
-    if (candidate.realization == "factor") != bool(filters):
-        raise _Damage(f"{where} is {candidate.realization!r} with {filters} depthwise filters for each channel")
+    filters, rank = (conv.multiplier, conv.rank) if conv is not None else (0, 0)
+    if (candidate.realization == "factor") != bool(filters or rank) or (filters and rank):
+        told = f"{filters} depthwise filters for each channel and a rank of {rank}"
+        raise _Damage(f"{where} is {candidate.realization!r} with {told}")
     if candidate.puts_conv and conv is None:
         raise _Damage(f"{where} is {candidate.realization!r} without a conv")
     if conv is not None:
@@ -213,6 +214,8 @@ def _check_conv(conv: ConvConfig, where: str) -> None:
         raise _Damage(f"{where} has a size below 1")
     if not 0 <= conv.multiplier <= _MOST_FILTERS or (conv.multiplier and (conv.groups > 1 or conv.upscale)):
         raise _Damage(f"{where} has {conv.multiplier} depthwise filters for each of its channels")
+    if not 0 <= conv.rank <= conv.out_channels or (conv.rank and (conv.groups > 1 or conv.upscale)):
+        raise _Damage(f"{where} goes through {conv.rank} channels to {conv.out_channels}")
     if conv.padding_mode != "zeros" and min(pads, default=0) < 0:
         raise _Damage(f"{where} has a negative padding that is filled from the map ({conv.padding_mode})")
     values = conv.conv_channels * conv.in_channels // conv.groups * math.prod(conv.kernel_size)

@@ -57,6 +57,7 @@ def candidate_to_dict(candidate: Candidate, network: Network) -> dict[str, Any] 
         "upscale": list(upscale),
         "groups": groups,
         "multiplier": 0 if config is None else config.multiplier,
+        "rank": 0 if config is None else config.rank,
         "depthwise": groups > 1 and groups == channels[0] == channels[1],
         "in_channels": channels[0],
         "out_channels": channels[1],
@@ -75,7 +76,7 @@ def spans_table(spans: SpanSet) -> str:
     grouped: dict[tuple[Any, ...], dict[str, list[str]]] = {}
     for d in found:
         grouping = " depthwise" if d["depthwise"] else f" g{d['groups']}" if d["groups"] > 1 else ""
-        filters = f" m{d['multiplier']}" if d["multiplier"] else ""
+        filters = f" m{d['multiplier']}" if d["multiplier"] else f" r{d['rank']}" if d["rank"] else ""
         shape = size(d["kernel_size"]) + grouping + filters
         if d["cuts"]:
             shape = " and ".join(f"{cut['of']} to {cut['width']}" for cut in d["cuts"])

@@ -37,6 +37,11 @@ class Factors:
     pointwise: Tensor
 
     @property
+    def first(self) -> Tensor:
+        """The weight of the convolution that comes first."""
+        return self.depthwise
+
+    @property
     def product(self) -> Tensor:
         """The weight of the one convolution that they are, (out, in, taps)."""
         return torch.einsum("ocq,cqt->oct", self.pointwise, self.depthwise)

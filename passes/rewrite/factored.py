@@ -1,10 +1,11 @@
-"""Factors a conv of a network: puts a depthwise and a pointwise conv in its place.
+"""Factors a conv of a network: puts a depthwise conv, or one of fewer channels, and a pointwise one in its place.
 
     before   x ─ conv k x k ─ norm ─ relu            after   x ─ depthwise k x k ─ pointwise 1 x 1 ─ relu
+                                                             x ─ low_rank k x k  ─ pointwise 1 x 1 ─ relu
 
-Both are plain modules, `conv_depthwise` and `conv_pointwise`, in the trainable form and in the merged one, after a pad
-where the conv's own is uneven. The norm goes into the pointwise conv. Their values are the nearest to the conv's
-weights until calibration data set them (`passes/fit/factors.py`).
+Both are plain modules, `conv_depthwise` or `conv_low_rank` and `conv_pointwise`, in the trainable form and in the
+merged one, after a pad where the conv's own is uneven. The norm goes into the pointwise conv. Their values are the
+nearest to the conv's weights until calibration data set them (`passes/fit/factors.py`, `passes/fit/low_rank.py`).
 """
 
 from __future__ import annotations
@@ -19,32 +20,30 @@ from ..algebra.linear_op import LinearOp
 from ..algebra.linear_span import LinearSpan, pad_module
 from ..errors import PlanError
 from ..fit.factors import Factors, first_factors
+from ..fit.low_rank import LowRank, low_rank
 from ..graph import ops
 from ..graph.graph_edit import free_name, set_submodule
 from ..graph.node_facts import note_like, shape_of
 from ..ir import Candidate, ConvConfig
-from ..spans.factoring import factorable, multipliers_of
+from ..spans.factoring import factorable, factored_ways
 from ..spans.layers import Network
 from .span_modules import build_span
 
-__all__ = ["FactoredOp", "blank_factors", "conv_weight", "dense_op", "put_factored", "set_factored"]
+__all__ = ["FactoredOp", "blank_factors", "conv_weight", "dense_op", "nearest", "put_factored", "set_factored"]
 
-DEPTHWISE, POINTWISE = "depthwise", "pointwise"
+DEPTHWISE, LOW_RANK, POINTWISE = "depthwise", "low_rank", "pointwise"
 
 
 @dataclass(frozen=True)
 class FactoredOp(LinearOp):
-    """The one conv that a depthwise and a pointwise conv are, and these two: `parts`."""
+    """The one conv that two are, and these two: `parts`."""
 
-    parts: Factors | None = None
+    parts: Factors | LowRank | None = None
 
     @classmethod
-    def of(cls, op: LinearOp, parts: Factors, mean: Tensor | None = None) -> FactoredOp:
-        """Factors of the conv `op`; with the `mean` (in, taps) of what it reads, the mean of its output stays."""
-        whole = conv_weight(op)
-        bias = op.bias.double()
-        if mean is not None:
-            bias = bias + ((whole - parts.product) * mean).sum((1, 2))
+    def of(cls, op: LinearOp, parts: Factors | LowRank, shift: Tensor | None = None) -> FactoredOp:
+        """Factors of the conv `op`; `shift` (out,) is what they lack of its outputs in the mean."""
+        bias = op.bias.double() if shift is None else op.bias.double() + shift
         weight = parts.product.reshape(op.weight.shape)
         return cls(weight, bias, op.stride, op.padding, op.dilation, op.groups, parts=parts)
 
@@ -54,20 +53,27 @@ def conv_weight(op: LinearOp) -> Tensor:
     return op.weight.detach().double().flatten(2)
 
 
+def nearest(weight: Tensor, config: ConvConfig) -> Factors | LowRank:
+    """The factors of a weight (out, in, taps) that are nearest to it, whatever it reads."""
+    return low_rank(weight, config.rank) if config.rank else first_factors(weight, config.multiplier)
+
+
 def dense_op(network: Network, candidate: Candidate) -> LinearOp:
     """The conv that a candidate factors, with its norm.
 
-    A plan may come from a file: raises `PlanError` for a span that is not that conv alone, and for more filters than
-    are ever offered.
+    A plan may come from a file: raises `PlanError` for a span that is not that conv alone, and for factors that are
+    never offered.
     """
     layers = network.series[candidate.span.series].layers[candidate.span.start : candidate.span.stop]
     found = factorable(network, layers[0]) if len(layers) == 1 else None
-    if candidate.conv is None or found is None or candidate.conv.multiplier not in multipliers_of(found):
-        raise PlanError(f"the plan factors {candidate.key}, which this graph has not to factor so: solve again")
-    plain = replace(candidate.conv, multiplier=0)
-    if plain != found:
-        raise PlanError(f"the plan factors a conv {plain} in {candidate.key}, and this graph has {found}: solve again")
-    span = build_span(network, replace(candidate, realization="compose", conv=plain, kept=candidate.all_convs))
+    if candidate.conv is None or found is None:
+        raise PlanError(f"the plan factors {candidate.key}, which this graph has not to factor: solve again")
+    if candidate.conv not in factored_ways(found):
+        raise PlanError(
+            f"the plan factors a conv as {candidate.conv} in {candidate.key}, and this graph has {found}, which is not "
+            "factored so: solve again"
+        )
+    span = build_span(network, replace(candidate, realization="compose", conv=found, kept=candidate.all_convs))
     assert isinstance(span, LinearSpan)
     with torch.no_grad():
         return span.linear_op()
@@ -77,21 +83,22 @@ def blank_factors(config: ConvConfig, **where: Any) -> list[tuple[str, nn.Module
     """The modules of a factored conv by their kinds, in order: a pad where the conv's own is uneven, then the two."""
     even, ndim = config.even, len(config.kernel_size)
     make: Any = ops.conv_class(ndim)
-    wide = config.in_channels * config.multiplier
+    wide = config.rank or config.in_channels * config.multiplier
     before = tuple(lo for lo, _ in config.padding) if even else 0
-    depthwise = make(
+    first = make(
         config.in_channels,
         wide,
         config.kernel_size,
         config.stride,
         before,
         config.dilation,
-        config.in_channels,
+        1 if config.rank else config.in_channels,
         bias=False,
         **where,
     )
     parts = [] if even else [("pad", pad_module(config))]
-    return [*parts, (DEPTHWISE, depthwise), (POINTWISE, make(wide, config.out_channels, (1,) * ndim, **where))]
+    kind = LOW_RANK if config.rank else DEPTHWISE
+    return [*parts, (kind, first), (POINTWISE, make(wide, config.out_channels, (1,) * ndim, **where))]
 
 
 def put_factored(
@@ -122,7 +129,7 @@ def put_factored(
             last = place
         output.replace_all_uses_with(last)
         nodes[span.output] = last
-    set_factored(gm, name, FactoredOp.of(op, first_factors(conv_weight(op), config.multiplier)))
+    set_factored(gm, name, FactoredOp.of(op, nearest(conv_weight(op), config)))
 
 
 def set_factored(gm: fx.GraphModule, name: str, op: FactoredOp) -> None:
@@ -130,9 +137,9 @@ def set_factored(gm: fx.GraphModule, name: str, op: FactoredOp) -> None:
     node = next(n for n in gm.graph.nodes if n.op == "call_module" and n.target == name)
     source = node.args[0]
     assert isinstance(source, fx.Node) and op.parts is not None
-    depthwise: Any = gm.get_submodule(str(source.target))
+    first: Any = gm.get_submodule(str(source.target))
     pointwise: Any = gm.get_submodule(name)
     with torch.no_grad():
-        depthwise.weight.copy_(op.parts.depthwise.reshape(depthwise.weight.shape))
+        first.weight.copy_(op.parts.first.reshape(first.weight.shape))
         pointwise.weight.copy_(op.parts.pointwise.reshape(pointwise.weight.shape))
         pointwise.bias.copy_(op.bias)

@@ -6,7 +6,7 @@ fit       kernels of several sizes, dense or depthwise, placed on the centre of 
           follows the span's own size rule (`fit_kernels`).
 drop      the identity, for spans that keep the shape and do not fall apart into shorter such spans.
 narrow    the span with fewer channels at one or two cuts inside of it (`narrowing`).
-factor    a dense conv as a depthwise and a pointwise one (`factoring`).
+factor    a dense conv as a pointwise one after a depthwise one or one of fewer channels (`factoring`).
 
 What may be enumerated is said by `SpanOptions` (`span_options`).
 """
@@ -26,7 +26,7 @@ from ..graph.reduction import join_of
 from ..html_text import html_facts, html_table
 from ..ir import Candidate, ConvConfig, Cut, Layer, Refusal, Series, Span
 from .exact import inexact
-from .factoring import factorable, multipliers_of
+from .factoring import factorable, factored_ways
 from .fit_kernels import centred, fit_kernels
 from .globs import Globs
 from .layers import Network
@@ -341,9 +341,8 @@ class _Finder:
         if config is None:
             return
         sizes = [(self.network.shape(s.entry)[2:], self.network.shape(s.output)[2:]) for s in self.sites(span)]
-        for multiplier in multipliers_of(config, self.options.max_fit_unknowns):
+        for made in factored_ways(config, self.options.max_fit_unknowns):
             if all(config.output_size(before) == after for before, after in sizes):
-                made = replace(config, multiplier=multiplier)
                 self.add(Candidate(span, "factor", made, *self.paths(main, every, every)))
 
     def falls_apart(self, span: Span, drops: dict[tuple[int, int], Span]) -> bool:
