@@ -4,7 +4,7 @@
                                                x ─ pad ─ conv k x k to r channels ─ pointwise 1 x 1 ─ y
 
 A dense conv of `taps` taps makes  in x out x taps  multiply-adds a pixel. Its factors make  m x in x (taps + out)  with
-m depthwise filters a channel, r x (in x taps + out)  through r channels. The norm after it goes into the pointwise conv.
+m depthwise filters a channel, r x (in x taps + out)  through r channels. The norm after it goes into the pointwise one.
 """
 
 from __future__ import annotations

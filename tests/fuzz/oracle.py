@@ -149,15 +149,22 @@ def narrowed_twice(network: Network, candidate: Candidate, rng: random.Random) -
 
 
 def factored_twice(network: Network, candidate: Candidate, rng: random.Random) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The graph with a conv that is a depthwise and a pointwise one, and the network with these two."""
+    """The graph with a conv that is the product of two, and the network with these two."""
     gm = copy.deepcopy(network.gm)
     conv: Any = gm.get_submodule(candidate.all_convs[0])
     assert candidate.conv is not None
     with torch.no_grad():
         weight, generator = conv.weight, torch.Generator().manual_seed(rng.randrange(10**9))
-        out, channels, taps, filters = len(weight), weight.shape[1], weight[0, 0].numel(), candidate.conv.multiplier
-        depthwise = torch.randn(channels, filters, taps, generator=generator, dtype=torch.float64)
-        pointwise = torch.randn(out, channels, filters, generator=generator, dtype=torch.float64)
-        scale = weight.double().norm() / max(weight.numel(), 1) ** 0.5 / (filters**0.5)
-        weight.copy_((scale * torch.einsum("ocq,cqt->oct", pointwise, depthwise)).view(weight.shape))
+        out, channels, taps = len(weight), weight.shape[1], weight[0, 0].numel()
+        filters, rank = candidate.conv.multiplier, candidate.conv.rank
+
+        def drawn(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        if rank:
+            product = torch.einsum("or,rct->oct", drawn(out, rank), drawn(rank, channels, taps))
+        else:
+            product = torch.einsum("ocq,cqt->oct", drawn(out, channels, filters), drawn(channels, filters, taps))
+        scale = weight.double().norm() / max(weight.numel(), 1) ** 0.5 / (rank or filters) ** 0.5
+        weight.copy_((scale * product).view(weight.shape))
     return gm, rewrite(gm, MergePlan((candidate,)))

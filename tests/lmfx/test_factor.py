@@ -303,7 +303,11 @@ def test_compress_save_load_report_export_and_compress_again(tmp_path: Path, mer
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"multiplier": 0}, "0 depthwise filters"),
+        ({"multiplier": 0}, "0 depthwise filters for each channel and a rank of 0"),
+        ({"rank": 4}, "2 depthwise filters for each channel and a rank of 4"),
+        ({"multiplier": 0, "rank": -1}, "-1 channels"),
+        ({"multiplier": 0, "rank": 1000}, "1000 channels"),
+        ({"multiplier": 0, "rank": 8, "groups": 8}, "8 channels"),
         ({"multiplier": -1}, "-1 depthwise filters"),
         ({"multiplier": 10**6}, "1000000 depthwise filters"),
         ({"groups": 8}, "2 depthwise filters"),
@@ -324,6 +328,7 @@ OTHERS: list[dict[str, Any]] = [
     {"stride": [3, 3]},
     {"kernel_size": [5, 5]},
     {"multiplier": 64},  # more than are ever offered: their system would take all memory
+    {"multiplier": 0, "rank": 8},  # of a conv that has too few channels for it
 ]
 
 
@@ -361,3 +366,111 @@ def test_factors_of_what_nobody_reads_any_more_are_left_out() -> None:
     whole = next(c for c in spans if c.realization == "drop" and c.all_convs == ("body.0", "body.2"))
     student = lmfx.rewrite(graph, MergePlan((side, whole)), calibration=(x, z))
     assert student(x, z).shape == net(x, z).shape
+
+
+# --- through fewer channels -------------------------------------------------------------------------------------------
+
+
+def wide(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """Convs of 64 channels and more: 3 x 3 with a stride, with an uneven pad, and 1 x 1."""
+    torch.manual_seed(seed)
+    layers = [
+        *(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+        *(nn.Conv2d(64, 96, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(96), nn.ReLU()),
+        *(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(96, 256, 3), nn.ReLU6()),
+        *(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 5)),
+    ]
+    return double(nn.Sequential(*layers)).to(dtype)
+
+
+def ranked(net: nn.Module, x: Tensor, **options: Any) -> tuple[SpanSet, list[Candidate]]:
+    spans, found = factors_of(net, x, **options)
+    return spans, [c for c in found if c.conv is not None and c.conv.rank]
+
+
+def through(net: nn.Module, rank: int) -> None:
+    """Give every conv of 64 outputs and more a rank."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d) and m.out_channels >= 64:
+            u, s, v = torch.linalg.svd(m.weight.data.flatten(1), full_matrices=False)
+            m.weight.data.copy_(((u[:, :rank] * s[:rank]) @ v[:rank]).view_as(m.weight))
+
+
+def test_wide_convs_go_through_fewer_channels() -> None:
+    spans, found = ranked(wide(), drawn(2))
+    names = [(c.convs[0], c.conv.rank) for c in found if c.conv]
+    assert names == [
+        ("0", 8),
+        *(("3", r) for r in (8, 24, 32, 48)),
+        *(("7", r) for r in (32, 64, 96, 128)),
+        *(("9", r) for r in (32, 64, 96)),
+    ]
+    assert found[-1].change == "1x1 to 96 channels and pointwise"
+    assert "1x1 r32, 1x1 r64, 1x1 r96" in spans_table(spans)
+    assert {c.convs[0] for c in ranked(wide(), drawn(2), max_fit_unknowns=64)[1]} == {"0"}
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_conv_of_that_rank_loses_nothing(calibrated: bool) -> None:
+    net, x = wide(), drawn(12)
+    through(net, 8)
+    spans, found = ranked(net, x)
+    least = {c.convs: c for c in reversed(found)}  # of each conv the lowest rank
+    plan = MergePlan(tuple(c for c in found if c in least.values()))
+    assert len(plan.candidates) == 4
+    data = {"calibration": x} if calibrated else {}
+    student = lmfx.rewrite(spans.network.gm, plan, **data)
+    names = [str(n.target) for n in student.graph.nodes if n.op == "call_module"]
+    assert {"0_low_rank", "0_pointwise", "7_low_rank", "9_pointwise"} <= {*names}
+    for net_form in (student, lmfx.merge(student)):
+        for other in (x, drawn(3, 3, 11, 20)):
+            assert torch.allclose(net_form(other), net(other), rtol=1e-8, atol=1e-8)
+
+
+def test_scores_of_ranks_are_what_the_rewritten_network_loses_and_the_mean_stays() -> None:
+    net, x = wide(), drawn(24)
+    spans, found = ranked(net, x)
+    scorer = Scorer(Reconstruction(exact=True), spans, as_calibration(x, x[:1]), None, found)
+    table = dict(scorer.run(found, list))
+    parts, scale = scorer.judged_parts
+    students = Students(Analysis.of(spans.network), scorer.calibration)
+    (seen,) = scorer.judged.tensors
+    for c in found[::3]:
+        student = students.student(MergePlan((c,), fingerprint(spans.network.gm)))
+        with torch.no_grad():
+            change = (student(seen) - parts[0].output).square().sum() / len(seen)
+        assert table[c.key] == pytest.approx(-0.5 * float(change) / scale, rel=1e-6)
+    student = lmfx.rewrite(spans.network.gm, MergePlan((found[4],)), calibration=x)
+    first, last = (student.get_submodule(f"3_{kind}") for kind in ("low_rank", "pointwise"))
+    with torch.no_grad():
+        left = last(first(net[:3](x))) - net[:5](x)
+    assert float(left.mean((0, 2, 3)).abs().amax()) < 0.1 * float(left.abs().mean())
+
+
+@pytest.mark.parametrize("estimator", [Reconstruction(exact=True), Reconstruction(exact=False), Magnitude()])
+def test_higher_ranks_score_no_worse_and_bound_lower_ones(estimator: Any) -> None:
+    net, x = wide(), drawn(32)
+    spans, every = factors_of(net, x)
+    _, found = ranked(net, x)
+    table = lmfx.score(spans.network.gm, estimator, calibration=x, spans=spans, progress=False)
+    of = {name: [table[c.key] for c in found if c.convs == (name,)] for name in ("3", "7", "9")}
+    assert all(rows == sorted(rows) and rows[-1] < 0 for rows in of.values())
+    bounded = bounded_by(spans.network, every)
+    for c, rows in zip(every, bounded, strict=True):
+        of_one = [every[i] for i in rows]
+        assert c.conv is not None and all(d.convs == c.convs and d.conv is not None for d in of_one)
+        assert all((d.conv.rank > c.conv.rank) if c.conv.rank else d.conv.multiplier > 1 for d in of_one if d.conv)
+
+
+def test_a_network_of_ranks_is_planned_saved_loaded_refitted_and_exported(tmp_path: Path) -> None:
+    net, x = wide(dtype=torch.float32), drawn(48, 3, 24, 24, dtype=torch.float32)
+    through(net, 32)
+    small = compress(net, x[:1], 0.5, calibration=x, realize=("factor",), merge=False)
+    plan = lmfx.result_of(small).plan
+    assert any(c.conv is not None and c.conv.rank for c in plan.candidates)
+    again = lmfx.load(lmfx.save(small, tmp_path / "net"), wide(1, torch.float32))
+    assert torch.equal(again(x), small(x)) and lmfx.result_of(again).plan == plan
+    lmfx.export_onnx(lmfx.merge(small), x[:1], tmp_path / "net.onnx")
+    sites = {s.path for s in find_sites(small, lmfx.trace(net, x[:1]), plan)}
+    assert any(path.endswith("_pointwise") for path in sites)

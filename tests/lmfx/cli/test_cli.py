@@ -119,6 +119,7 @@ FIELDS = {
     "upscale",
     "groups",
     "multiplier",
+    "rank",
     "depthwise",
     "in_channels",
     "out_channels",
@@ -129,7 +130,7 @@ def test_spans_prints_one_json_object_a_candidate(capsys: pytest.CaptureFixture[
     found = run_json(capsys, "spans", "toy_models:factory", *SMALL, "--json")
     assert all(set(row) == FIELDS for row in found)
     assert all(bool(row["cuts"]) is (row["realization"] == "narrow") for row in found)
-    assert all(row["multiplier"] == 0 for row in found)
+    assert all(row["multiplier"] == row["rank"] == 0 for row in found)
     factors = run_json(capsys, "spans", "toy_models:factory", *SMALL, "--json", "--realize", "factor")
     assert {row["realization"]: row["multiplier"] > 0 for row in factors} == {"keep": False, "factor": True}
     assert len({row["key"] for row in found}) == len(found)
