@@ -82,8 +82,8 @@ def compress(
         importance: "reconstruction", "magnitude", an estimator object like `Finetune(train, evaluate)`, or a table that
             `lmfx.score` or `lmfx.score_on_demand` gave for this network.
         realize: which realizations may be used: "compose" (tensor algebra), "fit" (closed-form least squares),
-            "narrow" (fewer channels inside a span, what reads them refitted), "factor" (a dense conv as a depthwise
-            and a pointwise one).
+            "narrow" (fewer channels inside a span, what reads them refitted), "factor" (a dense conv as a
+            pointwise one after a depthwise one or one of fewer channels).
         max_kernel_size: of merged convs; None for no bound. A fit in place of one larger conv may be nearly as large.
         max_span_convs: how many convs of the main path one merged conv may replace; None for no bound.
         surrogate: what a composed span has for the activations it removes: "affine" or "identity" (the paper).
