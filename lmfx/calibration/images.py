@@ -112,12 +112,14 @@ class Roles:
     seen: bool
 
     def comparing(self, count: int = COMPARED) -> Calibration:
-        """What plans are compared on: the images that choose, and where they are fewer than `count`, some of the fit.
+        """What plans are compared on: `count` of the images that choose; where they are fewer, some of the fit as well.
 
         What a fit flatters itself by is much the same for all plans; a few dozen images do not tell plans apart.
         """
         more = count - len(self.choose)
-        return self.choose if self.seen or more <= 0 else Calibration.joined(self.choose, self.fit.evenly(more))
+        if more < 0:
+            return self.choose.evenly(count)
+        return self.choose if self.seen or not more else Calibration.joined(self.choose, self.fit.evenly(more))
 
 
 def as_calibration(calibration: Any, example_input: Any, limit: int | None = None) -> Calibration:

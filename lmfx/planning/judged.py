@@ -27,7 +27,7 @@ from typing import Literal
 
 from torch import fx
 
-from lmfx.calibration.images import Calibration
+from lmfx.calibration.images import COMPARED, Calibration
 from lmfx.calibration.students import Students
 from lmfx.environment.progress import progress as progress_bar
 from lmfx.importance import ImportanceTable
@@ -38,11 +38,12 @@ from lmfx.latency import LatencyTable
 from lmfx.passes.ir import Candidate, MergePlan, Surrogate
 from lmfx.passes.rewrite.analysis import Analysis
 from lmfx.passes.spans.enumeration import SpanSet
+from lmfx.passes.spans.layers import Network
 from lmfx.planning.context_search import ContextSearch
 from lmfx.planning.joint_search import Proposal, propose
 from lmfx.quality import Judge, Quality, QualityName
 
-__all__ = ["Finalist", "Judged"]
+__all__ = ["Finalist", "Judged", "compared"]
 
 FINALISTS = 5  # proposals that are built
 PART_FINALISTS, PART_DRAWS = 2, 4  # the same of widths alone and layers alone
@@ -51,7 +52,14 @@ LEAST_LOSS = 1e-6  # below which a loss is rounding
 TRUSTED = 1.25  # by how much predictions may be off, in the middle of those that were judged
 SLOWER = 1.35  # the latency from which steps go down to what is asked for, where predictions are off there
 STEPPED = 64  # images that each step looks at
+LEAST_COMPARED, COMPARED_MACS = 16, 1.5e11  # images that judge plans, and multiply-adds of a network on them
 SEARCH_MACS, LEAST_RUNS, MOST_RUNS = 1e12, 16, 80  # multiply-adds of all steps, how many for each limit, and in all
+
+
+def compared(network: Network, most: int = COMPARED) -> int:
+    """How many images plans are compared on: at most `most`, and fewer by networks that take long for each."""
+    affordable = COMPARED_MACS / max(multiply_accumulates(network), 1.0)
+    return int(min(max(affordable, LEAST_COMPARED), most))
 
 
 Search = Literal["all", "widths", "layers", "steps"]  # proposals of all candidates, of some, and what steps led to
@@ -95,12 +103,14 @@ class Judged:
     @cached_property
     def judge(self) -> Judge:
         """What judges the students."""
-        return Judge(self.analysis.graph, self.roles.comparing(), held_out=not self.roles.seen)
+        images = self.roles.comparing(compared(self.spans.network))
+        return Judge(self.analysis.graph, images, held_out=not self.roles.seen)
 
     @cached_property
     def search(self) -> ContextSearch:
         """What goes from plan to plan in steps."""
-        judge = Judge(self.analysis.graph, self.roles.comparing(STEPPED), held_out=not self.roles.seen)
+        images = self.roles.comparing(compared(self.spans.network, STEPPED))
+        judge = Judge(self.analysis.graph, images, held_out=not self.roles.seen)
         like = MergePlan((), self.analysis.fingerprint, surrogate=self.surrogate)
         like = replace(like, activation_after=self.spans.options.activation_after)
         search = ContextSearch(

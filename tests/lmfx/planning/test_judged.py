@@ -18,6 +18,7 @@ from lmfx.latency.backends.roofline import RooflineBackend
 from lmfx.latency.carried_table import predict_plan
 from lmfx.passes.trace.tracing import fingerprint
 from lmfx.planning import finals
+from lmfx.planning import judged as judged_plans
 from lmfx.planning.finals import best_measured
 from lmfx.planning.frontier import solve_spans
 from lmfx.planning.judged import Finalist, Judged
@@ -181,3 +182,16 @@ def _same_as_all(both: Judged, found: list[Finalist]) -> set[str]:
     """The parts whose best plan was proposed among all candidates."""
     kinds = [{bool(c.cuts) for c in f.proposal.plan.candidates if not c.exact} for f in found if f.search == "all"]
     return {name for name, cuts in (("widths", True), ("layers", False)) if {cuts} in kinds}
+
+
+@pytest.mark.parametrize("macs, count", [(1.0, 128), (5e9, 30), (1e12, 16)])
+def test_large_networks_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch, macs: float, count: int) -> None:
+    monkeypatch.setattr(judged_plans, "multiply_accumulates", lambda network: macs)
+    spans = lmfx.spans(lmfx.trace(MODEL, EXAMPLE))
+    assert judged_plans.compared(spans.network) == count
+    assert judged_plans.compared(spans.network, 20) == min(count, 20)
+    roles = as_calibration(torch.arange(1024.0)[:, None], torch.zeros(1, 1)).roles()
+    assert len(roles.choose) == 128
+    choosing = {*roles.choose.tensors[0].flatten().tolist()}
+    chosen = roles.comparing(count).tensors[0].flatten().tolist()
+    assert len(chosen) == count and {*chosen} <= choosing and max(chosen) - min(chosen) > 700
