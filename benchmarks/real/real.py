@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import lmfx
-from benchmarks.real import classifiers, drawn, faces, mosaics, pitches, real_report, text_lines
+from benchmarks.real import classifiers, drawn, faces, mosaics, pitches, real_report, text_boxes, text_lines
 from benchmarks.real.exported import export, latencies, outputs
 from benchmarks.real.packages import Absent
 from benchmarks.real.pruned import Missed
@@ -46,6 +46,7 @@ NETWORKS: dict[str, Callable[[], Subject]] = {
     "crepe-tiny": pitches.crepe,
     "demosaicking": mosaics.bayer,
     "crnn-english": text_lines.crnn,
+    "craft": text_boxes.craft,
     "efficientnet-lite0": classifiers.efficientnet,
     "efficientnet-lite1": lambda: classifiers.efficientnet(1),
 }

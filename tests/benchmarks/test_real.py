@@ -24,6 +24,7 @@ from benchmarks.real import (
     real,
     real_report,
     recovered,
+    text_boxes,
     text_lines,
     variants,
 )
@@ -272,3 +273,16 @@ def test_estimates_are_compared_with_the_truth_of_whole_plans() -> None:
     assert found["plans"] >= 2 and 0 < low < high
     assert all(-1 <= found[name]["tau"] <= 1 for name in ("second order", "alone", "joint"))
     assert found["joint"]["ratio"] > 0 and found["alone"]["ratio"] > 0
+
+
+def test_text_is_judged_by_the_pixels_that_both_mark() -> None:
+    made = text_boxes.put_lines(torch.zeros(2, 3, 60, 80), torch.ones(4, 1, 16, 96))
+    assert made.shape == (2, 3, 60, 80) and {*(made * 100).round().unique().tolist()} == {0, 50, 100}
+    scores = np.zeros((1, 4, 5, 2), dtype=np.float32)
+    scores[0, 1, :4, 0] = 0.9
+    other = scores.copy()
+    other[0, 1, 0, 0], other[0, 2, 0, 0] = 0.1, 0.9
+    assert text_boxes.judge([scores], [scores]) == {"marked": 1.0, "psnr": pytest.approx(100.0)}
+    found = text_boxes.judge([other], [scores])
+    assert found["marked"] == pytest.approx(3 / 5)
+    assert found["psnr"] == pytest.approx(-10 * np.log10((0.8**2 + 0.9**2) / 40), abs=1e-4)
