@@ -34,6 +34,7 @@ from lmfx.budget import Budget
 from lmfx.calibration import refitting
 from lmfx.calibration.images import as_calibration
 from lmfx.importance import Reconstruction
+from lmfx.latency.table import kendall_tau
 from lmfx.passes.ir import MergePlan
 from lmfx.planning import judged as judged_plans
 from lmfx.planning.compression import Compression
@@ -80,12 +81,15 @@ def compare(subject: Subject, part: float, latency: str) -> tuple[dict[str, Any]
     cpu = time.process_time() - before
     best = judged.plan(state.candidates)
     rows.append(losses(best))
+    truth = [row["held"] for row in rows[:-1]]
+    tau = {name: round(kendall_tau([row[name] for row in rows[:-1]], truth), 2) for name in ("changes", *judges)}
     matrix = np.corrcoef(np.array([[row[name] for name in ("changes", *judges)] for row in rows]).T)
     told = {
         "network": subject.name,
         "part": part,
         "plans": rows[:-1],
         "steps": {**rows[-1], "runs": len(judged.search.states), "cpu_s": cpu},
+        "tau with held": tau,
         "correlation with held": dict(zip(("changes", *judges), matrix[-1].round(2).tolist(), strict=True)),
         "cpu_s": time.process_time() - began,
     }
