@@ -46,7 +46,7 @@ def _line(row: dict[str, Any], figures: list[str]) -> str:
 def _figure(value: float, name: str, unit: str) -> str:
     if math.isnan(value):
         return f"{'-':>14}"
-    if unit == "%" and name not in ("kl", "box"):
+    if unit == "%" and name not in ("kl", "box", "psnr"):
         return f"{value:14.1%}"
     return f"{value:14.2f}" if unit != "%" else f"{value:14.3f}"
 
