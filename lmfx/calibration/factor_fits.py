@@ -28,7 +28,7 @@ __all__ = ["FactorFits"]
 
 
 class FactorFits:
-    """The factors of a network's convs at all multipliers that were asked for."""
+    """The factors of a network's convs at all multipliers and ranks that were asked for."""
 
     def __init__(self, network: Network, images: Calibration) -> None:
         self.network, self.images = network, evenly_ordered(images)
@@ -55,7 +55,7 @@ class FactorFits:
         self._prepare_ranks([c for c in left if c.conv is not None and c.conv.rank])
         convs: dict[tuple[str, ...], list[Candidate]] = {}
         for c in left:
-            if c.key not in self.ops:
+            if c.conv is not None and not c.conv.rank:
                 convs.setdefault(self._nodes(c), []).append(c)
         for part in in_parts(list(convs), lambda names: [self.network.module(name) for name in names]):
             sums = sums_of(self.network, self.images, [name for names in part for name in names])
@@ -95,7 +95,8 @@ class FactorFits:
 
     def _rank(self, candidates: list[Candidate], sums: ValueSums) -> None:
         op = dense_op(self.network, candidates[0])
-        weight, directions = conv_weight(op), principal(sums.covariance)
+        weight = conv_weight(op)
+        directions = principal(sums.covariance, weight)
         moved = sums.mean - op.bias.double()
         for c in candidates:
             assert c.conv is not None

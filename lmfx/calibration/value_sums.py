@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lmfx.calibration.images import Calibration
+from lmfx.calibration.layer_sums import BATCH, LEAST_IMAGES, LEAST_SAMPLES, MOST_SAMPLES
 from lmfx.calibration.recording import arguments_of, batches_for, images_at_once
 from lmfx.passes.errors import InputError
 from lmfx.passes.fit.gram import sample_positions
@@ -18,8 +19,7 @@ from lmfx.passes.spans.layers import Network
 
 __all__ = ["ValueSums", "value_sums"]
 
-SAMPLES_A_CHANNEL, LEAST_SAMPLES, MOST_SAMPLES, LEAST_IMAGES = 8, 4096, 20000, 96
-BATCH = 16
+SAMPLES_A_CHANNEL = 8
 
 
 @dataclass

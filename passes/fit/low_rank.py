@@ -18,6 +18,9 @@ from torch import Tensor
 __all__ = ["LowRank", "low_rank", "principal"]
 
 
+TIE = 1e-6  # of the variance, that the weight's own directions count
+
+
 @dataclass(frozen=True)
 class LowRank:
     """`first` (rank, in, taps) and `pointwise` (out, rank), float64."""
@@ -31,9 +34,19 @@ class LowRank:
         return torch.einsum("or,rct->oct", self.pointwise, self.first)
 
 
-def principal(covariance: Tensor) -> Tensor:
-    """The eigenvectors of a covariance (out, out) as columns, those of largest eigenvalue first, in float64."""
-    return torch.linalg.eigh(covariance.double()).eigenvectors.flip(1)
+def principal(covariance: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The eigenvectors of a covariance (out, out) as columns, those of largest eigenvalue first, in float64.
+
+    Where it says nothing, as that of few samples does of most directions, those in which a `weight` is largest.
+    """
+    covariance = covariance.double()
+    if weight is not None:
+        rows = weight.double().flatten(1)
+        own = rows @ rows.T
+        size = covariance.diagonal().sum()
+        share = TIE * size if float(size) > 0 else 1.0
+        covariance = covariance + own * (share / own.diagonal().sum().clamp(min=torch.finfo(own.dtype).tiny))
+    return torch.linalg.eigh(covariance).eigenvectors.flip(1)
 
 
 def low_rank(weight: Tensor, rank: int, directions: Tensor | None = None) -> LowRank:

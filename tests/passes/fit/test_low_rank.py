@@ -42,3 +42,13 @@ def test_what_is_read_decides_and_no_other_pair_is_better() -> None:
     assert least == pytest.approx(float(singular[3:].sum() / singular.sum()), rel=1e-6)
     errors = [error(low_rank(weight, r, principal(y.T @ y)), weight, x) for r in range(1, 8)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-20
+
+
+def test_of_directions_that_no_sample_shows_the_weight_decides() -> None:
+    weight = LowRank(draw(3, 5, 9), draw(7, 3, seed=3)).product
+    y = inputs(2) @ weight.flatten(1).T
+    for covariance in (y.T @ y, torch.zeros(7, 7, dtype=torch.float64)):
+        assert torch.allclose(low_rank(weight, 3, principal(covariance, weight)).product, weight, atol=1e-6)
+    assert not torch.allclose(low_rank(weight, 3, principal(y.T @ y)).product, weight, atol=1e-2)
+    nothing = torch.zeros_like(weight)
+    assert torch.equal(low_rank(nothing, 2, principal(torch.zeros(7, 7), nothing)).product, nothing)
