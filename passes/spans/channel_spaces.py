@@ -12,7 +12,8 @@ A conv makes channels and reads others. In between, ops keep them apart, and eac
 
 Labels that meet in one value belong to one *space*. A space can be cut where nothing else sees it: no output, no op
 that mixes channels without being a conv, one conv that reads it (the `reader`), and beside that gates only, which read
-one pixel of it and make a factor for its channels.
+one pixel of it and make a factor for its channels. Nor may anything work with how many channels there are
+(`channel_counts`), but for `view(b, c, 1, 1)` of a value that loses the same ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..graph.raw_nodes import argument, dependents, op_name
 from ..graph.reduction import join_of, operands_of
 from ..graph.union_find import UnionFind
 from ..ir import Refusal
+from .channel_counts import count_uses, reshape_sizes
 
 __all__ = ["Space", "find_spaces"]
 
@@ -107,6 +109,7 @@ class _SpaceFinder:
         self.made: dict[fx.Node, list[int]] = {}  # convs that make channels
         self.reads: list[tuple[fx.Node, fx.Node]] = []  # (conv, what it reads)
         self.blocked: list[tuple[int, Refusal]] = []
+        self.counts = count_uses(gm)
 
     # --- one node ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class _SpaceFinder:
             self.block(sources, Refusal("the network returns these channels", (node.name,)))
         elif node.op == "call_module":
             self.module(node, self.gm.get_submodule(str(node.target)), sources)
-        elif sources and op_name(node) not in _SIZES:
+        elif sources and not (op_name(node) in _SIZES and shape_of(node) is None):
             self.function(node, sources)
 
     def module(self, node: fx.Node, module: Any, sources: list[fx.Node]) -> None:
@@ -197,11 +200,12 @@ class _SpaceFinder:
         by side. A number of channels that is written in it would be wrong with fewer."""
         before, after = tensor_shape(source), tensor_shape(node)
         name = op_name(node) if node.op != "call_module" else "flatten"
-        written: list[Any] = []
         if name in ("view", "reshape"):
-            written = list(node.args[1]) if isinstance(node.args[1], (list, tuple)) else list(node.args[1:])
-            if len(written) < 2 or (isinstance(written[1], int) and written[1] != -1) or node.kwargs:
+            written = reshape_sizes(node)
+            if written is None or len(written) < 2 or (isinstance(written[1], int) and written[1] != -1):
                 return self.mixed(node, [source])
+            if isinstance(written[1], fx.Node) and not any(u.own and u.node is node for u in self.counts):
+                return self.mixed(node, [source])  # a size that is the number of channels by chance
         elif name == "squeeze" and len(node.args) < 2:
             return self.mixed(node, [source])  # it would take a single channel that is left for a dimension to go
         elif node.kwargs and name != "flatten":
@@ -261,9 +265,19 @@ class _SpaceFinder:
     def block(self, sources: list[fx.Node], refusal: Refusal) -> None:
         self.blocked += [(self.labels[v][0], refusal) for v in sources if self.labels[v]]
 
+    def check_counts(self) -> None:
+        """Blocks channels whose number is read where it would be wrong with fewer of them."""
+        for use in self.counts:
+            having = [v for v in (use.value, use.node) if v in self.labels]
+            units = [sorted(self.units.root(u) for u in self.labels[v]) for v in having]
+            if not use.own or len(units) == 1 or units[:1] != units[1:]:
+                reason = f"{op_name(use.node)} works with how many channels {use.value.name} has"
+                self.block(having, Refusal(reason, (use.node.name,)))
+
     # --- spaces ------------------------------------------------------------------------------------------------------
 
     def result(self) -> tuple[list[Space], list[Refusal]]:
+        self.check_counts()
         reasons: dict[int, Refusal] = {}
         for unit, refusal in self.blocked:
             reasons.setdefault(self.spaces.root(unit), refusal)

@@ -232,3 +232,42 @@ class Squeezed(nn.Module):
 def test_a_squeeze_without_dimensions_would_take_the_last_channel_too() -> None:
     assert set(cuts(found(Squeezed(-1)))) == {"b", "head"}
     assert set(cuts(found(Squeezed()))) == {"b"}
+
+
+class Counting(nn.Module):
+    """Works with how many channels `a` makes, in a way of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.other, self.way = conv(3, 16), conv(16, 3), conv(3, 16), way
+        self.squeeze, self.excite = nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        b, c, h, w = y.shape
+        if self.way == "scale":
+            return self.b(y) * c**-0.5
+        if self.way == "other value":
+            return self.b(y).sum() + self.other(x).reshape(b, c, h, w)
+        if self.way == "shape":
+            return self.b(y).sum() + torch.zeros(y.shape)
+        if self.way == "size":
+            return self.b(y) / y.size(1)
+        if self.way == "mixing":
+            return self.b(y.reshape(b, -1, c).transpose(1, 2).reshape(b, c, h, w))
+        if self.way == "gate":
+            gate = self.excite(self.squeeze(y.mean((2, 3)).view(b, c)).relu()).sigmoid().view(b, c, 1, 1)
+            return self.b(y * gate)
+        return self.b(y) + torch.zeros(y.shape[-2:])
+
+
+@pytest.mark.parametrize("way", ["scale", "other value", "shape", "size", "mixing"])
+def test_channels_whose_number_is_worked_with_are_refused(way: str) -> None:
+    spans = found(Counting(way))
+    assert "a" not in {p for producers in cuts(spans).values() for p in producers}
+    assert way == "mixing" or "works with how many channels" in why(spans)
+
+
+@pytest.mark.parametrize("way", ["gate", "map"])
+def test_a_number_of_channels_may_be_read_for_a_reshape_that_loses_the_same(way: str) -> None:
+    assert cuts(found(Counting(way)))["b"] == (("a", "excite") if way == "gate" else ("a",))
