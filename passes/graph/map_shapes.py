@@ -30,6 +30,7 @@ from .union_find import UnionFind
 __all__ = [
     "GROWTH",
     "fake_shapes",
+    "fake_sizes",
     "follows",
     "holds_tensors",
     "observed_geometry",
@@ -162,11 +163,21 @@ def fake_shapes(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool = False
     `inputs` are `(shape, dtype)` pairs, or values that are no tensors. With `partial` values that cannot be had for
     these inputs are left out, with all that is computed from them; else what an op raises is raised.
     """
+    return _run(gm, inputs, partial).shapes
+
+
+def fake_sizes(gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, tuple[int, ...] | int]:
+    """The same, and the whole numbers that the graph computes with, of those values that can be had."""
+    runner = _run(gm, inputs, partial=True)
+    return {**runner.shapes, **runner.numbers}
+
+
+def _run(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool) -> _ShapeRunner:
     runner = _ShapeRunner(gm, partial)
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), quiet():
         runner.run(*(_fake(value, device) for value in inputs), enable_io_processing=False)
-    return runner.shapes
+    return runner
 
 
 def _fake(value: Any, device: torch.device) -> Any:
@@ -183,6 +194,7 @@ class _ShapeRunner(fx.Interpreter):
         super().__init__(gm)
         self.partial = partial
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.numbers: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "output":
@@ -197,6 +209,8 @@ class _ShapeRunner(fx.Interpreter):
             return _Unknown()
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
+        elif type(value) is int:
+            self.numbers[n] = value
         return value
 
     def value(self, n: fx.Node) -> Any:

@@ -1,76 +1,221 @@
-"""Lets each op of an exported program read sizes off its own operands.
+"""Lets each op read sizes off values near it.
 
-    b = size(x, 0)                                          b = size(x, 0)
-    y = view(x, b, 3, -1)                                   y = view(x, b, 3, -1)
-    z = view(conv(y), b, -1)            ->                  z = view(conv(y), size(conv(y), 0), -1)
-    cat(expand(token, b, -1, -1), z)                        cat(expand(token, size(z, 0), -1, -1), z)
+    n = x.size(0)                                           y = view(x, x.size(0), 3, -1)
+    y = view(x, n, 3, -1)                   ->              z = view(conv(y), conv(y).size(0), -1)
+    z = view(conv(y), n, -1)                                cat(expand(token, z.size(0), -1, -1), z)
+    cat(expand(token, n, -1, -1), z)
 
-torch.export reads a free size once, where it enters the program. As edges of the graph, such reads tie the input to ops
-everywhere, so that no part between them is a block of its own. Which dimensions have the same size is in the symbolic
-shapes that torch.export noted: equal expressions are equal numbers at every size.
+A forward often reads the batch where it enters, and torch.export always does. As edges of the graph such reads tie the
+input to ops everywhere, so that no part between them is a block of its own. Which dimensions have the same size, or a
+multiple of it, is seen at several sizes of the input:
+
+    a program of torch.export     its symbolic shapes, with numbers for the symbols
+    another graph                 the graph on fake tensors, with one dimension of its inputs larger at a time
+
+by amounts of different rests. What is equal each time is taken for equal; graphs are compared with the model at other
+sizes after this. Where the operands have no such size, the nearest value is read that they are computed from.
 """
 
 from __future__ import annotations
 
+import heapq
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["localize_sizes"]
+from ..graph.graph_edit import drop_dead
+from ..graph.map_shapes import fake_sizes, placeholder_values
+from ..graph.node_facts import shape_of
+from ..graph.raw_nodes import op_name
+
+__all__ = ["localize_sizes", "localize_symbols"]
+
+_IMAGES, _PIXELS = (1, 4), (32, 37, 43)  # what the first dimension of all inputs grows by, or another: one run each
+_SYMBOLS = (89, 144, 377, 1021)  # what symbols of a program are, one run each, and each symbol some more
+_READS = frozenset({"size", "sym_size", "getattr"})
+
+Run = dict[fx.Node, tuple[int, ...] | int]
+"""The shapes of tensors and the whole numbers of a graph at one size of its inputs."""
+
+Seen = tuple[int | None, ...]
+"""A size in each run; None where it cannot be had."""
 
 
-def localize_sizes(graph: fx.Graph) -> None:
-    """Change the sizes that nodes of a program with symbolic shapes are given, where an operand has the same."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.op == "call_function" and _is_tensor(node) and any(_is_size(n) for n in node.all_input_nodes):
-            operands = [n for n in node.all_input_nodes if _symbols(n)]
-            if not operands and node.users:
-                first = min(node.users, key=order.__getitem__)
-                operands = [n for n in first.all_input_nodes if n is not node and _symbols(n)]
-                if operands:
-                    first.prepend(node)  # what it makes is of a size of what it meets there
-            _localize(graph, node, operands)
-    graph.eliminate_dead_code(lambda n: not _is_size(n))
+def localize_sizes(gm: fx.GraphModule) -> None:
+    """Change the sizes that ops of a canonical graph are given for those of values near them."""
+    far = _far(gm.graph, lambda node: shape_of(node) is not None)
+    if far:
+        _Localizer(gm.graph, list(_runs(gm)), "call_method", "size").run(far)
+        drop_dead(gm)
+        gm.recompile()
 
 
-def _localize(graph: fx.Graph, node: fx.Node, operands: list[fx.Node]) -> None:
-    places: dict[Any, tuple[fx.Node, int]] = {}
-    for operand in operands:
-        for dim, expression in _symbols(operand):
-            places.setdefault(expression, (operand, dim))
-    made: dict[fx.Node, fx.Node] = {}
-
-    def local(size: fx.Node) -> fx.Node:
-        if not _is_size(size) or not size.meta["val"].node.expr.free_symbols:
-            return size
-        if size not in made:
-            expression = size.meta["val"].node.expr
-            if expression in places:
-                made[size] = graph.call_function(torch.ops.aten.sym_size.int, places[expression])
-            elif any(_is_tensor(n) for n in size.all_input_nodes):
-                return size
-            else:  # arithmetic: with the sizes that it works with
-                made[size] = graph.node_copy(size, local)
-            made[size].meta = dict(size.meta)
-        return made[size]
-
-    with graph.inserting_before(node):
-        node.args = fx.map_arg(node.args, local)
-        node.kwargs = fx.map_arg(node.kwargs, local)
+def localize_symbols(graph: fx.Graph) -> None:
+    """The same for a program with symbolic shapes, as torch.export made it."""
+    far = _far(graph, lambda node: isinstance(node.meta.get("val"), Tensor))
+    if far:
+        _Localizer(graph, _substituted(graph), "call_function", torch.ops.aten.sym_size.int).run(far)
+        graph.eliminate_dead_code(lambda n: not isinstance(n.meta.get("val"), torch.SymInt))
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
+def _far(graph: fx.Graph, is_tensor: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The ops that are given sizes of values which they do not work with."""
+    read: dict[fx.Node, set[fx.Node]] = {}  # sizes and what is computed from them alone -> the values they are of
+    far: list[fx.Node] = []
+    for node in graph.nodes:
+        sources = set(node.all_input_nodes)
+        if sources and not is_tensor(node) and (op_name(node) in _READS or sources <= read.keys()):
+            read[node] = set().union(*(read.get(s, {s}) for s in sources))
+        elif is_tensor(node) and any(not read.get(s, sources) <= sources for s in sources):
+            far.append(node)
+    return far
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.SymInt)
+class _Localizer:
+    """Changes a graph. A size is read by a node of kind `op` with the target `target`."""
+
+    def __init__(self, graph: fx.Graph, runs: list[Run], op: str, target: Any) -> None:
+        self.graph, self.runs, self.op, self.target = graph, runs, op, target
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+
+    def run(self, far: list[fx.Node]) -> None:
+        for node in far:
+            self.visit(node)
+
+    def visit(self, node: fx.Node) -> None:
+        """Change the sizes that one node is given."""
+        operands = [n for n in node.all_input_nodes if self.sizes(n)]
+        if not operands and node.users:
+            first = min(node.users, key=self.order.__getitem__)
+            operands = [n for n in first.all_input_nodes if n is not node and self.sizes(n)]
+            if operands:
+                first.prepend(node)  # what it makes is of a size of what it meets there
+                self.order[node] = self.order[first]
+        made: dict[fx.Node, fx.Node] = {}
+
+        def local(number: fx.Node) -> fx.Node:
+            if number not in made and _varies(self.number(number)):
+                made[number] = self.near(number, operands, local)
+            return made.get(number, number)
+
+        with self.graph.inserting_before(node):
+            node.args, node.kwargs = fx.map_arg(node.args, local), fx.map_arg(node.kwargs, local)
+
+    def near(self, number: fx.Node, operands: list[fx.Node], local: Callable[[fx.Node], fx.Node]) -> fx.Node:
+        """A node that has the same number: read off an operand, or computed from what is, or read off the last value that
+        the operands depend on; the number itself where there is none."""
+        if (place := self.place(number, operands)) is not None:
+            return self.size(*place)
+        if self.follows(number, operands):
+            return self.graph.node_copy(number, local)
+        for value in self.before(operands):
+            for dim, seen in self.sizes(value):
+                if _times(self.number(number), seen) == 1:
+                    return self.size(value, dim)
+        return self.graph.node_copy(number, local) if self.parts(number) else number
+
+    def place(self, number: fx.Node, values: list[fx.Node]) -> tuple[fx.Node, int, int] | None:
+        """(value, dimension, how many times the number it is) of one of some values, once the number if there is one."""
+        found = [(v, d, t) for v in values for d, seen in self.sizes(v) if (t := _times(self.number(number), seen))]
+        return min(found, key=lambda place: place[2] > 1, default=None)
+
+    def size(self, value: fx.Node, dim: int, times: int = 1) -> fx.Node:
+        size = self.graph.create_node(self.op, self.target, (value, dim))
+        return size if times == 1 else self.graph.call_function(operator.floordiv, (size, times))
+
+    def parts(self, number: fx.Node) -> list[fx.Node]:
+        """The numbers that one is computed from; none if it is read off a value."""
+        sources = number.all_input_nodes
+        return sources if all(self.number(n)[0] is not None for n in sources) else []
+
+    def follows(self, number: fx.Node, values: list[fx.Node]) -> bool:
+        """Whether a number is computed from sizes of some values."""
+        parts = [n for n in self.parts(number) if _varies(self.number(n))]
+        return bool(parts) and all(self.place(n, values) is not None or self.follows(n, values) for n in parts)
+
+    def before(self, values: list[fx.Node]) -> Iterator[fx.Node]:
+        """Some values and all that they are computed from, the last ones first."""
+        known = set(values)
+        queue = [(-self.order[n], n) for n in values]
+        heapq.heapify(queue)
+        while queue:
+            _, value = heapq.heappop(queue)
+            yield value
+            for source in value.all_input_nodes:
+                if source not in known and source in self.order and self.number(source)[0] is None:
+                    known.add(source)
+                    heapq.heappush(queue, (-self.order[source], source))
+
+    def number(self, node: fx.Node) -> Seen:
+        """The whole number that a node is in each run."""
+        return tuple(n if isinstance(n := run.get(node), int) else None for run in self.runs)
+
+    def sizes(self, node: fx.Node) -> list[tuple[int, Seen]]:
+        """(dimension, size in each run) of the sizes of a tensor that are not the same in all."""
+        shapes = [s if isinstance(s := run.get(node), tuple) else None for run in self.runs]
+        if shapes[0] is None:
+            return []
+        rank = len(shapes[0])
+        seen = [tuple(s[d] if s is not None and len(s) == rank else None for s in shapes) for d in range(rank)]
+        return [(d, sizes) for d, sizes in enumerate(seen) if _varies(sizes)]
 
 
-def _symbols(node: fx.Node) -> list[tuple[int, Any]]:
-    """(dimension, expression) of the sizes of a tensor that are not numbers."""
-    if not _is_tensor(node):
-        return []
-    return [(d, n.node.expr) for d, n in enumerate(node.meta["val"].shape) if isinstance(n, torch.SymInt)]
+def _runs(gm: fx.GraphModule) -> Iterator[Run]:
+    """A graph at the example, and with one dimension of its inputs larger at a time."""
+    given = list(placeholder_values(gm).values())
+    yield fake_sizes(gm, given)
+    for dim in range(max((len(v[0]) for v in given if _is_tensor(v)), default=0)):
+        for more in _PIXELS if dim else _IMAGES:
+            yield fake_sizes(gm, [_grown(v, dim, more) for v in given])
+
+
+def _substituted(graph: fx.Graph) -> list[Run]:
+    """A program with numbers for its symbols."""
+    known: dict[Any, tuple[int, ...]] = {}
+    symbols: dict[Any, int] = {}
+
+    def numbers(size: Any) -> tuple[int, ...]:
+        if isinstance(size, int):
+            return (size,) * len(_SYMBOLS)
+        expression = size.node.expr
+        if expression not in known:
+            for symbol in sorted(expression.free_symbols, key=str):
+                symbols.setdefault(symbol, 5 * len(symbols))
+            known[expression] = tuple(
+                int(expression.subs({s: n + symbols[s] for s in expression.free_symbols})) for n in _SYMBOLS
+            )
+        return known[expression]
+
+    runs: list[Run] = [{} for _ in _SYMBOLS]
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            for run, shape in zip(runs, zip(*map(numbers, value.shape), strict=True), strict=False):
+                run[node] = shape
+        elif isinstance(value, (int, torch.SymInt)):
+            for run, n in zip(runs, numbers(value), strict=True):
+                run[node] = n
+    return runs
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
+
+
+def _grown(value: Any, dim: int, more: int) -> Any:
+    if not _is_tensor(value) or len(value[0]) <= dim:
+        return value
+    return tuple(n + more * (d == dim) for d, n in enumerate(value[0])), value[1]
+
+
+def _varies(seen: Seen) -> bool:
+    return any(n is not None and n != seen[0] for n in seen)
+
+
+def _times(wanted: Seen, seen: Seen) -> int:
+    """How many times a number a size is in every run that has the size; 0 if not a whole number of times in all."""
+    times = seen[0] // wanted[0] if wanted[0] and seen[0] else 0
+    return times if all(b is None or (a is not None and b == a * times) for a, b in zip(wanted, seen, strict=True)) else 0

@@ -48,6 +48,7 @@ from ..model.trace_facts import SizeKind, TraceFacts, note, noted
 from .annotation import Annotator, annotate, cloned, example_values, spec_of
 from .exported import FixedSizes, trace_export, trace_free
 from .hidden import HiddenOps
+from .local_sizes import localize_sizes
 from .shape_tracer import trace_shapes
 from .tracers import Traced, first_line, trace_symbolic
 
@@ -309,6 +310,7 @@ def graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tup
         keyword={k: spec_of(v) for k, v in kwargs.items()},
     )
     note(gm, facts)
+    localize_sizes(gm)
     return gm, runner.hidden
 
 

@@ -1,0 +1,73 @@
+"""An exported program reads a free size once; lmfx reads it where it is used, so that parts stay parts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmfx
+
+AUTO = torch.export.Dim.AUTO
+
+
+class Tokens(nn.Module):
+    """Convs, then attention over pixels with a token of its own, then convs again; sizes are those of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 2, stride=2)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.c, self.d = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.b(self.a(x).relu())
+        tokens = torch.cat((self.token.expand(n, -1, -1), y.flatten(2).transpose(1, 2)), 1)
+        q, k, v = self.qkv(tokens).reshape(n, 1 + (h // 2) * (w // 2), 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        seen = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        out = self.proj(seen.transpose(1, 2).reshape(n, -1, 8))[:, 1:]
+        return self.d(self.c(y + out.transpose(1, 2).reshape(n, 8, h // 2, w // 2)).relu())
+
+
+class Folded(nn.Module):
+    """Windows become images of a batch, as many times the batch, and come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        y = self.a(x).relu().reshape(n, 4, 2, 4, 2, 4).permute(0, 2, 4, 1, 3, 5).reshape(n * 4, 4, 4, 4)
+        y = self.b(y).reshape(n, 2, 2, 4, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(n, 4, 8, 8)
+        return self.c(y.relu())
+
+
+def program(model: nn.Module, dims: dict[int, Any]) -> Any:
+    return torch.export.export(model, (torch.randn(2, 3, 8, 8, dtype=torch.float64),), dynamic_shapes=(dims,))
+
+
+@pytest.mark.parametrize(
+    ("make", "dims"), [(Tokens, {0: AUTO}), (Tokens, {0: AUTO, 2: AUTO, 3: AUTO}), (Folded, {0: AUTO})]
+)
+def test_a_program_is_taken_apart_as_its_model_is(make: Any, dims: dict[int, Any]) -> None:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    exported = program(model, dims)
+    graph = lmfx.trace(exported, x)
+    ours = [(c.realization, c.conv) for c in lmfx.spans(graph) if c.realization != "keep"]
+    wanted = [(c.realization, c.conv) for c in lmfx.spans(lmfx.trace(model, x)) if c.realization != "keep"]
+    assert wanted and ours == wanted
+    sizes = [(2, 8, 8), (5, 8, 8), (3, 12, 10)] if 2 in dims else [(2, 8, 8), (5, 8, 8)]
+    for n, h, w in sizes:
+        other = torch.randn(n, 3, h, w, dtype=torch.float64)
+        torch.testing.assert_close(graph(other), model(other), rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_first_op_reads_sizes_off_the_input() -> None:
+    graph = lmfx.trace(program(Folded().double().eval(), {0: AUTO}), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    (x,) = (n for n in graph.graph.nodes if n.op == "placeholder")
+    assert [n.op for n in x.users] == ["call_module"]
