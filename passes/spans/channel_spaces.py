@@ -200,9 +200,10 @@ class _SpaceFinder:
         by side. A number of channels that is written in it would be wrong with fewer."""
         before, after = tensor_shape(source), tensor_shape(node)
         name = op_name(node) if node.op != "call_module" else "flatten"
+        written: list[Any] = []
         if name in ("view", "reshape"):
-            written = reshape_sizes(node)
-            if written is None or len(written) < 2 or (isinstance(written[1], int) and written[1] != -1):
+            written = reshape_sizes(node) or []
+            if len(written) < 2 or (isinstance(written[1], int) and written[1] != -1):
                 return self.mixed(node, [source])
             if isinstance(written[1], fx.Node) and not any(u.own and u.node is node for u in self.counts):
                 return self.mixed(node, [source])  # a size that is the number of channels by chance
@@ -213,7 +214,8 @@ class _SpaceFinder:
         if after[0] != before[0] or after[1] % max(before[1], 1) or prod(after) != prod(before):
             return self.mixed(node, [source])
         each = after[1] // before[1]
-        if each != 1 and (len(after) != 2 or each != prod(before[2:]) or name != "flatten"):
+        flat = name == "flatten" or (len(written) == 2 and written[1] == -1)
+        if each != 1 and (len(after) != 2 or each != prod(before[2:]) or not flat):
             return self.mixed(node, [source])
         if each == 1 and before[2:] != after[2:] and prod(before[2:]) != 1:
             return self.mixed(node, [source])

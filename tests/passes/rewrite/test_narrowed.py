@@ -15,7 +15,7 @@ from lmfx.passes.rewrite.trainable import merge, rewrite
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.trace.tracing import fingerprint
 from tests.helpers import double, spans_of
-from tests.passes.spans.test_narrowing import Counting, Gated, SideBySide, conv
+from tests.passes.spans.test_narrowing import Counting, Gated, Headed, SideBySide, conv
 
 
 class Wide(nn.Module):
@@ -44,7 +44,7 @@ def plan_of(spans: SpanSet, *candidates: Candidate) -> MergePlan:
     return MergePlan(candidates, fingerprint(spans.network.gm))
 
 
-@pytest.mark.parametrize("make", [Gated, Wide, lambda: Counting("gate")])
+@pytest.mark.parametrize("make", [Gated, Wide, lambda: Counting("gate"), lambda: Headed(117)])
 def test_channels_that_are_zero_change_nothing(make: Any) -> None:
     """Channels whose reader has no weight may go: the narrowed network is the original."""
     torch.manual_seed(1)

@@ -271,3 +271,20 @@ def test_channels_whose_number_is_worked_with_are_refused(way: str) -> None:
 @pytest.mark.parametrize("way", ["gate", "map"])
 def test_a_number_of_channels_may_be_read_for_a_reshape_that_loses_the_same(way: str) -> None:
     assert cuts(found(Counting(way)))["b"] == (("a", "excite") if way == "gate" else ("a",))
+
+
+class Headed(nn.Module):
+    """A classifier that reads all pixels of a map, which a reshape lays side by side."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.a, self.head = conv(3, 16), nn.Linear(16 * size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x).relu().view(x.size(0), -1))
+
+
+def test_pixels_side_by_side_stay_or_go_with_their_channel() -> None:
+    spans = found(Headed(120))
+    assert cuts(spans) == {"head": ("a",)}
+    assert spans.network.narrowing.cuts["head"].space.per_unit == 120
