@@ -24,7 +24,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from ..errors import InputError, OptionError
 from ..ir import ConvConfig
-from .normal_equations import ROUNDING, Fit, power_of_two, usual_damping
+from .normal_equations import DEAD, ROUNDING, Fit, power_of_two, usual_damping
 
 __all__ = ["fit_cg"]
 
@@ -91,6 +91,7 @@ class _ConjugateGradients:
         squares = self._sum(lambda x, y: self._gradient(x.square(), one.expand_as(y)))
         # What varies by no more than the rounding of its sums is damped as if it varied by that.
         self.least = (ROUNDING if xs[0].dtype == torch.float64 else FLOAT32_ROUNDING) * squares
+        self.least = self.least.clamp_min(DEAD * float(squares.amax()))
         self.variances = torch.maximum(squares - self.total.square() / self.n, self.least)
         self.y_mean = self._sum(lambda x, y: y.double().transpose(0, 1).flatten(1).sum(1)) / self.n
 

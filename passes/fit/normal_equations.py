@@ -16,7 +16,8 @@ A system is factorised in the units U of its parts (powers of two, so exact), in
 so that more damping, where rounding has made it singular, always comes to an end. What is added is relative to the
 rounding of each part, so that a part that is sound is not damped for one that is not: the rounding of constant pixels,
 in float32 and in another order on each machine, does not hide a vector. A feature that varies by no more than
-the rounding of its sums (`ROUNDING` of its mean square) is constant, and gets no weight.
+the rounding of its sums (`ROUNDING` of its mean square) is constant, and gets no weight. Nor does a channel of a
+depthwise kernel that is `DEAD` beside the others: what a gate has closed is 1e-38, and weights of 1e38 overflow.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["Fit", "Sums", "System", "power_of_two", "usual_damping"]
 BLOCK = 1024
 SAFE = 2.0**30  # sums of products of float32 numbers up to this are far from overflow, down to its inverse from 0
 ROUNDING = 1e-12  # of a mean square: what sums in float64 may be off by
+DEAD = 1e-24  # of the largest mean square of all channels: less is no signal
 MORE = (0.0, *(10.0**e for e in range(2, 21, 2)))  # times the rounding on top, until a factorisation is sound
 
 
@@ -189,7 +191,7 @@ class System:
         varies = matrix.diagonal(dim1=1, dim2=2) > noise * single
         if not bool(varies.all()):
             matrix = torch.where(varies[:, :, None] & varies[:, None, :], matrix, 0.0)
-        least = max(rounding, ROUNDING) * squares
+        least = torch.maximum(max(rounding, ROUNDING) * squares, DEAD * squares.amax(0, keepdim=True))
         scale = torch.maximum(means(), least)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zero: a dead channel
         damped = torch.zeros_like(scale[0])

@@ -148,7 +148,8 @@ def test_a_fit_in_other_units_is_the_fit(scale: float, dtype: torch.dtype, depth
 
 def test_channels_of_very_different_sizes_lose_nothing_in_float32_sums() -> None:
     x = randn(16, 2, 9, 8, dtype=torch.float32)
-    x[:, 1] *= 1e-25
+    x[:, 0] *= 1e-14
+    x[:, 1] *= 1e-25  # of which squares vanish in float32
     gram = Gram(2, (1, 1), (1, 1), ((0, 0), (0, 0)), {"y": 2}, depthwise=True, dtype=torch.float32)
     y = torch.stack([2e25 * x[:, 0], 3e25 * x[:, 1]], 1)
     gram.update(x, {"y": y})
@@ -168,6 +169,23 @@ def test_conjugate_gradients_in_other_units_are_the_same(scale: float) -> None:
         assert relative(found.weight * (a / b), first.weight) < 1e-3
         assert relative(found.bias / b, first.bias) < 1e-3
         assert relative(found.residual / b**2, first.residual) < 1e-3
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+def test_a_channel_that_a_gate_has_closed_gets_no_weight(iterative: bool) -> None:
+    """Variations of 1e-38 beside those of 1 tell nothing, and a weight of 1e38 would overflow in the network."""
+    x, y = torch.rand(4, 3, 6, 6), torch.rand(4, 3, 6, 6)
+    y[:, 1:] = x[:, 1:]
+    x[:, 0] *= 1e-38
+    if iterative:
+        found = fit_cg([x], [y], ConvConfig(3, 3, (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=3), damping=1e-6)
+    else:
+        gram = Gram(3, (1, 1), (1, 1), ((0, 0), (0, 0)), {"y": 3}, depthwise=True, rounding=1e-6)
+        gram.update(x, {"y": y})
+        found = solve(gram, "y", (1, 1), True, damping=1e-6)
+    assert found.weight.flatten()[0].abs() < 1
+    torch.testing.assert_close(found.weight.flatten()[1:], torch.ones(2, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.bias[0], y[:, 0].double().mean(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
