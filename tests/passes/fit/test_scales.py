@@ -148,7 +148,7 @@ def test_a_fit_in_other_units_is_the_fit(scale: float, dtype: torch.dtype, depth
 
 def test_channels_of_very_different_sizes_lose_nothing_in_float32_sums() -> None:
     x = randn(16, 2, 9, 8, dtype=torch.float32)
-    x[:, 0] *= 1e-14
+    x[:, 0] *= 1e-18
     x[:, 1] *= 1e-25  # of which squares vanish in float32
     gram = Gram(2, (1, 1), (1, 1), ((0, 0), (0, 0)), {"y": 2}, depthwise=True, dtype=torch.float32)
     y = torch.stack([2e25 * x[:, 0], 3e25 * x[:, 1]], 1)
