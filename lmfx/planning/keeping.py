@@ -2,10 +2,10 @@
 
     kept(plan) = agreement of the arg-max (1 - divergence where nothing is a score), on all images that no fit saw,
                  and where these are fewer than 128 on as many more that fits have seen
-    taken      where  a - sqrt(a (1 - a) / n) >= keep,  a the agreement on n images
+    taken      where  a - its standard error >= keep,  a the agreement (`lmfx.quality.measures`)
 
 The fastest of many plans that just agree often enough does so by chance on these images, and on others less often; so
-an agreement has to be enough with its standard error to spare (127 of 128 images for 0.98).
+an agreement has to be enough with its standard error to spare (127 of 128 images for 0.98, where each is one row).
 
 Faster plans keep less, nearly always, so the interval between a latency that keeps enough and one that does not is
 halved. Each step builds, fits and judges the best plan that is proposed there.
@@ -80,16 +80,10 @@ def fastest_that_keeps(
         if not proposals:
             continue
         quality = judge(judged.students.student(proposals[0].plan))
-        if _surely_kept(quality) >= keep:
+        if quality.surely_kept >= keep:
             best, high = Kept(proposals[0], quality.kept), min(limit, proposals[0].sum)
             if step == 0:
                 break
         else:
             low = limit
     return best
-
-
-def _surely_kept(quality: Quality) -> float:
-    """What is kept, an agreement less its standard error."""
-    a = quality.agreement
-    return quality.kept if a is None else a - (a * (1 - a) / max(quality.images, 1)) ** 0.5

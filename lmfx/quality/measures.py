@@ -2,7 +2,8 @@
 
     divergence   sum |y' - y|^2 / sum |y - mean of y|^2      0: equal; 1: as far off as the mean of the images would be
     agreement    share of rows whose arg-max is the same; of a sequence, of the steps at which either has another class
-                 than the most frequent one (a blank would agree with itself)
+                 than the most frequent one (a blank would agree with itself); its standard error is over the images:
+                 m rows of an image are counted, of which a agree, sqrt(sum (a - m agreement)^2) / sum m
     KL           mean of sum p (log p - log p'),  p = softmax(y), in nats, over the rows
     scaled KL    the least KL of softmax(y' / T) over some T: what is left of KL once the scale of the outputs is set
                  anew, as refits and training do. Without it a network that says nothing (all classes alike) beats one
@@ -59,6 +60,7 @@ class OutputQuality:
     kl: float | None = None
     psnr: float | None = None
     scaled_kl: float | None = None
+    agreement_error: float | None = None  # its standard error
 
     def __str__(self) -> str:
         parts = [] if self.agreement is None else [f"agreement {self.agreement:.1%}"]
@@ -83,6 +85,12 @@ class Quality:
     def agreement(self) -> float | None:
         """The lowest agreement of an output of scores, None where there is none."""
         return min((o.agreement for o in self.outputs if o.agreement is not None), default=None)
+
+    @property
+    def surely_kept(self) -> float:
+        """The share that is left (`kept`), an agreement less its standard error."""
+        lowest = min((o for o in self.outputs if o.agreement is not None), key=lambda o: o.agreement or 0, default=None)
+        return self.kept - (0.0 if lowest is None else lowest.agreement_error or 0.0)
 
     @property
     def kl(self) -> float | None:
@@ -154,7 +162,8 @@ def measure_output(output: Output, reference: Tensor, other: Tensor) -> OutputQu
     divergence = _divergence(y, z)
     if output.kind == "scores":
         a, b = (t.clamp_min(LEAST_PROBABILITY).log() if output.probabilities else t for t in (y, z))
-        return OutputQuality(output.name, "scores", divergence, _agreement(y, z), _kl(a, b), None, scaled_kl(a, b))
+        agreement, error = _agreement(y, z)
+        return OutputQuality(output.name, "scores", divergence, agreement, _kl(a, b), None, scaled_kl(a, b), error)
     if output.kind == "map":
         return OutputQuality(output.name, "map", divergence, psnr=_psnr(y, z))
     return OutputQuality(output.name, output.kind, divergence)
@@ -168,15 +177,18 @@ def _divergence(y: Tensor, z: Tensor) -> float:
     return error / (len(y) * mean_square_distance(y)) if math.isfinite(error) else math.inf
 
 
-def _agreement(y: Tensor, z: Tensor) -> float:
+def _agreement(y: Tensor, z: Tensor) -> tuple[float, float]:
+    """The agreement and its standard error."""
     a, b = y.argmax(-1), z.argmax(-1)
-    same = a == b
+    counted = torch.ones_like(a, dtype=torch.bool)
     if a.dim() > 1:
         common = a.flatten().mode().values
         says = (a != common) | (b != common)
-        if bool(says.any()):
-            same = same[says]
-    return float(same.double().mean())
+        counted = says if bool(says.any()) else counted
+    rows = counted.reshape(len(a), -1).double().sum(1)
+    same = ((a == b) & counted).reshape(len(a), -1).double().sum(1)
+    agreement = same.sum() / rows.sum()
+    return float(agreement), float((same - rows * agreement).square().sum().sqrt() / rows.sum())
 
 
 def scaled_kl(y: Tensor, z: Tensor) -> float:

@@ -43,7 +43,8 @@ def count_uses(gm: fx.GraphModule) -> list[CountUse]:
             value, dims = seen.get(size, (size, ()))
             if 1 in dims:
                 sizes = reshape_sizes(node) or []
-                found.append(CountUse(value, node, dims == (1,) and [i for i, s in enumerate(sizes) if s is size] == [1]))
+                second = [i for i, given in enumerate(sizes) if given is size] == [1]
+                found.append(CountUse(value, node, dims == (1,) and second))
     return found
 
 

@@ -105,8 +105,8 @@ class _Localizer:
             node.args, node.kwargs = fx.map_arg(node.args, local), fx.map_arg(node.kwargs, local)
 
     def near(self, number: fx.Node, operands: list[fx.Node], local: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """A node that has the same number: read off an operand, or computed from what is, or read off the last value that
-        the operands depend on; the number itself where there is none."""
+        """A node that has the same number: read off an operand, or computed from what is, or read off the last value
+        that the operands depend on; the number itself where there is none."""
         if (place := self.place(number, operands)) is not None:
             return self.size(*place)
         if self.follows(number, operands):
@@ -118,7 +118,7 @@ class _Localizer:
         return self.graph.node_copy(number, local) if self.parts(number) else number
 
     def place(self, number: fx.Node, values: list[fx.Node]) -> tuple[fx.Node, int, int] | None:
-        """(value, dimension, how many times the number it is) of one of some values, once the number if there is one."""
+        """(value, dimension, how many times the number it is) of one of some values, if possible once the number."""
         found = [(v, d, t) for v in values for d, seen in self.sizes(v) if (t := _times(self.number(number), seen))]
         return min(found, key=lambda place: place[2] > 1, default=None)
 
@@ -218,4 +218,5 @@ def _varies(seen: Seen) -> bool:
 def _times(wanted: Seen, seen: Seen) -> int:
     """How many times a number a size is in every run that has the size; 0 if not a whole number of times in all."""
     times = seen[0] // wanted[0] if wanted[0] and seen[0] else 0
-    return times if all(b is None or (a is not None and b == a * times) for a, b in zip(wanted, seen, strict=True)) else 0
+    equal = all(b is None or (a is not None and b == a * times) for a, b in zip(wanted, seen, strict=True))
+    return times if equal else 0

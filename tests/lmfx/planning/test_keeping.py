@@ -36,7 +36,9 @@ def found(keep: float, agreement: Any) -> float:
     """The latency of the plan that is found, where a plan of some latency agrees so often."""
 
     def judge(plan: Any) -> Quality:
-        return Quality((OutputQuality("y", "scores", 0.0, agreement=agreement(plan.latency)),), IMAGES)
+        share = agreement(plan.latency)
+        error = (share * (1 - share) / IMAGES) ** 0.5
+        return Quality((OutputQuality("y", "scores", 0.0, agreement=share, agreement_error=error),), IMAGES)
 
     return fastest_that_keeps(judged(), FRONTIER, keep, judge).proposal.sum
 

@@ -67,6 +67,21 @@ def test_steps_of_blank_do_not_count_as_agreement() -> None:
     assert measure_output(SCORES, y, z).agreement == 0.5
 
 
+def test_the_standard_error_of_an_agreement_is_over_the_images() -> None:
+    y = torch.eye(4)[torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0))]
+    z = y.clone()
+    z[:20] = y[:20].roll(1, 1)
+    one = measure_output(SCORES, y, z)
+    assert one.agreement == 0.9 and one.agreement_error == pytest.approx((0.9 * 0.1 / 200) ** 0.5)
+    # As steps of ten images: where two of each differ, the agreement is sure, and where all of one image do, it is not.
+    alike = [torch.cat([v[:20].view(10, 2, 4), v[20:].view(10, 18, 4)], 1) for v in (y, z)]
+    steps = [measure_output(SCORES, *pair) for pair in (alike, (y.view(10, 20, 4), z.view(10, 20, 4)))]
+    sure, unsure = (float(s.agreement_error or 0) for s in steps)
+    assert 3 * sure < float(one.agreement_error or 0) < unsure
+    assert Quality((one,), 200).surely_kept == pytest.approx(0.9 - float(one.agreement_error or 0))
+    assert Quality((OutputQuality("a", "map", 0.1, psnr=20.0),), 10).surely_kept == 0.9
+
+
 def test_the_psnr_of_a_map_is_relative_to_its_range() -> None:
     y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     y.view(-1)[:2] = torch.tensor([0.0, 1.0], dtype=torch.float64)
