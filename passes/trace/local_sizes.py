@@ -87,13 +87,7 @@ class _Localizer:
 
     def visit(self, node: fx.Node) -> None:
         """Change the sizes that one node is given."""
-        operands = [n for n in node.all_input_nodes if self.sizes(n)]
-        if not operands and node.users:
-            first = min(node.users, key=self.order.__getitem__)
-            operands = [n for n in first.all_input_nodes if n is not node and self.sizes(n)]
-            if operands:
-                first.prepend(node)  # what it makes is of a size of what it meets there
-                self.order[node] = self.order[first]
+        operands = [n for n in node.all_input_nodes if self.sizes(n)] or self.met(node)
         made: dict[fx.Node, fx.Node] = {}
 
         def local(number: fx.Node) -> fx.Node:
@@ -103,6 +97,20 @@ class _Localizer:
 
         with self.graph.inserting_before(node):
             node.args, node.kwargs = fx.map_arg(node.args, local), fx.map_arg(node.kwargs, local)
+
+    def met(self, node: fx.Node) -> list[fx.Node]:
+        """What a value meets that is made of constants and sizes; it is moved there, with the views of it between."""
+        chain = [node]
+        while users := [n for n in chain[-1].users if n in self.order]:
+            first = min(users, key=self.order.__getitem__)
+            operands = [n for n in first.all_input_nodes if n not in chain and self.sizes(n)]
+            if operands:
+                for moved in chain:
+                    first.prepend(moved)
+                    self.order[moved] = self.order[first]
+                return operands
+            chain.append(first)
+        return []
 
     def near(self, number: fx.Node, operands: list[fx.Node], local: Callable[[fx.Node], fx.Node]) -> fx.Node:
         """A node that has the same number: read off an operand, or computed from what is, or read off the last value
