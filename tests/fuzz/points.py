@@ -405,6 +405,11 @@ def sized(s: Scope, v: str) -> str:
         "{v}.reshape(len({v}) * {c}, -1).cumsum(0).view({v}.shape)",
         "{v} / len({v})",
         "{v} * sum(1.0 for _ in {v})",
+        "{v} * {v}.shape[1] ** -0.5",
+        "{v}.reshape({top}.shape[0], {c}, -1).softmax(-1).view({v}.shape)",
+        "{v}.flatten(2).softmax(-1).reshape({top}.size(0), {v}.size(1), *{v}.shape[2:])",
+        "{v} * {v}.mean({dims}).view({top}.shape[0], {v}.shape[1], *{ones}).sigmoid()",
     )
-    text = s.draw.pick(texts).format(v=v, d=ndim, c=channels, n=max(0, shape[2] - 1), dims=dims)
+    known = {"v": v, "d": ndim, "c": channels, "n": max(0, shape[2] - 1), "dims": dims}
+    text = s.draw.pick(texts).format(top=s.args[0], ones=(1,) * ndim, **known)
     return s.let(text) or v
