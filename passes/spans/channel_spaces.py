@@ -13,7 +13,7 @@ A conv makes channels and reads others. In between, ops keep them apart, and eac
 Labels that meet in one value belong to one *space*. A space can be cut where nothing else sees it: no output, no op
 that mixes channels without being a conv, one conv that reads it (the `reader`), and beside that gates only, which read
 one pixel of it and make a factor for its channels. Nor may anything work with how many channels there are
-(`channel_counts`), but for `view(b, c, 1, 1)` of a value that loses the same ones.
+(`raw_nodes.count_uses`), but for `view(b, c, 1, 1)` of a value that loses the same ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from torch import fx, nn
 
 from ..graph import ops
 from ..graph.node_facts import shape_of, tensor_shape
-from ..graph.raw_nodes import argument, dependents, op_name
+from ..graph.raw_nodes import argument, count_uses, dependents, op_name, reshape_sizes
 from ..graph.reduction import join_of, operands_of
 from ..graph.union_find import UnionFind
 from ..ir import Refusal
-from .channel_counts import count_uses, reshape_sizes
 
 __all__ = ["Space", "find_spaces"]
 

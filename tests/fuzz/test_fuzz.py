@@ -54,7 +54,7 @@ def test_every_property_holds_on_random_networks(chunk: int, chunks: Path) -> No
 
 def check_reached(seen: Counter[str]) -> None:
     """The networks are of many kinds, and every slow check was made on some."""
-    assert seen["networks with a merged span"] > 0.5 * seen["networks"]
+    assert seen["networks with a merged span"] > 0.4 * seen["networks"]
     assert seen["does not run"] + seen["not finite"] < 0.02 * seen["networks"]
     for event in REACHED:
         assert seen[event], f"no network had {event!r}"

@@ -12,8 +12,9 @@ from torch import nn
 
 import lmfx
 from benchmarks.shared.random_plans import randomise_norms
-from lmfx.planning.keeping import _surely_kept, parse_keep
-from lmfx.quality.measures import OutputQuality, Quality
+from lmfx.planning.keeping import parse_keep
+from lmfx.quality.measures import Quality, measure_output
+from lmfx.quality.outputs import Output
 
 
 def network() -> nn.Module:
@@ -215,6 +216,11 @@ def test_refit_mends_what_composed_convs_lose(tmp_path: Path) -> None:
     ("agreement", "images", "share"), [(1.0, 64, 1.0), (63 / 64, 64, 0.9688), (505 / 512, 512, 0.9811), (0.5, 4, 0.25)]
 )
 def test_an_agreement_is_kept_with_its_standard_error_to_spare(agreement: float, images: int, share: float) -> None:
-    output = OutputQuality("y", "scores", 0.1, agreement=agreement)
-    assert _surely_kept(Quality((output,), images)) == pytest.approx(share, abs=1e-4)
-    assert _surely_kept(Quality((replace(output, agreement=None),), images)) == pytest.approx(0.9)
+    y = torch.eye(4, dtype=torch.float64).repeat(images // 4, 1)
+    z = y.clone()
+    wrong = round((1 - agreement) * images)
+    z[:wrong] = z[:wrong].roll(1, 1)
+    output = measure_output(Output("y", 0, "scores"), y, z)
+    assert output.agreement == agreement
+    assert Quality((output,), images).surely_kept == pytest.approx(share, abs=1e-4)
+    assert Quality((replace(output, agreement=None),), images).surely_kept == max(0.0, 1 - output.divergence)
