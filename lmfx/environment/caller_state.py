@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmfx.passes.errors import DeviceError, LmfxError, ModelError
+from lmfx.passes.errors import DeviceError, InputError, LmfxError, ModelError
 from lmfx.passes.model.autocast import no_autocast
 from lmfx.passes.trace.programs import as_module, is_program
 
@@ -226,6 +226,7 @@ _OWN = str(_PACKAGE) + os.sep
 _PASSES = str((_PACKAGE / "passes").resolve()) + os.sep  # elsewhere in a checkout
 _RUNS_NETWORKS = ("torch/fx/interpreter.py", "torch/fx/graph_module.py", "torch/nn/modules/module.py")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_NO_PATH = re.compile(r"expected str, bytes or os\.PathLike object, not (\w+)")
 _NODE = re.compile(r"While executing %(\w+) : .*?= (\w+)\[target=([^\]]+)\]")
 
 
@@ -253,6 +254,11 @@ def _told(stage: str, error: Exception) -> LmfxError:
         return ModelError(
             f"{stage} could not run {op} ({node[1]} of the traced graph): {kind}: {one_line(error)}. Take it out of "
             "the model, or make a module of it that runs on any batch; lmfx.trace(model, x).print_readable() shows it"
+        )
+    if isinstance(error, TypeError) and (given := _NO_PATH.search(text)):
+        return InputError(
+            f"{stage} needs a file name or a pathlib.Path where it was given {given[1]}: look at the order of its "
+            f"arguments, help(lmfx.{stage})"
         )
     return LmfxError(
         f"{stage} stopped with an error that lmfx does not know ({kind}: {one_line(error)}); if your model, data and "

@@ -40,6 +40,7 @@ QualityName = Literal["auto", "kl", "agreement", "divergence", "psnr"]
 NAMES = ("auto", "kl", "agreement", "divergence", "psnr")
 # On the other side of which a network has collapsed; scores may be of another scale and still say the same.
 LEAST_AGREEMENT, MOST_DIVERGENCE, MOST_OF_SCORES = 0.6, 0.5, 1.0
+LEAST_KL = 0.01  # nats; scores that are less apart say the same, also where they hardly vary from image to image
 LEAST_PROBABILITY = 1e-12
 TEMPERATURES = (0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 MOST_KL = 1e3  # of one row; what is not finite counts as this
@@ -119,7 +120,7 @@ class Quality:
         return any(
             o.divergence > MOST_DIVERGENCE
             if o.agreement is None
-            else o.agreement < LEAST_AGREEMENT or o.divergence > MOST_OF_SCORES
+            else o.agreement < LEAST_AGREEMENT or (o.divergence > MOST_OF_SCORES and (o.kl is None or o.kl > LEAST_KL))
             for o in self.outputs
         )
 

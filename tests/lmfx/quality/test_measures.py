@@ -126,6 +126,8 @@ def test_a_name_that_fits_no_output_stands_for_all_of_them() -> None:
     [
         (OutputQuality("a", "scores", 0.9, 0.95, 0.1), False),
         (OutputQuality("a", "scores", 0.1, 0.2, 2.0), True),
+        (OutputQuality("a", "scores", 1.2, 1.0, 2e-5), False),  # scores that hardly vary: an untrained toy
+        (OutputQuality("a", "scores", 1.2, 0.9, 0.1), True),
         (OutputQuality("a", "values", 0.2), False),
         (OutputQuality("a", "map", 0.9, psnr=12.0), True),
         (OutputQuality("a", "map", math.inf, psnr=-math.inf), True),
