@@ -369,6 +369,6 @@ def test_bad_targets_and_examples_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is a folder"):
         export_onnx(net, torch.randn(1, 2), tmp_path)
     with pytest.raises(InputError, match="file name .* given Tensor: look at the order"):
-        lmfx.export_onnx(nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", torch.randn(1, 3, 8, 8))  # type: ignore[arg-type]
+        export_onnx(nn.Conv2d(3, 4, 3), tmp_path / "net.onnx", torch.randn(1, 3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="not int"):
         export_onnx(net, 3, tmp_path / "net.onnx")  # type: ignore[arg-type]
