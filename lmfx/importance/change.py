@@ -234,7 +234,7 @@ class Scorer:
         norm, way = self.norm(c), self.after.way(c)
         for part in parts:
             y = part.values[way.place if way else c.span.output]
-            images += len(part.values[c.span.entry])
+            images += len(part.output)
             with torch.no_grad():
                 if c.calls and not isinstance(op, NarrowedSpan):
                     total += self.moved(c, lambda x: _made(x, c, op, norm), part)
@@ -246,7 +246,7 @@ class Scorer:
                     if way is not None:
                         new = self.after.value(way, c.span.output, new, part.values)
                     gradients = part.gradients[way.place if way else c.span.output]
-                    changes = [_products(new - y, g) for g in gradients]
+                    changes = [_products(new - y, g, len(part.output)) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
         return -0.5 * total / images / scale
 
@@ -325,11 +325,12 @@ class Scorer:
                 if way is not None:
                     new = self.after.value(way, span.output, new, part.values)
                 errors.append((new - part.values[place], part.gradients[place]))
-            probes = [[_products(e, g[i]) for e, g in errors] for i in range(self.options.probes)]
+            images = len(part.output)
+            probes = [[_products(e, g[i], images) for e, g in errors] for i in range(self.options.probes)]
             return sum(float(torch.stack(p).sum(0).square().sum()) for p in probes) / self.options.probes
         outputs = {nodes[span.output] for span, _ in calls}
         known, replaced, acted = self.replaced(c, made, part)
-        images, wanted = len(part.values[c.span.entry]), part.output
+        images, wanted = len(part.output), part.output
         with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
             output = flat_output(resume(self.gm, known, replaced, acted), images, self.rows)
             if self.options.norms == "batch":
@@ -356,12 +357,12 @@ class Scorer:
         """The squared change of the output, over all images, when the span's output is `new`."""
         wanted = part.output
         with batch_statistics(self.gm) if self.options.norms == "batch" else contextlib.nullcontext():
-            output = flat_output(resume(self.gm, self.given(c, new, part)), len(new), self.rows)
+            output = flat_output(resume(self.gm, self.given(c, new, part)), len(wanted), self.rows)
             if self.options.norms == "batch":  # the original from here on, with its new statistics
                 if c.span.output not in part.renewed:
                     place = self.network.nodes[c.span.output]
                     same = part.beside(self.network.nodes, [place]) | {place: part.values[c.span.output]}
-                    part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(new), self.rows)
+                    part.renewed[c.span.output] = flat_output(resume(self.gm, same), len(wanted), self.rows)
                 wanted = part.renewed[c.span.output]
         if output.shape != wanted.shape:  # the batches that were tried happened to fill as many rows an image
             raise ModelError(
@@ -401,8 +402,10 @@ def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
     return replace(op.like(x), padding=none)(fill_pad(x, c.conv))
 
 
-def _products(error: Tensor, gradient: Tensor) -> Tensor:
-    """The scalar product of each image's error with its gradient, (images,); added up in float64."""
+def _products(error: Tensor, gradient: Tensor, images: int) -> Tensor:
+    """The scalar product of each image's error with its gradient, (images,); added up in float64. A part that has the
+    frames of each image as a batch of its own has several rows an image."""
     if error.dtype in (torch.float16, torch.bfloat16):
         error = error.float()
-    return (error * gradient).flatten(1).sum(1, dtype=torch.float64)
+    rows = (error * gradient).flatten(1).sum(1, dtype=torch.float64)
+    return rows.reshape(images, -1).sum(1) if len(rows) % images == 0 else rows

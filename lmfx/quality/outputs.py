@@ -6,8 +6,9 @@
 
 A softmax says that its output is scores, and then the outputs beside it are not, unless they are softmaxes as well.
 Else the last layer that computes decides: a Linear or a convolution, perhaps pooled, gives scores where it has two
-columns or more; a sigmoid, a tanh or a division by the norm does not. Rows whose arg-max is always the same say no
-class, unless they are a softmax: such an output counts as values.
+columns or more and its channels are the columns (of a map of one channel, squeezed, they are pixels); a sigmoid, a tanh
+or a division by the norm does not. Rows whose arg-max is always the same say no class, unless they are a softmax: such
+an output counts as values.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def outputs_of(gm: fx.GraphModule, values: list[torch.Tensor], rows: Rows) -> li
         kind: Kind = "values"
         if dim is not None:
             shape = [n for i, n in enumerate(value.shape) if i != dim]
-            scored = source.softmax if softmax else source.layer
+            scored = source.softmax if softmax else source.layer and source.channels % max(shape[-1:], default=1) == 0
             differs = source.softmax or _differs(value.movedim(dim, 0))
             if len(shape) in (1, 2) and shape[-1] >= 2 and scored and differs:
                 kind = "scores"
@@ -80,6 +81,7 @@ class _Source:
     layer: bool | None
     softmax: bool
     log: bool = False
+    channels: int = 0  # of the layer; 0 where they are not known
 
 
 def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
@@ -88,7 +90,8 @@ def _source(gm: fx.GraphModule, node: fx.Node) -> _Source:
         if name in SOFTMAX:
             return _Source(True, True, name == "log_softmax")
         if isinstance(module, LAYERS) or name in LAYER_OPS:
-            return _Source(True, False)
+            channels: int = getattr(module, "out_features", 0) or getattr(module, "out_channels", 0)
+            return _Source(True, False, channels=channels)
         if name not in MOVES or not node.all_input_nodes:
             # A pooled activation (a classifier that ends in a conv) is a row of scores as well.
             return _Source(name in ("relu", "batchnorm1d", "batchnorm2d"), False)

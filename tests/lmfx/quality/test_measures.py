@@ -152,6 +152,7 @@ class Heads(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
         self.line, self.other = nn.Linear(6, 4), nn.Linear(6, 2)
+        self.depth, self.anchors = nn.Conv2d(6, 1, 1), nn.Conv2d(6, 6, 1)
         self.tail = tail
         with torch.no_grad():  # features that differ from image to image
             seen = self.body(torch.randn(64, 3, 9, 7)).mean((2, 3))
@@ -171,6 +172,8 @@ class Heads(nn.Module):
             "named": lambda: {"aux": self.other(v), "main": self.line(v)},
             "sequence": lambda: self.line(((y.mean(2) - self.middle[:, None]) / self.width[:, None]).transpose(1, 2)),
             "one": lambda: self.line(v)[:, :1],
+            "depth": lambda: self.depth(y).squeeze(1),
+            "anchors": lambda: self.anchors(y).permute(0, 2, 3, 1).reshape(len(x), -1, 3),
         }[self.tail]()
 
 
@@ -186,6 +189,8 @@ class Heads(nn.Module):
         ("named", ["scores", "scores"]),
         ("sequence", ["scores"]),
         ("one", ["values"]),
+        ("depth", ["map"]),
+        ("anchors", ["scores"]),
     ],
 )
 def test_outputs_are_told_apart(tail: str, kinds: list[str]) -> None:
