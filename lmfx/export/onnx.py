@@ -196,7 +196,14 @@ def _name_sizes(model: Any, free: FreeSizes) -> None:
     def sizes(value: Any) -> list[str]:
         return [d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
 
-    symbols = free.renamed([sizes(v) for v in model.graph.input]) if free.dims else {}
+    shapes = [sizes(v) for v in model.graph.input]
+    for n, d, name in ((n, d, name) for n, dims in free.dims.items() for d, name in dims.items()):
+        if shapes[n][d].isdecimal():
+            raise ExportError(
+                f"torch.export takes the {name} of input {model.graph.input[n].name} for the number {shapes[n][d]}: "
+                "something in the network depends on it (how many parts a split has, say). Export it without that size"
+            )
+    symbols = free.renamed(shapes) if free.dims else {}
     symbols = {old: new for old, new in symbols.items() if old.isidentifier() and old != new}
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output) if symbols else ():
         for dim in value.type.tensor_type.shape.dim:

@@ -29,7 +29,7 @@ from .functional import global_pool, module_of
 from .image_inputs import normalised_inputs
 from .layouts import channels_first
 from .pixels import slice_pixels
-from .selections import select_channels
+from .selections import select_channels, slice_batches
 from .transposed import as_conv
 from .written_borders import pads_before
 
@@ -58,7 +58,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
     changed += normalised_inputs(gm)
     changed += _maps(gm)
     drop_dead(gm)
-    changed += share_prefixes(gm)
+    changed += share_prefixes(gm) + slice_batches(gm)
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()

@@ -26,11 +26,20 @@ The proof is for the example's size. These rules make it one for all sizes: the 
 number of tokens after a class token is another one at another size); a part is only taken along dimension 1, by
 constants or by numbers of channels; the batch stays the first dimension; and a dimension of size 1 is neither moved nor
 merged with others, because at that size too much looks alike.
+
+**Parts of the batch** (of a Siamese network, or an average over flips) become slices. The number of parts of a chunk,
+and of a split by a size that is a value, depends on the batch; so torch.export makes a number of the batch, and a file
+for any batch could not be written. A slice has no such number:
+
+    %p = chunk(%f, 2, 0)                                  %n = size(%f, 0);  %s = (%n + 1) // 2
+    %a = getitem(%p, 0)                          ->       %a = getitem(%f, [: %s])
+    %b = getitem(%p, 1)                                   %b = getitem(%f, [%s : 2 %s])
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -39,11 +48,13 @@ from ..graph import ops
 from ..graph.graph_edit import bypass, place
 from ..graph.map_shapes import spatial_maps
 from ..graph.node_facts import note_like, shape_of, tensor_shape
-from ..graph.raw_nodes import op_name
+from ..graph.raw_nodes import argument, op_name
 from .arithmetic import concatenation
 from .moved_positions import Moved, moved_by
 
-__all__ = ["select_channels"]
+__all__ = ["select_channels", "slice_batches"]
+
+_SIZES = {"chunk": "chunks", "split": "split_size_or_sections"}
 
 
 def select_channels(gm: fx.GraphModule) -> int:
@@ -126,3 +137,51 @@ def _unpack(gm: fx.GraphModule) -> None:
                 parts.append(part)
         node.args = (parts, *node.args[1:])
         concatenation(node)
+
+
+# --- parts of the batch -----------------------------------------------------------------------------------------------
+
+
+def slice_batches(gm: fx.GraphModule) -> int:
+    """Rewrite in place of `gm` (the caller's own copy) with the shapes of its nodes; returns how many it made."""
+    found = 0
+    for node in list(gm.graph.nodes):
+        x = node.args[0] if node.args else None
+        if op_name(node) not in ("chunk", "split") or not isinstance(x, fx.Node) or shape_of(x) is None:
+            continue
+        if argument(node, 2, "dim", 0) not in (0, -len(shape_of(x) or ())) or not all(map(_is_part, node.users)):
+            continue
+        with gm.graph.inserting_before(node):
+            size = _size_of_parts(gm.graph, node, x)
+        if size is None:
+            continue
+        for part in list(node.users):
+            with gm.graph.inserting_before(part):
+                i = int(part.args[1])
+                begin, end = (_times(gm.graph, size, k) for k in (i, i + 1))
+                new = gm.graph.call_function(operator.getitem, (x, slice(begin, end)))
+            note_like(new, part)
+            part.replace_all_uses_with(new)
+            gm.graph.erase_node(part)
+            found += 1
+        gm.graph.erase_node(node)
+    return found
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[1], int) and node.args[1] >= 0
+
+
+def _size_of_parts(graph: fx.Graph, node: fx.Node, x: fx.Node) -> Any:
+    """The node that says how many images a part has; None where that is written as a number, or another for each."""
+    given = argument(node, 1, _SIZES[op_name(node)])
+    if op_name(node) == "split":
+        return given if isinstance(given, fx.Node) else None
+    if not isinstance(given, int) or given < 1:
+        return None
+    images = graph.call_method("size", (x, 0))
+    return graph.call_function(operator.floordiv, (graph.call_function(operator.add, (images, given - 1)), given))
+
+
+def _times(graph: fx.Graph, size: fx.Node, count: int) -> fx.Node | None:
+    return graph.call_function(operator.mul, (size, count)) if count > 1 else size if count else None

@@ -112,6 +112,38 @@ def test_a_network_that_runs_at_no_other_size_is_refused(tmp_path: Path) -> None
     lmfx.export_onnx(Numbered().eval(), X, tmp_path / "net.onnx", dynamic_batch=True)
 
 
+class Parts(nn.Module):
+    """Several images of each input in one batch, taken apart again."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.conv, self.way = nn.Conv2d(3, 4, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "chunk":
+            a, b, c = torch.chunk(self.conv(torch.cat([x, x.flip(-1), x.flip(-2)])), 3)
+            return a + 2 * b - c
+        a, b = self.conv(torch.cat([x, x.flip(-1)])).split(x.shape[0], dim=0)
+        return a + 2 * b
+
+
+@pytest.mark.parametrize("way", ["chunk", "split"])
+def test_parts_of_the_batch_are_slices_in_a_file_of_any_batch(way: str, tmp_path: Path) -> None:
+    model = Parts(way).eval()
+    graph = lmfx.trace(model, X)
+    file = lmfx.export_onnx(graph, X, tmp_path / "net.onnx", dynamic_batch=True)
+    for images in (1, 2, 5):
+        x = torch.randn(images, *X.shape[1:])
+        torch.testing.assert_close(graph(x), model(x), rtol=0, atol=0)
+        torch.testing.assert_close(through(file, x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_torch_takes_for_a_number_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="takes the batch of input x for the number"):
+        lmfx.export_onnx(Parts("split").eval(), X, tmp_path / "net.onnx", dynamic_batch=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_fault_of_the_network_is_told_not_taken_for_a_size() -> None:
     class Faulty(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
