@@ -221,10 +221,13 @@ def test_control_flow_of_its_own_is_refused() -> None:
             self.conv = nn.Conv2d(3, 3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda v: self.conv(v), lambda v: -self.conv(v), (x,))
+            y = self.conv(x)
+            return torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: -v, (y,))
 
+    # Of fixed sizes: torch 2.13 itself refuses branches with maps of any size.
+    program = torch.export.export(Either().double().eval().requires_grad_(False), (X,))
     with pytest.raises(ModelError, match="control flow"):
-        module_of_program(exported(Either().double().eval().requires_grad_(False)))
+        module_of_program(program)
 
 
 def test_a_part_without_gradients_is_taken_as_it_is() -> None:
