@@ -103,6 +103,9 @@ class _Localizer:
         chain = [node]
         while users := [n for n in chain[-1].users if n in self.order]:
             first = min(users, key=self.order.__getitem__)
+            readers = {n for link in chain for n in link.users} - set(chain)
+            if first.op == "output" or any(self.order.get(n, -1) < self.order[first] for n in readers):
+                return []  # what reads it earlier would come before it
             operands = [n for n in first.all_input_nodes if n not in chain and self.sizes(n)]
             if operands:
                 for moved in chain:
@@ -147,15 +150,15 @@ class _Localizer:
     def before(self, values: list[fx.Node]) -> Iterator[fx.Node]:
         """Some values and all that they are computed from, the last ones first."""
         known = set(values)
-        queue = [(-self.order[n], n) for n in values]
+        queue = [(-self.order[n], n.name, n) for n in values]
         heapq.heapify(queue)
         while queue:
-            _, value = heapq.heappop(queue)
+            *_, value = heapq.heappop(queue)
             yield value
             for source in value.all_input_nodes:
                 if source not in known and source in self.order and self.number(source)[0] is None:
                     known.add(source)
-                    heapq.heappush(queue, (-self.order[source], source))
+                    heapq.heappush(queue, (-self.order[source], source.name, source))
 
     def number(self, node: fx.Node) -> Seen:
         """The whole number that a node is in each run."""

@@ -71,3 +71,30 @@ def test_only_the_first_op_reads_sizes_off_the_input() -> None:
     graph = lmfx.trace(program(Folded().double().eval(), {0: AUTO}), torch.randn(2, 3, 8, 8, dtype=torch.float64))
     (x,) = (n for n in graph.graph.nodes if n.op == "placeholder")
     assert [n.op for n in x.users] == ["call_module"]
+
+
+class Twice(nn.Module):
+    """A token of every image that is read in two places, and one beside it that nothing meets but the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.token, self.c = nn.Parameter(torch.randn(1, 8, 1, 1)), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        token = self.token.expand(x.shape[0], -1, -1, -1)
+        early = token.flatten(1)
+        y = self.b(self.a(x).relu())
+        return self.c(y + token), early * 2, self.token.expand(x.shape[0], 8, 1, 1).flatten(1)
+
+
+@pytest.mark.parametrize("as_program", [True, False])
+def test_what_is_read_twice_stays_before_both(as_program: bool) -> None:
+    torch.manual_seed(0)
+    model = Twice().double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = lmfx.trace(program(model, {0: AUTO}) if as_program else model, x)
+    graph.graph.lint()
+    for n in (2, 5):
+        other = torch.randn(n, 3, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(graph(other), model(other), rtol=1e-12, atol=1e-12)
