@@ -386,6 +386,19 @@ def test_the_oracle_of_an_op_that_enlarges_looks_at_whole_blocks_inside(
     assert relative_error(lmfx.simplify(linear, x, growth=100)(x), linear(x)) < 1e-12
 
 
+@pytest.mark.parametrize("pads", [(0, 3), (2, 1), (1, 0)])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_a_pad_after_a_transposed_conv_is_compared_inside_and_is_no_loss_free_merge(
+    kernel: int, pads: tuple[int, int]
+) -> None:
+    model = double(nn.Sequential(nn.ConvTranspose1d(4, 3, kernel, 3), nn.ConstantPad1d(pads, 0.0)))
+    spans = spans_of(model, example(1, 4, 9), realize=("compose",))
+    for candidate in (c for c in spans if c.realization == "compose"):
+        assert check_span(spans.network, candidate) and not candidate.exact
+    x = example(2, 4, 9)
+    assert relative_error(lmfx.simplify(model, x, growth=100)(x), model(x)) < 1e-12
+
+
 class Shifted(nn.Module):
     """A scaled map, a conv and a vector from the side, and as many norms after it."""
 
