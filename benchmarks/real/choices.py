@@ -128,7 +128,7 @@ def main() -> None:
             print(f"{subject.name} at {part:g}: {len(told['plans'])} proposals ({told['cpu_s']:.0f} CPU s)")
             for row in (*told["plans"], told["steps"]):
                 print("  " + "  ".join(f"{k} {v:.3g}" for k, v in row.items()))
-            print("  correlation with the loss on inputs that nothing saw:", told["correlation with held"], flush=True)
+            print("  Kendall tau with the loss on inputs that nothing saw:", told["tau with held"], flush=True)
             if args.mixtures:
                 told["mixtures"] = mixtures(subject, judged, plan, args.mixtures)
                 print("  refit with mixtures:", told["mixtures"], flush=True)
