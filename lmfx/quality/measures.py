@@ -16,7 +16,7 @@ A loss, by which plans are compared, is lower for the better network, and 0 for 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -61,7 +61,7 @@ class OutputQuality:
     kl: float | None = None
     psnr: float | None = None
     scaled_kl: float | None = None
-    agreement_error: float | None = None  # its standard error
+    agreement_error: float | None = field(default=None, metadata={"optional": True})  # its standard error
 
     def __str__(self) -> str:
         parts = [] if self.agreement is None else [f"agreement {self.agreement:.1%}"]

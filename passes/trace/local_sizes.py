@@ -35,7 +35,7 @@ __all__ = ["localize_sizes", "localize_symbols"]
 
 _IMAGES, _PIXELS = (1, 4), (32, 37, 43)  # what the first dimension of all inputs grows by, or another: one run each
 _SYMBOLS = (89, 144, 377, 1021)  # what symbols of a program are, one run each, and each symbol some more
-_READS = frozenset({"size", "sym_size", "getattr"})
+_READS = frozenset({"size", "sym_size"})
 
 Run = dict[fx.Node, tuple[int, ...] | int]
 """The shapes of tensors and the whole numbers of a graph at one size of its inputs."""
@@ -67,7 +67,8 @@ def _far(graph: fx.Graph, is_tensor: Callable[[fx.Node], bool]) -> list[fx.Node]
     far: list[fx.Node] = []
     for node in graph.nodes:
         sources = set(node.all_input_nodes)
-        if sources and not is_tensor(node) and (op_name(node) in _READS or sources <= read.keys()):
+        reads = op_name(node) in _READS or (op_name(node) == "getattr" and node.args[1] == "shape")
+        if sources and not is_tensor(node) and (reads or sources <= read.keys()):
             read[node] = set().union(*(read.get(s, {s}) for s in sources))
         elif is_tensor(node) and any(not read.get(s, sources) <= sources for s in sources):
             far.append(node)
