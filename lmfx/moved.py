@@ -63,6 +63,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "plan_json": ("planning.plan_file",),
     "profiling": ("latency.profiling",),
     "progress": ("environment.progress",),
+    "report.text": ("report.words",),
     "search": ("planning.search",),
     "store": ("planning.saved_networks", "planning.saved_files"),
     "surrogates": ("calibration.surrogates",),

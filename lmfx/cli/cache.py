@@ -21,7 +21,7 @@ from typing import Any
 
 from lmfx.latency import Store, default_cache_dir
 from lmfx.passes.errors import OptionError, StoreError
-from lmfx.report.text import table
+from lmfx.report.words import table
 from lmfx.store.rows import FOLDER_NAME
 from lmfx.store.transfer import Listed, Selection, entries, export_rows, import_rows, prune
 

@@ -29,7 +29,8 @@ from lmfx.planning.frontier import IDENTITY, Frontier
 from lmfx.planning.keeping import parse_keep
 from lmfx.report import report
 from lmfx.report.spans import candidate_rows, refusals_list, spans_table
-from lmfx.report.text import calibration_text, table
+from lmfx.report.text import calibration_text
+from lmfx.report.words import table
 from lmfx.simplify import simplify
 from lmfx.stages import default_backend, profile, score, solve, trace
 from lmfx.training.recovery_clock import seconds_of

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lmfx.environment.progress import step
 
-__all__ = ["Effort", "StageClock", "give_back"]
+__all__ = ["Effort", "StageClock"]
 
 
 @dataclass(frozen=True)
@@ -44,29 +42,11 @@ class StageClock:
             with step(text or name, self.say and text is not None):
                 yield
         finally:
-            give_back()
             self.spent[name] = self.spent.get(name, 0.0) + time.process_time() - start
 
     def effort(self) -> Effort:
         """What was spent so far."""
         return Effort(tuple(self.spent.items()), _peak())
-
-
-def give_back() -> None:
-    """Gives memory that is free back to the system, where the C library keeps it (glibc does): what stages of other
-    batches and image sizes left between their values would be held until the process ends."""
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except (OSError, TypeError):  # Windows has no library of the process itself
-        return None
-    return found
 
 
 def _peak() -> int | None:

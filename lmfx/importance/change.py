@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from lmfx.calibration.bounded import Bounded
-from lmfx.calibration.derivatives import has_no_derivative
 from lmfx.calibration.factor_fits import FactorFits
 from lmfx.calibration.fit_values import FitValues
 from lmfx.calibration.fitting import FitGroup, FittedOp, fit_groups
@@ -36,7 +35,7 @@ from lmfx.calibration.recording import (
 )
 from lmfx.calibration.surrogates import affine_surrogates
 from lmfx.importance.added_activations import After
-from lmfx.importance.parts import Part, batch_statistics
+from lmfx.importance.parts import Part, batch_statistics, gradients_of
 from lmfx.passes.algebra.linear import LinearOp
 from lmfx.passes.algebra.linear_span import LinearSpan, fill_pad
 from lmfx.passes.errors import InputError, ModelError
@@ -45,7 +44,6 @@ from lmfx.passes.ir import Candidate
 from lmfx.passes.rewrite.span_modules import build_span, span_sides
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.moved_norms import moved_norm
-from lmfx.passes.trace.tracers import first_line
 
 __all__ = ["Scorer", "ScorerOptions"]
 
@@ -217,7 +215,7 @@ class Scorer:
             gradients: dict[str, list[Tensor]] = {n: [] for n in ordered}
             for probe in range(self.options.probes):
                 v = torch.randint(0, 2, z.shape, generator=generator).to(z.device, z.dtype) * 2 - 1
-                found = _gradients(z, [values[n] for n in ordered], v, probe + 1 < self.options.probes)
+                found = gradients_of(z, [values[n] for n in ordered], v, probe + 1 < self.options.probes)
                 for name, g in zip(ordered, found, strict=True):
                     gradients[name].append(torch.zeros_like(values[name]) if g is None else g)
         return Part({n: v.detach() for n, v in values.items()}, gradients, z.detach())
@@ -246,7 +244,7 @@ class Scorer:
                     if way is not None:
                         new = self.after.value(way, c.span.output, new, part.values)
                     gradients = part.gradients[way.place if way else c.span.output]
-                    changes = [_products(new - y, g, len(part.output)) for g in gradients]
+                    changes = [part.products(new - y, g) for g in gradients]
                     total += sum(float(d.square().sum()) for d in changes) / self.options.probes
         return -0.5 * total / images / scale
 
@@ -325,8 +323,7 @@ class Scorer:
                 if way is not None:
                     new = self.after.value(way, span.output, new, part.values)
                 errors.append((new - part.values[place], part.gradients[place]))
-            images = len(part.output)
-            probes = [[_products(e, g[i], images) for e, g in errors] for i in range(self.options.probes)]
+            probes = [[part.products(e, g[i]) for e, g in errors] for i in range(self.options.probes)]
             return sum(float(torch.stack(p).sum(0).square().sum()) for p in probes) / self.options.probes
         outputs = {nodes[span.output] for span, _ in calls}
         known, replaced, acted = self.replaced(c, made, part)
@@ -373,18 +370,6 @@ class Scorer:
         return float((output.double() - wanted).square().sum())
 
 
-def _gradients(z: Tensor, values: list[Tensor], v: Tensor, keep: bool) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(z, values, v, retain_graph=keep, allow_unused=True)
-    except RuntimeError as error:
-        if not has_no_derivative(error):
-            raise
-        raise ModelError(
-            f"an op of the model has no derivative ({first_line(error)}), which the second-order estimate needs: pass "
-            "lmfx.importance.Reconstruction(exact=True), which runs the network instead"
-        ) from error
-
-
 def _fit_job(job: tuple[FitGroup, Tensor, dict[str, Tensor], list[Tensor]]) -> dict[str, FittedOp]:
     group, x, ys, others = job
     return group.fit(x, ys, quick=True, others=others)
@@ -400,12 +385,3 @@ def _apply(op: LinearOp, x: Tensor, c: Candidate) -> Tensor:
     assert c.conv is not None
     none = ((0, 0),) * op.ndim
     return replace(op.like(x), padding=none)(fill_pad(x, c.conv))
-
-
-def _products(error: Tensor, gradient: Tensor, images: int) -> Tensor:
-    """The scalar product of each image's error with its gradient, (images,); added up in float64. A part that has the
-    frames of each image as a batch of its own has several rows an image."""
-    if error.dtype in (torch.float16, torch.bfloat16):
-        error = error.float()
-    rows = (error * gradient).flatten(1).sum(1, dtype=torch.float64)
-    return rows.reshape(images, -1).sum(1) if len(rows) % images == 0 else rows

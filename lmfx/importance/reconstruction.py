@@ -45,7 +45,7 @@ from lmfx.store.shared_rows import Share
 
 __all__ = ["Reconstruction", "ReconstructionSession"]
 
-VERSION = 6
+VERSION = 7
 EXACT_MACS = 1e12  # some ten seconds on two cores
 LEAST_EXACT = 8  # images; where fewer could be afforded, the second-order estimate on more is better
 CANDIDATES_A_CONV = 10  # that are usually worth scoring

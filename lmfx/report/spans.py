@@ -10,7 +10,8 @@ from lmfx.passes.graph.conv_configs import module_config
 from lmfx.passes.ir import Candidate, Layer, Refusal
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.passes.spans.layers import Network
-from lmfx.report.text import group_refusals, short, size, table
+from lmfx.report.text import group_refusals
+from lmfx.report.words import short, size, table
 
 __all__ = ["candidate_rows", "candidate_to_dict", "refusals_list", "spans_table"]
 

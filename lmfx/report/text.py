@@ -16,18 +16,19 @@ from lmfx.environment.caller_state import entry
 from lmfx.environment.effort import Effort
 from lmfx.latency import CalibrationLine, LatencyTable
 from lmfx.passes.errors import InputError
-from lmfx.passes.ir import Candidate, ConvConfig, Refusal
+from lmfx.passes.ir import Candidate, Refusal
 from lmfx.passes.model.size_limits import limits_of
 from lmfx.passes.model.trace_facts import SizeKind, noted
 from lmfx.planning.saved_networks import is_merged
 from lmfx.quality.measures import Alternative
 from lmfx.report.answer import COLLAPSED, runtime
+from lmfx.report.words import count, more, percent, short, size, stride_of, table
 from lmfx.result import Result, result_of
 
-__all__ = ["Report", "calibration_text", "group_refusals", "report", "short", "size", "table"]
+__all__ = ["Report", "calibration_text", "group_refusals", "report"]
 
 ROWS = 12  # of a table, unless all is wanted
-NAMES = 4  # of a list of names
+WARNINGS = 4  # of quantization
 
 FEW_IMAGES = 16
 
@@ -91,23 +92,6 @@ def report(net: fx.GraphModule, *, full: bool = False) -> Report:
     return text
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Columns as wide as their widest entry, two spaces apart; those in `right` are aligned to the right.
-
-    Names may come from files, so control characters in an entry are written out.
-    """
-    lines = [[in_one_line(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * w for w in widths])
-    aligned = set(right)
-
-    def text(line: Sequence[str]) -> str:
-        cells = [c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        return ("  " + "  ".join(cells)).rstrip()
-
-    return "\n".join(text(line) for line in lines)
-
-
 def group_refusals(refusals: Iterable[Refusal]) -> list[tuple[str, list[Refusal]]]:
     """Refusals by their reason, whatever the names in it, the most frequent first."""
     groups: dict[str, list[Refusal]] = {}
@@ -135,7 +119,7 @@ def _int8(result: Result) -> list[str]:
         ]
     made = facts.quantized
     lines = [
-        f"  int8       {_count(len(made.layers), 'layer')} in 8 bits, {len(made.float_layers)} stay float because that "
+        f"  int8       {count(len(made.layers), 'layer')} in 8 bits, {len(made.float_layers)} stay float because that "
         "is faster; latency and quality are those of the Q/DQ file"
     ]
     if facts.ms:
@@ -144,14 +128,14 @@ def _int8(result: Result) -> list[str]:
             f"             in float {ms['original float32']:.4g} ms before and {ms['float32']:.4g} ms after; "
             f"in 8 bits {ms['original int8']:.4g} ms and {ms['int8']:.4g} ms"
         )
-    return [*lines, *(f"    {w}" for w in made.warnings[:NAMES])]
+    return [*lines, *(f"    {w}" for w in made.warnings[:WARNINGS])]
 
 
 def _head(result: Result) -> str:
     plan = result.plan
     before, after = (count + len(result.kept) for count in plan.conv_counts)
     how = ", ".join(f"{count} {name}" for name, count in plan.ways.items() if count)
-    title = f"{before} convolutions became {after}: {_count(len(plan.candidates), 'span')} changed ({how})"
+    title = f"{before} convolutions became {after}: {count(len(plan.candidates), 'span')} changed ({how})"
     if not plan.candidates:
         title = f"nothing was changed: all {before} convolutions are as they were"
     lines = [title, "  budget     none: only what loses nothing was merged"]
@@ -159,7 +143,7 @@ def _head(result: Result) -> str:
         budget = f"{result.budget}{_budget_ms(result)}" if result.budget is not None else "none"
         asked = budget if result.keep is None else f"{budget}, and to keep {result.keep:.4g}"
         lines[1:] = [f"  budget     {asked}", f"  latency    {_latency(result)}"]
-        lines += [f"             at {s.shape}: {_percent(s.ratio)}, weight {s.weight:.4g}" for s in result.shapes]
+        lines += [f"             at {s.shape}: {percent(s.ratio)}, weight {s.weight:.4g}" for s in result.shapes]
         lines.append(f"  backend    {runtime(result)}")
     lines += _int8(result)
     lines += _quality(result)
@@ -170,13 +154,13 @@ def _head(result: Result) -> str:
         few = (
             "; too few to judge a fit: give more, such as 64" if result.images < FEW_IMAGES and plan.candidates else ""
         )
-        lines.append(f"  images     {_count(result.images, 'calibration image')}{few}")
+        lines.append(f"  images     {count(result.images, 'calibration image')}{few}")
     if result.checked:
         lines.append(f"  checked    {result.checked}")
     if result.effort is not None:
         lines.append(f"  effort     {_effort(result.effort)}")
     form = "merged" if result.merged else "trainable; lmfx.merge(net) makes the form to deploy"
-    lines.append(f"  form       {form}, {_count(result.candidates, 'candidate')} were considered")
+    lines.append(f"  form       {form}, {count(result.candidates, 'candidate')} were considered")
     return "\n".join(lines)
 
 
@@ -192,7 +176,7 @@ def _quality(result: Result) -> list[str]:
     quality = result.quality
     if quality is None:
         return []
-    seen = _count(quality.images, "image") + (" that no fit saw" if quality.held_out else " that the fits saw")
+    seen = count(quality.images, "image") + (" that no fit saw" if quality.held_out else " that the fits saw")
     lines = [f"  quality    {quality}, on {seen}"]
     if result.input_size:
         lines.append(f"  input      images of {' x '.join(map(str, result.input_size))}")
@@ -229,14 +213,14 @@ def calibration_text(latency: LatencyTable) -> str:
     """What a latency table promises of whole networks, and how many of its rows the machine was too busy for."""
     line = latency.calibration
     busy = sum(m.quality == "busy" for m in latency.values())
-    said = "not calibrated on whole networks" if line is None else f"{_line(line)} ({_count(line.plans, 'network')})"
-    return said + (f"\n{_count(busy, 'row')} only seen while the machine was busy" if busy else "")
+    said = "not calibrated on whole networks" if line is None else f"{_line(line)} ({count(line.plans, 'network')})"
+    return said + (f"\n{count(busy, 'row')} only seen while the machine was busy" if busy else "")
 
 
 def _line(line: CalibrationLine) -> str:
-    errors = [f"off by {_percent(line.mape)}"] if math.isfinite(line.mape) else []
-    errors += [f"{_percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
-    errors += [f"at worst {_percent(line.worst)}"] if math.isfinite(line.worst) else []
+    errors = [f"off by {percent(line.mape)}"] if math.isfinite(line.mape) else []
+    errors += [f"{percent(line.held_out)} held out"] if math.isfinite(line.held_out) else []
+    errors += [f"at worst {percent(line.worst)}"] if math.isfinite(line.worst) else []
     errors += [f"Kendall tau {line.kendall_tau:.2f}"] if math.isfinite(line.kendall_tau) else []
     return f"network = {line.a:.4g} ms + {line.b:.4g} x sum of its rows; {', '.join(errors) or 'exact'}"
 
@@ -251,14 +235,14 @@ def _latency(result: Result) -> str:
     if result.measured is None and result.predicted is not None and result.original:
         ratio = result.predicted / result.original
         return (
-            f"{result.original:.4g} ms before, {result.predicted:.4g} ms after ({_percent(ratio)}, {1 / ratio:.2f}x as "
+            f"{result.original:.4g} ms before, {result.predicted:.4g} ms after ({percent(ratio)}, {1 / ratio:.2f}x as "
             "fast): predicted, not measured here"
         )
     if result.measured is None or result.original is None:
         return "not measured"
     text = f"{result.original:.4g} ms before, {result.measured:.4g} ms after"
     if result.ratio:
-        text += f" ({_percent(result.ratio)}, {1 / result.ratio:.2f}x as fast)"
+        text += f" ({percent(result.ratio)}, {1 / result.ratio:.2f}x as fast)"
     return text + (f"; predicted {result.predicted:.4g} ms" if result.predicted is not None else "")
 
 
@@ -274,7 +258,7 @@ def _spans(result: Result, full: bool) -> str:
         if c.conv is not None
     ]
     text = "merged\n" + table(("into", "convolutions", "kept", "kernel", "stride", "how"), rows)
-    return text + _more(len(named) - len(shown))
+    return text + more(len(named) - len(shown))
 
 
 def _narrowed(result: Result, full: bool) -> str:
@@ -283,7 +267,7 @@ def _narrowed(result: Result, full: bool) -> str:
         return ""
     shown = cuts if full else cuts[:ROWS]
     lines = [f"  {in_one_line(cut.conv)}: {cut.of} -> {cut.width} channels" for cut in shown]
-    return "narrowed\n" + "\n".join(lines) + _more(len(cuts) - len(shown))
+    return "narrowed\n" + "\n".join(lines) + more(len(cuts) - len(shown))
 
 
 def _factored(result: Result, full: bool) -> str:
@@ -292,7 +276,7 @@ def _factored(result: Result, full: bool) -> str:
         return ""
     shown = found if full else found[:ROWS]
     lines = [f"  {short(c.all_convs, full)}: {c.change}" for c in shown]
-    return "factored\n" + "\n".join(lines) + _more(len(found) - len(shown))
+    return "factored\n" + "\n".join(lines) + more(len(found) - len(shown))
 
 
 def _kept_of(candidate: Candidate) -> str:
@@ -303,16 +287,6 @@ def _kept_of(candidate: Candidate) -> str:
     ) + calls
 
 
-def stride_of(config: ConvConfig) -> str:
-    """The stride as people read it: `2`, and `1/2` for an op that makes its map twice as large."""
-    return f"1/{size(config.upscale)}" if config.upscale else size(config.stride)
-
-
-def size(values: Sequence[int]) -> str:
-    """3x3, or 1x7, or a dash for what has no spatial dimensions."""
-    return "x".join(map(str, values)) or "-"
-
-
 def _dropped(result: Result, full: bool) -> str:
     plan = result.plan
     gone = [c for c in plan.candidates if c.realization == "drop"]
@@ -321,9 +295,7 @@ def _dropped(result: Result, full: bool) -> str:
     if gone:
         shown = gone if full else gone[:ROWS]
         parts.append(
-            "dropped whole\n"
-            + "\n".join(f"  {short(c.all_convs, full)}" for c in shown)
-            + _more(len(gone) - len(shown))
+            "dropped whole\n" + "\n".join(f"  {short(c.all_convs, full)}" for c in shown) + more(len(gone) - len(shown))
         )
     if pruned:
         parts.append(f"pruned before merging\n  {short(pruned, full)}")
@@ -343,24 +315,4 @@ def _refusals(result: Result, full: bool) -> str:
     for reason, members in shown:
         nodes = list(dict.fromkeys(n for r in members for n in r.nodes))
         lines.append(f"  {len(members)} x {in_one_line(reason)}" + (f": {short(nodes, full)}" if nodes else ""))
-    return "refused\n" + "\n".join(lines) + _more(len(groups) - len(shown))
-
-
-def short(names: Sequence[str], full: bool = False) -> str:
-    """All names, or the first two and the last with their count; control characters in them are written out."""
-    names = [in_one_line(name) for name in names]
-    if full or len(names) <= NAMES:
-        return ", ".join(names)
-    return f"{', '.join(names[: NAMES - 2])}, ... {names[-1]} ({len(names)})"
-
-
-def _more(count: int) -> str:
-    return f"\n  ... and {count} more; full=True lists them" if count > 0 else ""
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
+    return "refused\n" + "\n".join(lines) + more(len(groups) - len(shown))

@@ -33,6 +33,7 @@ __all__ = [
     "fake_sizes",
     "follows",
     "holds_tensors",
+    "is_tensor_spec",
     "observed_geometry",
     "placeholder_values",
     "spatial_maps",
@@ -128,7 +129,7 @@ def values_at(gm: fx.GraphModule, growth: int) -> Shapes:
 
 def _larger(value: Any, first: int, last: int | None, growth: int) -> Any:
     """(shape, dtype) of an input with more pixels in these dimensions: of a map, or of a sequence of whole numbers."""
-    if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[1], torch.dtype):
+    if not is_tensor_spec(value):
         return value
     shape, dtype = value
     if len(shape) < (3 if dtype.is_floating_point else 2) or (dtype.is_floating_point and (first, last) == (1, None)):
@@ -181,8 +182,12 @@ def _run(gm: fx.GraphModule, inputs: Sequence[Any], partial: bool) -> _ShapeRunn
 
 
 def _fake(value: Any, device: torch.device) -> Any:
-    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
-    return torch.empty(value[0], dtype=value[1], device=device) if pair else value
+    return torch.empty(value[0], dtype=value[1], device=device) if is_tensor_spec(value) else value
+
+
+def is_tensor_spec(value: Any) -> bool:
+    """Whether a value is (shape, dtype), which stands for a tensor."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
 
 
 class _Unknown:

@@ -30,7 +30,9 @@ __all__ = [
     "count_uses",
     "dependents",
     "op_name",
+    "reads_sizes",
     "reshape_sizes",
+    "sizes_of",
     "tensor_of",
 ]
 
@@ -114,26 +116,43 @@ def _number(value: Any) -> int:
         return value
     if not isinstance(value, fx.Node):
         raise NotConstant
-    name, args = op_name(value), value.args
     if value.target in _ARITHMETIC and not value.kwargs:
-        numbers = [_number(a) for a in args]
+        numbers = [_number(a) for a in value.args]
         return int(value.target(*numbers))
-    if name in ("size", "sym_size") and len(args) == 2:
-        return _channels(args[0], args[1])
-    shape = args[0] if name == "getitem" else None
-    if isinstance(shape, fx.Node) and (
-        (op_name(shape) == "getattr" and shape.args[1] == "shape")
-        or (op_name(shape) == "size" and len(shape.args) == 1)
-    ):
-        return _channels(shape.args[0], args[1])
-    raise NotConstant
-
-
-def _channels(value: Any, dim: Any) -> int:
-    shape = shape_of(value)
-    if shape is None or len(shape) < 3 or not isinstance(dim, int) or dim % len(shape) != 1:
+    found = sizes_of(value)
+    shape = None if found is None else shape_of(found[0])
+    if found is None or shape is None or found[1] != 1 or len(shape) < 3:
         raise NotConstant
-    return int(shape[1])
+    return shape[1]
+
+
+# --- sizes that a graph reads -----------------------------------------------------------------------------------------
+
+
+def reads_sizes(node: fx.Node) -> bool:
+    """Whether a node is `x.shape`, `x.size()` or `x.size(1)`, in any spelling."""
+    name = op_name(node)
+    return name in ("size", "sym_size") or (name == "getattr" and node.args[1:] == ("shape",))
+
+
+def sizes_of(node: fx.Node) -> tuple[fx.Node, int | tuple[int, ...]] | None:
+    """(x, dimension) of a node that is a size of x; (x, dimensions) of one that is several, as `x.shape[2:]` is."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if op_name(node) == "getitem":
+        found = sizes_of(source)
+        if found is None or not isinstance(found[1], tuple):
+            return None
+        key: Any = node.args[1]
+        parts = (key.start, key.stop, key.step) if isinstance(key, slice) else (key,)
+        known = all(part is None or isinstance(part, int) for part in parts)
+        return (found[0], found[1][key]) if known else found
+    shape = shape_of(source)
+    if shape is None or not reads_sizes(node):
+        return None
+    dim = argument(node, 1, "dim") if op_name(node) != "getattr" else None
+    return source, dim % len(shape) if isinstance(dim, int) else tuple(range(len(shape)))
 
 
 @dataclass(frozen=True)
@@ -148,19 +167,13 @@ class CountUse:
 
 def count_uses(gm: fx.GraphModule) -> list[CountUse]:
     """All of them, in the order of the graph."""
-    seen: dict[fx.Node, tuple[fx.Node, tuple[int, ...]]] = {}  # x.shape[...] -> (x, which of its dimensions)
     found = []
     for node in gm.graph.nodes:
-        read = _read(node, seen)
-        if read is not None:
-            seen[node] = read
-            continue
-        for size in node.all_input_nodes:
-            value, dims = seen.get(size, (size, ()))
-            if 1 in dims:
-                sizes = reshape_sizes(node) or []
-                second = [i for i, given in enumerate(sizes) if given is size] == [1]
-                found.append(CountUse(value, node, dims == (1,) and second))
+        for size in node.all_input_nodes if sizes_of(node) is None else ():
+            read = sizes_of(size)
+            if read is not None and (read[1] == 1 or (isinstance(read[1], tuple) and 1 in read[1])):
+                second = [i for i, given in enumerate(reshape_sizes(node) or ()) if given is size] == [1]
+                found.append(CountUse(read[0], node, read[1] == 1 and second))
     return found
 
 
@@ -170,19 +183,3 @@ def reshape_sizes(node: fx.Node) -> list[Any] | None:
         return None
     given = node.args[1]
     return list(given) if isinstance(given, (list, tuple)) else list(node.args[1:])
-
-
-def _read(node: fx.Node, seen: dict[fx.Node, tuple[fx.Node, tuple[int, ...]]]) -> Any:
-    """(value, dimensions) if a node is sizes of a value."""
-    name, source = op_name(node), node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    if name == "getitem" and source in seen:
-        value, dims = seen[source]
-        part = dims[node.args[1]] if isinstance(node.args[1], (int, slice)) else dims
-        return value, part if isinstance(part, tuple) else (part,)
-    shape = shape_of(source)
-    if shape is None or not (name in ("size", "sym_size") or (name == "getattr" and node.args[1] == "shape")):
-        return None
-    dim = argument(node, 1, "dim") if name != "getattr" else None
-    return source, (dim % len(shape),) if isinstance(dim, int) else tuple(range(len(shape)))

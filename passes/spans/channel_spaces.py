@@ -270,8 +270,8 @@ class _SpaceFinder:
         """Blocks channels whose number is read where it would be wrong with fewer of them."""
         for use in self.counts:
             having = [v for v in (use.value, use.node) if v in self.labels]
-            units = [sorted(self.units.root(u) for u in self.labels[v]) for v in having]
-            if not use.own or len(units) == 1 or units[:1] != units[1:]:
+            value, node = (sorted(self.units.root(u) for u in self.labels.get(v, ())) for v in (use.value, use.node))
+            if not use.own or value != node:
                 reason = f"{op_name(use.node)} works with how many channels {use.value.name} has"
                 self.block(having, Refusal(reason, (use.node.name,)))
 

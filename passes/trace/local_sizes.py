@@ -27,15 +27,14 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.graph_edit import drop_dead
-from ..graph.map_shapes import fake_sizes, placeholder_values
+from ..graph.map_shapes import fake_sizes, is_tensor_spec, placeholder_values
 from ..graph.node_facts import shape_of
-from ..graph.raw_nodes import op_name
+from ..graph.raw_nodes import reads_sizes
 
 __all__ = ["localize_sizes", "localize_symbols"]
 
 _IMAGES, _PIXELS = (1, 4), (32, 37, 43)  # what the first dimension of all inputs grows by, or another: one run each
 _SYMBOLS = (89, 144, 377, 1021)  # what symbols of a program are, one run each, and each symbol some more
-_READS = frozenset({"size", "sym_size"})
 
 Run = dict[fx.Node, tuple[int, ...] | int]
 """The shapes of tensors and the whole numbers of a graph at one size of its inputs."""
@@ -44,13 +43,14 @@ Seen = tuple[int | None, ...]
 """A size in each run; None where it cannot be had."""
 
 
-def localize_sizes(gm: fx.GraphModule) -> None:
-    """Change the sizes that ops of a canonical graph are given for those of values near them."""
+def localize_sizes(gm: fx.GraphModule) -> bool:
+    """Change the sizes that ops of a canonical graph are given for values near them; False if there were none."""
     far = _far(gm.graph, lambda node: shape_of(node) is not None)
     if far:
         _Localizer(gm.graph, list(_runs(gm)), "call_method", "size").run(far)
         drop_dead(gm)
         gm.recompile()
+    return bool(far)
 
 
 def localize_symbols(graph: fx.Graph) -> None:
@@ -67,8 +67,7 @@ def _far(graph: fx.Graph, is_tensor: Callable[[fx.Node], bool]) -> list[fx.Node]
     far: list[fx.Node] = []
     for node in graph.nodes:
         sources = set(node.all_input_nodes)
-        reads = op_name(node) in _READS or (op_name(node) == "getattr" and node.args[1] == "shape")
-        if sources and not is_tensor(node) and (reads or sources <= read.keys()):
+        if sources and not is_tensor(node) and (reads_sizes(node) or sources <= read.keys()):
             read[node] = set().union(*(read.get(s, {s}) for s in sources))
         elif is_tensor(node) and any(not read.get(s, sources) <= sources for s in sources):
             far.append(node)
@@ -125,13 +124,13 @@ class _Localizer:
             return self.graph.node_copy(number, local)
         for value in self.before(operands):
             for dim, seen in self.sizes(value):
-                if _times(self.number(number), seen) == 1:
+                if _multiple(self.number(number), seen) == 1:
                     return self.size(value, dim)
         return self.graph.node_copy(number, local) if self.parts(number) else number
 
     def place(self, number: fx.Node, values: list[fx.Node]) -> tuple[fx.Node, int, int] | None:
         """(value, dimension, how many times the number it is) of one of some values, if possible once the number."""
-        found = [(v, d, t) for v in values for d, seen in self.sizes(v) if (t := _times(self.number(number), seen))]
+        found = [(v, d, t) for v in values for d, seen in self.sizes(v) if (t := _multiple(self.number(number), seen))]
         return min(found, key=lambda place: place[2] > 1, default=None)
 
     def size(self, value: fx.Node, dim: int, times: int = 1) -> fx.Node:
@@ -179,7 +178,7 @@ def _runs(gm: fx.GraphModule) -> Iterator[Run]:
     """A graph at the example, and with one dimension of its inputs larger at a time."""
     given = list(placeholder_values(gm).values())
     yield fake_sizes(gm, given)
-    for dim in range(max((len(v[0]) for v in given if _is_tensor(v)), default=0)):
+    for dim in range(max((len(v[0]) for v in given if is_tensor_spec(v)), default=0)):
         for more in _PIXELS if dim else _IMAGES:
             yield fake_sizes(gm, [_grown(v, dim, more) for v in given])
 
@@ -213,12 +212,8 @@ def _substituted(graph: fx.Graph) -> list[Run]:
     return runs
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], torch.dtype)
-
-
 def _grown(value: Any, dim: int, more: int) -> Any:
-    if not _is_tensor(value) or len(value[0]) <= dim:
+    if not is_tensor_spec(value) or len(value[0]) <= dim:
         return value
     return tuple(n + more * (d == dim) for d, n in enumerate(value[0])), value[1]
 
@@ -227,7 +222,7 @@ def _varies(seen: Seen) -> bool:
     return any(n is not None and n != seen[0] for n in seen)
 
 
-def _times(wanted: Seen, seen: Seen) -> int:
+def _multiple(wanted: Seen, seen: Seen) -> int:
     """How many times a number a size is in every run that has the size; 0 if not a whole number of times in all."""
     times = seen[0] // wanted[0] if wanted[0] and seen[0] else 0
     equal = all(b is None or (a is not None and b == a * times) for a, b in zip(wanted, seen, strict=True))

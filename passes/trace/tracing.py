@@ -310,7 +310,10 @@ def graph_of(name: str, traced: Traced, example: Example, reference: Any) -> tup
         keyword={k: spec_of(v) for k, v in kwargs.items()},
     )
     note(gm, facts)
-    localize_sizes(gm)
+    if localize_sizes(gm) and (difference := _difference(reference, annotate(gm, example))) is not None:
+        raise _Differs(
+            f"the graph does not compute what the model computes once sizes are read elsewhere ({difference})"
+        )
     return gm, runner.hidden
 
 

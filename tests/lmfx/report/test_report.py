@@ -16,7 +16,8 @@ from lmfx.passes.errors import InputError
 from lmfx.passes.ir import Candidate, ConvConfig, MergePlan, Realization, Refusal, Span
 from lmfx.report import report
 from lmfx.report.spans import refusals_list
-from lmfx.report.text import calibration_text, group_refusals, short, table
+from lmfx.report.text import calibration_text, group_refusals
+from lmfx.report.words import short, table
 from lmfx.result import Result
 
 CONV = ConvConfig(8, 8, (5, 3), (2, 1), ((2, 2), (1, 1)), (1, 1))
