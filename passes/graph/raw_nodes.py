@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
@@ -22,7 +21,6 @@ from . import ops
 from .node_facts import shape_of
 
 __all__ = [
-    "CountUse",
     "NotConstant",
     "argument",
     "bind",
@@ -155,25 +153,14 @@ def sizes_of(node: fx.Node) -> tuple[fx.Node, int | tuple[int, ...]] | None:
     return source, dim % len(shape) if isinstance(dim, int) else tuple(range(len(shape)))
 
 
-@dataclass(frozen=True)
-class CountUse:
-    """A node that works with a value's number of channels; `own` if it is a reshape that has it as the size of its
-    second dimension and nowhere else."""
-
-    value: fx.Node
-    node: fx.Node
-    own: bool
-
-
-def count_uses(gm: fx.GraphModule) -> list[CountUse]:
-    """All of them, in the order of the graph."""
+def count_uses(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """(value, node) for all nodes that work with a value's number of channels, in the order of the graph."""
     found = []
     for node in gm.graph.nodes:
         for size in node.all_input_nodes if sizes_of(node) is None else ():
             read = sizes_of(size)
             if read is not None and (read[1] == 1 or (isinstance(read[1], tuple) and 1 in read[1])):
-                second = [i for i, given in enumerate(reshape_sizes(node) or ()) if given is size] == [1]
-                found.append(CountUse(read[0], node, read[1] == 1 and second))
+                found.append((read[0], node))
     return found
 
 

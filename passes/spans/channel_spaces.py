@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from ..graph import ops
 from ..graph.node_facts import shape_of, tensor_shape
-from ..graph.raw_nodes import argument, count_uses, dependents, op_name, reshape_sizes
+from ..graph.raw_nodes import argument, count_uses, dependents, op_name, reshape_sizes, sizes_of
 from ..graph.reduction import join_of, operands_of
 from ..graph.union_find import UnionFind
 from ..ir import Refusal
@@ -108,7 +108,6 @@ class _SpaceFinder:
         self.made: dict[fx.Node, list[int]] = {}  # convs that make channels
         self.reads: list[tuple[fx.Node, fx.Node]] = []  # (conv, what it reads)
         self.blocked: list[tuple[int, Refusal]] = []
-        self.counts = count_uses(gm)
 
     # --- one node ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +203,7 @@ class _SpaceFinder:
             written = reshape_sizes(node) or []
             if len(written) < 2 or (isinstance(written[1], int) and written[1] != -1):
                 return self.mixed(node, [source])
-            if isinstance(written[1], fx.Node) and not any(u.own and u.node is node for u in self.counts):
+            if isinstance(written[1], fx.Node) and (sizes_of(written[1]) or (None, None))[1] != 1:
                 return self.mixed(node, [source])  # a size that is the number of channels by chance
         elif name == "squeeze" and len(node.args) < 2:
             return self.mixed(node, [source])  # it would take a single channel that is left for a dimension to go
@@ -267,13 +266,13 @@ class _SpaceFinder:
         self.blocked += [(self.labels[v][0], refusal) for v in sources if self.labels[v]]
 
     def check_counts(self) -> None:
-        """Blocks channels whose number is read where it would be wrong with fewer of them."""
-        for use in self.counts:
-            having = [v for v in (use.value, use.node) if v in self.labels]
-            value, node = (sorted(self.units.root(u) for u in self.labels.get(v, ())) for v in (use.value, use.node))
-            if not use.own or value != node:
-                reason = f"{op_name(use.node)} works with how many channels {use.value.name} has"
-                self.block(having, Refusal(reason, (use.node.name,)))
+        """Blocks channels whose number is read where it would be wrong with fewer of them. Of what reads it, only a
+        reshape has channels of its own."""
+        for value, node in count_uses(self.gm):
+            seen, made = (sorted(self.units.root(u) for u in self.labels.get(v, ())) for v in (value, node))
+            if seen != made:
+                reason = f"{op_name(node)} works with how many channels {value.name} has"
+                self.block([v for v in (value, node) if v in self.labels], Refusal(reason, (node.name,)))
 
     # --- spaces ------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,6 @@ from ..model.interface import Example, ModelCodeGen, Structure, bind, strip
 from ..model.model_copy import eval_copy
 from ..model.other_sizes import MANY
 from ..model.quiet import quiet
-from .local_sizes import localize_symbols
 from .tracers import Traced
 
 __all__ = ["FixedSizes", "erase_checks", "name_inputs", "name_paths", "rooted", "trace_export", "trace_free"]
@@ -70,7 +69,6 @@ def trace_free(model: nn.Module, example: Example, free: Free) -> Traced:
         exported: Any = program.run_decompositions({}).module()
     graph: fx.Graph = exported.graph
     erase_checks(graph)
-    localize_symbols(graph)
     flat = [n for n in graph.nodes if n.op == "placeholder"]
     if len(flat) != len(tensors):
         raise TraceError(f"torch.export gave a graph of {len(flat)} inputs for {len(tensors)} tensors")

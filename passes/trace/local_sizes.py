@@ -7,13 +7,10 @@
 
 A forward often reads the batch where it enters, and torch.export always does. As edges of the graph such reads tie the
 input to ops everywhere, so that no part between them is a block of its own. Which dimensions have the same size, or a
-multiple of it, is seen at several sizes of the input:
-
-    a program of torch.export     its symbolic shapes, with numbers for the symbols
-    another graph                 the graph on fake tensors, with one dimension of its inputs larger at a time
-
-by amounts of different rests. What is equal each time is taken for equal; graphs are compared with the model at other
-sizes after this. Where the operands have no such size, the nearest value is read that they are computed from.
+multiple of it, is seen where the graph runs on fake tensors with one dimension of its inputs larger at a time, by
+amounts of different rests: what is equal each time is taken for equal. The graph is compared with the model after this,
+at the example and at other sizes. Where the operands have no such size, the nearest value is read that they are
+computed from. The symbolic shapes of a program say the same, and were tried: they found no more.
 """
 
 from __future__ import annotations
@@ -23,18 +20,16 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph.graph_edit import drop_dead
 from ..graph.map_shapes import fake_sizes, is_tensor_spec, placeholder_values
 from ..graph.node_facts import shape_of
 from ..graph.raw_nodes import reads_sizes
 
-__all__ = ["localize_sizes", "localize_symbols"]
+__all__ = ["localize_sizes"]
 
 _IMAGES, _PIXELS = (1, 4), (32, 37, 43)  # what the first dimension of all inputs grows by, or another: one run each
-_SYMBOLS = (89, 144, 377, 1021)  # what symbols of a program are, one run each, and each symbol some more
 
 Run = dict[fx.Node, tuple[int, ...] | int]
 """The shapes of tensors and the whole numbers of a graph at one size of its inputs."""
@@ -44,46 +39,34 @@ Seen = tuple[int | None, ...]
 
 
 def localize_sizes(gm: fx.GraphModule) -> bool:
-    """Change the sizes that ops of a canonical graph are given for values near them; False if there were none."""
-    far = _far(gm.graph, lambda node: shape_of(node) is not None)
+    """Change the sizes that ops of a canonical graph are given for those of values near them; False if none is."""
+    far = _far(gm.graph)
     if far:
-        _Localizer(gm.graph, list(_runs(gm)), "call_method", "size").run(far)
+        localizer = _Localizer(gm)
+        for node in far:
+            localizer.visit(node)
         drop_dead(gm)
         gm.recompile()
     return bool(far)
 
 
-def localize_symbols(graph: fx.Graph) -> None:
-    """The same for a program with symbolic shapes, as torch.export made it."""
-    far = _far(graph, lambda node: isinstance(node.meta.get("val"), Tensor))
-    if far:
-        _Localizer(graph, _substituted(graph), "call_function", torch.ops.aten.sym_size.int).run(far)
-        graph.eliminate_dead_code(lambda n: not isinstance(n.meta.get("val"), torch.SymInt))
-
-
-def _far(graph: fx.Graph, is_tensor: Callable[[fx.Node], bool]) -> list[fx.Node]:
+def _far(graph: fx.Graph) -> list[fx.Node]:
     """The ops that are given sizes of values which they do not work with."""
     read: dict[fx.Node, set[fx.Node]] = {}  # sizes and what is computed from them alone -> the values they are of
     far: list[fx.Node] = []
     for node in graph.nodes:
         sources = set(node.all_input_nodes)
-        if sources and not is_tensor(node) and (reads_sizes(node) or sources <= read.keys()):
+        if sources and shape_of(node) is None and (reads_sizes(node) or sources <= read.keys()):
             read[node] = set().union(*(read.get(s, {s}) for s in sources))
-        elif is_tensor(node) and any(not read.get(s, sources) <= sources for s in sources):
+        elif shape_of(node) is not None and any(not read.get(s, sources) <= sources for s in sources):
             far.append(node)
     return far
 
 
 class _Localizer:
-    """Changes a graph. A size is read by a node of kind `op` with the target `target`."""
-
-    def __init__(self, graph: fx.Graph, runs: list[Run], op: str, target: Any) -> None:
-        self.graph, self.runs, self.op, self.target = graph, runs, op, target
-        self.order = {node: i for i, node in enumerate(graph.nodes)}
-
-    def run(self, far: list[fx.Node]) -> None:
-        for node in far:
-            self.visit(node)
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.graph, self.runs = gm.graph, list(_runs(gm))
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
 
     def visit(self, node: fx.Node) -> None:
         """Change the sizes that one node is given."""
@@ -134,7 +117,7 @@ class _Localizer:
         return min(found, key=lambda place: place[2] > 1, default=None)
 
     def size(self, value: fx.Node, dim: int, times: int = 1) -> fx.Node:
-        size = self.graph.create_node(self.op, self.target, (value, dim))
+        size = self.graph.call_method("size", (value, dim))
         return size if times == 1 else self.graph.call_function(operator.floordiv, (size, times))
 
     def parts(self, number: fx.Node) -> list[fx.Node]:
@@ -181,35 +164,6 @@ def _runs(gm: fx.GraphModule) -> Iterator[Run]:
     for dim in range(max((len(v[0]) for v in given if is_tensor_spec(v)), default=0)):
         for more in _PIXELS if dim else _IMAGES:
             yield fake_sizes(gm, [_grown(v, dim, more) for v in given])
-
-
-def _substituted(graph: fx.Graph) -> list[Run]:
-    """A program with numbers for its symbols."""
-    known: dict[Any, tuple[int, ...]] = {}
-    symbols: dict[Any, int] = {}
-
-    def numbers(size: Any) -> tuple[int, ...]:
-        if isinstance(size, int):
-            return (size,) * len(_SYMBOLS)
-        expression = size.node.expr
-        if expression not in known:
-            for symbol in sorted(expression.free_symbols, key=str):
-                symbols.setdefault(symbol, 5 * len(symbols))
-            known[expression] = tuple(
-                int(expression.subs({s: n + symbols[s] for s in expression.free_symbols})) for n in _SYMBOLS
-            )
-        return known[expression]
-
-    runs: list[Run] = [{} for _ in _SYMBOLS]
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            for run, shape in zip(runs, zip(*map(numbers, value.shape), strict=True), strict=False):
-                run[node] = shape
-        elif isinstance(value, (int, torch.SymInt)):
-            for run, n in zip(runs, numbers(value), strict=True):
-                run[node] = n
-    return runs
 
 
 def _grown(value: Any, dim: int, more: int) -> Any:

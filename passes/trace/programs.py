@@ -31,7 +31,6 @@ from ..model.quiet import quiet, tracing
 from ..model.size_limits import set_conditions, set_limits
 from ..model.trace_facts import note
 from .exported import erase_checks, name_inputs, name_paths, rooted
-from .local_sizes import localize_symbols
 from .program_sizes import LEAST, sizes_of_program
 from .tracers import Traced, first_line
 from .tracing import graph_of
@@ -79,7 +78,6 @@ def module_of_program(program: torch.export.ExportedProgram) -> fx.GraphModule:
     example = example_of_program(program)
     graph: fx.Graph = exported.graph
     erase_checks(graph)
-    localize_symbols(graph)
     binding = _faced(graph, example, _names(exported), exported._out_spec)
     recompose(graph)
     name_paths(graph, {}, str)

@@ -251,6 +251,8 @@ class Counting(nn.Module):
             return self.b(y).sum() + self.other(x).reshape(b, c, h, w)
         if self.way == "shape":
             return self.b(y).sum() + torch.zeros(y.shape)
+        if self.way == "chance":
+            return self.b(y * y.mean((2, 3), keepdim=True).view(b, h, 1, 1))
         if self.way == "size":
             return self.b(y) / y.size(1)
         if self.way == "mixing":
@@ -266,6 +268,12 @@ def test_channels_whose_number_is_worked_with_are_refused(way: str) -> None:
     spans = found(Counting(way))
     assert "a" not in {p for producers in cuts(spans).values() for p in producers}
     assert way == "mixing" or "works with how many channels" in why(spans)
+
+
+def test_another_size_that_is_the_number_of_channels_by_chance_is_none() -> None:
+    """The image is as high as the map has channels, and with fewer channels it still would be."""
+    spans = found(Counting("chance"), torch.randn(2, 3, 16, 10))
+    assert "a" not in {p for producers in cuts(spans).values() for p in producers}
 
 
 @pytest.mark.parametrize("way", ["gate", "map"])

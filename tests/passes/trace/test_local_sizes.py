@@ -45,12 +45,48 @@ class Folded(nn.Module):
         return self.c(y.relu())
 
 
+class Rows(nn.Module):
+    """Two parts that lay the pixels of each channel in a row, with the image's sizes from the top: the second one could
+    read how long a row is off the first."""
+
+    def __init__(self, from_the_top: bool = True) -> None:
+        super().__init__()
+        self.from_the_top = from_the_top
+        self.a, self.b, self.c = (nn.Conv2d(n, 4, 3, padding=1) for n in (3, 4, 4))
+        self.first, self.second = nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        n, _, h, w = x.shape if self.from_the_top else y.shape
+        y = y + self.first(y.reshape(n, 4, h * w)).reshape(n, 4, h, w)
+        y = self.c(y.relu())
+        n, _, h, w = x.shape if self.from_the_top else y.shape
+        return y + self.second(y.reshape(n, 4, h * w)).reshape(n, 4, h, w)
+
+
+class Patches(nn.Module):
+    """The block of a MobileViT, whose program has the image's sizes as numbers and the batch free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block: Any = pytest.importorskip("timm.models.mobilevit").MobileVitBlock
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.block, self.c = block(8, transformer_dim=8, transformer_depth=1, num_heads=2), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.block(self.b(self.a(x).relu())).relu())
+
+
 def program(model: nn.Module, dims: dict[int, Any]) -> Any:
     return torch.export.export(model, (torch.randn(2, 3, 8, 8, dtype=torch.float64),), dynamic_shapes=(dims,))
 
 
 @pytest.mark.parametrize(
-    ("make", "dims"), [(Tokens, {0: AUTO}), (Tokens, {0: AUTO, 2: AUTO, 3: AUTO}), (Folded, {0: AUTO})]
+    ("make", "dims"),
+    [
+        *((Tokens, {0: AUTO}), (Tokens, {0: AUTO, 2: AUTO, 3: AUTO}), (Rows, {0: AUTO, 2: AUTO, 3: AUTO})),
+        *((Folded, {0: AUTO}), (Patches, {0: AUTO})),
+    ],
 )
 def test_a_program_is_taken_apart_as_its_model_is(make: Any, dims: dict[int, Any]) -> None:
     torch.manual_seed(0)
@@ -65,6 +101,13 @@ def test_a_program_is_taken_apart_as_its_model_is(make: Any, dims: dict[int, Any
     for n, h, w in sizes:
         other = torch.randn(n, 3, h, w, dtype=torch.float64)
         torch.testing.assert_close(graph(other), model(other), rtol=1e-12, atol=1e-12)
+
+
+def test_sizes_from_the_top_are_as_good_as_those_of_each_part() -> None:
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    found = [lmfx.spans(lmfx.trace(Rows(top).double().eval(), x)) for top in (True, False)]
+    top, local = ([(c.realization, c.conv) for c in spans] for spans in found)
+    assert len(top) > 20 and top == local
 
 
 def test_only_the_first_op_reads_sizes_off_the_input() -> None:
