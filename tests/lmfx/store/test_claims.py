@@ -241,14 +241,29 @@ def test_what_a_killed_process_had_claimed_is_made_by_the_others(tmp_path: Path)
 
 PROFILE = """
 import sys
+from pathlib import Path
 import torch
+from tests.store_processes import wait_until
 from tests.toys import images, toy
 import lmfx
 from lmfx.latency.sampling import Sampling
 from lmfx.latency.backends.torch_backend import TorchBackend
+from lmfx.store.shared_rows import Share
 
 torch.manual_seed(0)  # one model: other weights prune other convs, which makes other whole networks
 graph = lmfx.trace(toy(), images(1))
+
+take = Share.take
+
+def together(self, keys, most=None):
+    keys, here = list(keys), Path(sys.argv[2]).with_suffix(".began")
+    rows = take(self, keys, most)
+    if rows and len(keys) > (most or len(keys)):  # some are left for the other
+        here.touch()
+        wait_until(lambda: len(list(here.parent.glob("*.began"))) >= int(sys.argv[4]))
+    return rows
+
+Share.take = together
 backend = TorchBackend(sampling=Sampling(rounds=3, extra_rounds=1, min_ms=float(sys.argv[3]), batch_rows=12))
 print("ready", flush=True)
 sys.stdin.readline()
@@ -256,13 +271,14 @@ lmfx.profile(graph, backend, cache_dir=sys.argv[1], progress=True).save(sys.argv
 """
 
 
-def profiles(folder: Path, min_ms: float = 1.0) -> list[Any]:
-    """Two processes that will profile one model into one fresh store."""
+def profiles(folder: Path, min_ms: float = 1.0, together: int = 1) -> list[Any]:
+    """Two processes that will profile one model into one fresh store, and measure nothing before `together` of them
+    have claimed rows."""
     root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROFILE, str(folder), str(folder / f"{n}.json"), str(min_ms)],
+            [sys.executable, "-c", PROFILE, str(folder), str(folder / f"{n}.json"), str(min_ms), str(together)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -281,7 +297,7 @@ def logged(folder: Path) -> dict[int, int]:
 
 
 def test_two_processes_profile_one_model_into_one_store_and_get_the_same_table(tmp_path: Path) -> None:
-    processes = profiles(tmp_path, min_ms=20.0)  # long enough for the second to begin before the first has all
+    processes = profiles(tmp_path, together=2)
     go(*processes)
     errors = [process.communicate(timeout=250)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
