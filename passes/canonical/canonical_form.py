@@ -23,6 +23,7 @@ from ..graph.graph_edit import bypass, drop_dead, place, set_submodule
 from ..graph.node_facts import gives_its_operand, is_floating, note_like, same_kind, shape_of, tensor_shape
 from ..graph.raw_nodes import op_name, tensor_of
 from .arithmetic import SCALAR, arithmetic, concatenation
+from .broadcasts import plain_broadcasts
 from .cats import share_prefixes
 from .formulas import group_formulas
 from .functional import global_pool, module_of
@@ -51,6 +52,7 @@ def canonicalize(gm: fx.GraphModule) -> int:
             changed += _module(gm, node)
         elif node.op in ("call_function", "call_method"):
             changed += _function(gm, node)
+    changed += plain_broadcasts(gm)
     drop_dead(gm)
     changed += group_formulas(gm)
     changed += pads_before(gm)

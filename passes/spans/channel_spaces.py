@@ -215,7 +215,7 @@ class _SpaceFinder:
         flat = name == "flatten" or (len(written) == 2 and written[1] == -1)
         if each != 1 and (len(after) != 2 or each != prod(before[2:]) or not flat):
             return self.mixed(node, [source])
-        if each == 1 and before[2:] != after[2:] and prod(before[2:]) != 1:
+        if each == 1 and name != "flatten" and before[2:] != after[2:] and prod(before[2:]) != 1:
             return self.mixed(node, [source])
         return self.give(node, [u for u in labels for _ in range(each)])
 

@@ -279,8 +279,19 @@ def gate(s: Scope, v: str) -> str:
         return s.let(f"{v} * {name}({v}).sigmoid()", make) or v
     if form == 3:
         make = f"{name} = nn.Linear({channels}, {channels})"
-        ones = ", ".join(["None"] * ndim)
-        return s.let(f"{v} * {name}({v}.mean({dims})).sigmoid()[:, :, {ones}]", make) or v
+        none, one = ", ".join(["None"] * ndim), ", ".join(["1"] * ndim)
+        pooled = draw.pick(
+            (f"{v}.mean({dims})", f"{v}.flatten(2).mean(2)", f"{v}.view({v}.size(0), {channels}, -1).mean(-1)")
+        )
+        factor = f"{name}({pooled}).sigmoid()"
+        fitted = (
+            f"[:, :, {none}]",
+            f"[..., {none}]",
+            f".unflatten(1, (-1, {one}))",
+            f".view({v}.shape[:2] + ({one},))",
+        )
+        wide = ("", f".expand_as({v})", f".expand({v}.shape)", f".expand(-1, -1, *{v}.shape[2:])")
+        return s.let(f"{v} * {factor}{draw.pick(fitted)}{draw.pick(wide)}", make) or v
     if form == 4:
         make = f"{name} = nn.Conv{ndim}d(2, 1, 3, padding=1, bias=False)"
         stats = f"torch.cat([{v}.mean(1, keepdim=True), {v}.amax(1, keepdim=True)], 1)"
