@@ -87,7 +87,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "passes.fold": ("passes.canonical.constants",),
     "passes.functional": ("passes.canonical.functional",),
     "passes.gram": ("passes.fit.gram",),
-    "passes.inplace": ("passes.canonical.inplace",),
+    "passes.inplace": ("passes.trace.inplace",),
     "passes.interface": ("passes.model.interface",),
     "passes.layers": ("passes.spans.layers",),
     "passes.layouts": ("passes.canonical.layouts",),

@@ -14,7 +14,7 @@ from lmfx.int8.report import Int8Facts
 from lmfx.latency import CalibrationLine
 from lmfx.made_of import made_of
 from lmfx.passes.errors import InputError
-from lmfx.passes.html_text import html_facts
+from lmfx.passes.html_text import html_facts, plain_facts
 from lmfx.passes.ir import MergePlan, Refusal
 from lmfx.passes.spans.enumeration import SpanSet
 from lmfx.planning.frontier import Frontier
@@ -93,7 +93,13 @@ class Result:
         values = [getattr(self, name) for name in self.__dataclass_fields__]
         return type(self), (*values[:-2], None, None)
 
+    def __str__(self) -> str:
+        return plain_facts("lmfx: a compressed network", self._facts())
+
     def _repr_html_(self) -> str:
+        return html_facts("lmfx: a compressed network", self._facts())
+
+    def _facts(self) -> list[tuple[str, object]]:
         facts: list[tuple[str, object]] = [("budget", "none" if self.budget is None else self.budget)]
         if self.ratio and self.measured is not None and self.original is not None:
             latency = f"{self.original:.4g} ms before, {self.measured:.4g} ms after"
@@ -103,8 +109,7 @@ class Result:
         if self.quality is not None:
             facts.append(("quality", f"{self.quality}, on {self.quality.images} images"))
         facts.append(("changed", ", ".join(f"{n} {way}" for way, n in self.plan.ways.items() if n) or "nothing"))
-        facts += [("kept", f"{len(self.kept)} convs"), ("refused", f"{len(self.refusals)} times")]
-        return html_facts("lmfx: a compressed network", facts)
+        return [*facts, ("kept", f"{len(self.kept)} convs"), ("refused", f"{len(self.refusals)} times")]
 
 
 @entry

@@ -1,4 +1,4 @@
-"""Writes the small HTML that notebooks show of values: text, lists and tables, everything in them escaped.
+"""Writes what values say of themselves: small HTML for notebooks, everything in it escaped, and lines for `print`.
 
 Names of modules come from models and files, so no string reaches a page but through `escaped`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
-__all__ = ["escaped", "html_facts", "html_table"]
+__all__ = ["escaped", "html_facts", "html_table", "plain_facts"]
 
 
 def escaped(value: object) -> str:
@@ -42,3 +42,10 @@ def html_facts(title: str, facts: Iterable[tuple[str, object]]) -> str:
         for k, v in facts
     )
     return f"<div><strong>{escaped(title)}</strong><table><tbody>{rows}</tbody></table></div>"
+
+
+def plain_facts(title: str, facts: Iterable[tuple[str, object]]) -> str:
+    """The same for `print`: a heading, and a line for each fact."""
+    listed = list(facts)
+    width = max((len(name) for name, _ in listed), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in listed)])

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Literal, get_args
 
-from .html_text import escaped, html_table
+from .html_text import escaped, html_table, plain_facts
 
 __all__ = [
     "Candidate",
@@ -380,9 +380,16 @@ class MergePlan:
         before = {name for c in self.candidates for name in c.all_convs}
         return len(before), sum(c.conv_count for c in self.candidates)
 
-    def _repr_html_(self) -> str:
-        rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]
+    def __str__(self) -> str:
+        changes = [(c.realization, f"{c.change} of {', '.join(c.all_convs)}") for c in self.candidates]
+        return plain_facts(self._caption, changes)
+
+    @property
+    def _caption(self) -> str:
         figures = [] if self.latency is None else [f"{self.latency:.4g} ms predicted"]
         figures += [] if self.importance is None else [f"importance {self.importance:.4g}"]
-        caption = "; ".join([f"a plan that changes {len(rows)} spans", *figures])
-        return html_table(("how", "what it makes", "of"), rows, caption=caption)
+        return "; ".join([f"a plan that changes {len(self.candidates)} spans", *figures])
+
+    def _repr_html_(self) -> str:
+        rows = [(c.realization, c.change, ", ".join(c.all_convs)) for c in self.candidates]
+        return html_table(("how", "what it makes", "of"), rows, caption=self._caption)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
@@ -57,8 +56,7 @@ def model() -> nn.Module:
 @functools.cache
 def compressed() -> fx.GraphModule:
     """The model at six tenths of what the analytic backend says, made once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="lmfx-page-"))
     images = torch.randn(24, 3, 13, 13, generator=torch.Generator().manual_seed(1))
-    return lmfx.compress(
-        model(), images[:1], 0.6, calibration=images, latency="roofline", cache_dir=folder, refit=False, progress=False
-    )
+    options = {"latency": "roofline", "refit": False, "progress": False}
+    with tempfile.TemporaryDirectory(prefix="lmfx-page-") as folder:
+        return lmfx.compress(model(), images[:1], 0.6, calibration=images, cache_dir=folder, **options)

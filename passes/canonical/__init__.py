@@ -1,4 +1,4 @@
-"""One spelling for everything: functions, methods, in-place ops, permutes and slices become plain modules.
+"""One spelling for everything: functions, methods, permutes and slices become plain modules.
 
 In: the raw graph of a tracer. Out: the same network in which every op that lmfx understands is one `call_module` of a
 plain `torch.nn` type (or of `graph.modules`) and every join is `torch.add`, `sub`, `mul` or `cat`. Each file is one

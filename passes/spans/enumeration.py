@@ -23,7 +23,7 @@ from ..graph import ops
 from ..graph.conv_configs import is_identity_config, module_config
 from ..graph.map_shapes import follows
 from ..graph.reduction import join_of
-from ..html_text import html_facts, html_table
+from ..html_text import html_facts, html_table, plain_facts
 from ..ir import Candidate, ConvConfig, Cut, Layer, Refusal, Series, Span
 from .exact import inexact
 from .factoring import factorable, factored_ways
@@ -37,7 +37,8 @@ from .span_options import Method, Norm, SpanOptions
 
 __all__ = ["Method", "Norm", "SpanOptions", "SpanSet", "enumerate_spans"]
 
-REFUSALS_SHOWN = 20  # in a notebook
+REFUSALS_SHOWN = 20
+_TITLE = "lmfx: what could be merged"
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,19 @@ class SpanSet:
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self.candidates)
 
-    def _repr_html_(self) -> str:
+    def __str__(self) -> str:
+        refused = [("refused", r) for r in self.refusals[:REFUSALS_SHOWN]]
+        return plain_facts(_TITLE, [*self._facts(), *refused])
+
+    def _facts(self) -> list[tuple[str, object]]:
         ways = Counter(c.realization for c in self)
-        facts = [("candidates", len(self)), *ways.items(), ("refusals", len(self.refusals))]
+        return [("candidates", len(self)), *ways.items(), ("refusals", len(self.refusals))]
+
+    def _repr_html_(self) -> str:
         rows = [(r.reason, ", ".join(r.nodes)) for r in self.refusals[:REFUSALS_SHOWN]]
         more = f"{len(rows)} of {len(self.refusals)} refusals" if len(rows) < len(self.refusals) else "refusals"
         shown = html_table(("why not", "where"), rows, caption=more) if rows else ""
-        return html_facts("lmfx: what could be merged", facts) + shown
+        return html_facts(_TITLE, self._facts()) + shown
 
 
 def enumerate_spans(network: Network, options: SpanOptions | None = None) -> SpanSet:

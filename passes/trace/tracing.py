@@ -29,7 +29,6 @@ from torch.utils import _pytree as pytree
 
 from ..canonical.canonical_form import canonicalize
 from ..canonical.constants import fold_constants
-from ..canonical.inplace import make_pure
 from ..errors import ModelError, TraceError
 from ..graph import ops
 from ..graph.node_facts import shape_of
@@ -48,6 +47,7 @@ from ..model.trace_facts import SizeKind, TraceFacts, note, noted
 from .annotation import Annotator, annotate, cloned, example_values, spec_of
 from .exported import FixedSizes, trace_export, trace_free
 from .hidden import HiddenOps
+from .inplace import make_pure
 from .local_sizes import localize_sizes
 from .shape_tracer import trace_shapes
 from .tracers import Traced, first_line, trace_symbolic

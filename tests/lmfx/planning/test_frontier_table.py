@@ -62,6 +62,17 @@ def test_notebooks_show_values_and_escape_names(net: Any, frontier: Frontier) ->
     assert f"{result.ratio:.1%}" in result._repr_html_()
 
 
+def test_printed_values_say_in_a_few_lines_what_a_notebook_shows(net: Any) -> None:
+    result = lmfx.result_of(net)
+    assert result.frontier is not None
+    spans = result.frontier.spans
+    assert str(result).startswith("lmfx: a compressed network\n") and f"{result.ratio:.1%}" in str(result)
+    assert f"candidates  {len(spans)}\n" in str(spans) and str(spans.refusals[0]) in str(spans)
+    changes = str(result.plan).splitlines()[1:]
+    assert [line.split()[0] for line in changes] == [c.realization for c in result.plan.candidates]
+    assert all(name in line for line, c in zip(changes, result.plan.candidates, strict=True) for name in c.all_convs)
+
+
 def test_other_ways_are_drawn_where_they_were_measured(net: Any, frontier: Frontier, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     quality = lmfx.result_of(net).quality

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lmfx.passes.canonical.inplace import make_pure
 from lmfx.passes.errors import TraceError
 from lmfx.passes.model.trace_facts import noted
+from lmfx.passes.trace.inplace import make_pure
 from lmfx.passes.trace.tracing import trace
 from tests.helpers import check_rewrite, check_trace, ops_of, pick, run
 
