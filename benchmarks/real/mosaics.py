@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.real.packages import load_module, photographs, root, set_weights
 from benchmarks.real.subjects import Outputs, Subject
 
-__all__ = ["bayer", "mosaic"]
+__all__ = ["bayer", "mean_psnr", "mosaic"]
 
 HELD = 64
 
@@ -54,10 +54,11 @@ def judge(outputs: Outputs, original: Outputs) -> dict[str, float]:
     pictures = _pictures("held", len(made), 128).numpy()
     edge = (pictures.shape[-1] - size) // 2
     truth = pictures[..., edge : edge + size, edge : edge + size]
-    return {"psnr": _psnr(made, truth), "psnr to the original": _psnr(made, original[0].clip(0, 1))}
+    return {"psnr": mean_psnr(made, truth), "psnr to the original": mean_psnr(made, original[0].clip(0, 1))}
 
 
-def _psnr(made: np.ndarray, truth: np.ndarray) -> float:
+def mean_psnr(made: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over pictures `(n, c, h, w)` of the PSNR in dB; what was made is clipped to 0..1."""
     errors = ((made.clip(0, 1) - truth) ** 2).mean((1, 2, 3))
     return float((-10 * np.log10(np.maximum(errors, 1e-10))).mean())
 

@@ -26,7 +26,17 @@ from typing import Any
 import torch
 
 import lmfx
-from benchmarks.real import classifiers, drawn, faces, mosaics, pitches, real_report, text_boxes, text_lines
+from benchmarks.real import (
+    classifiers,
+    drawn,
+    enlargements,
+    faces,
+    mosaics,
+    pitches,
+    real_report,
+    text_boxes,
+    text_lines,
+)
 from benchmarks.real.exported import export, latencies, outputs
 from benchmarks.real.packages import Absent
 from benchmarks.real.pruned import Missed
@@ -45,6 +55,8 @@ NETWORKS: dict[str, Callable[[], Subject]] = {
     "drawn-mobilenet-2": lambda: drawn.drawn("mobilenet", 2),
     "crepe-tiny": pitches.crepe,
     "demosaicking": mosaics.bayer,
+    "waifu2x-upresnet10": enlargements.upresnet10,
+    "waifu2x-upconv7": enlargements.upconv7,
     "crnn-english": text_lines.crnn,
     "craft": text_boxes.craft,
     "efficientnet-lite0": classifiers.efficientnet,

@@ -1,7 +1,8 @@
 """What is asked of a network in this benchmark: its model, its images, and the judge of its outputs.
 
-A `Subject` is made by a function of `classifiers`, `text_lines`, `mosaics`, `faces`, `pitches` or `drawn`. Judges see
-what an exported file gives, one input at a time, on inputs that calibration never saw. A module, not a script.
+A `Subject` is made by a function of `classifiers`, `text_lines`, `text_boxes`, `mosaics`, `enlargements`, `faces`,
+`pitches` or `drawn`. Judges see what an exported file gives, one input at a time, on inputs that calibration never saw.
+A module, not a script.
 """
 
 from __future__ import annotations
