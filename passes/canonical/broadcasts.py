@@ -4,7 +4,7 @@ sum or a product repeats by itself.
     %g = getitem(%s, (:, :, None, None))                      %u = unsqueeze(%s, 2)
     %g = unflatten(%s, 1, (-1, 1, 1))               ->        %g = unsqueeze(%u, 3)
     %g = reshape(%s, (size(%s, 0), 24, 1, 1))
-    %s = slice(%x, 0, 0, 9223372036854775807)       ->        %x
+    %s = slice(%x, 0, 0, 9223372036854775807)       ->        %x            as `x[:]`
     %f = reshape(%x, (size(%x, 0), 24, 63))         ->        %f = flatten(%x, 2)
 
     %e = expand_as(%g, %x)
@@ -45,17 +45,20 @@ def plain_broadcasts(gm: fx.GraphModule) -> int:
         if name in ("view", "reshape") and _in_a_row(node, source):
             node.op, node.target, node.args = "call_function", torch.flatten, (source, 2)
             found += 1
+        elif name in ("getitem", "slice") and _takes_all(node, name):
+            found += bypass(node)
         elif name in _ADDING:
             found += _unsqueezed(node, source, _ADDING[name](node, source))
-        elif name == "slice" and _takes_all(node):
-            found += bypass(node)
         elif name in ("expand", "expand_as", "broadcast_to"):
             found += _not_expanded(node, source, name)
     return found
 
 
-def _takes_all(node: fx.Node) -> bool:
-    """Whether a slice as torch.export writes it takes everything."""
+def _takes_all(node: fx.Node, name: str) -> bool:
+    """Whether `x[...]`, `x[:, :]` or a slice as torch.export writes it takes everything."""
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(item is Ellipsis or item == slice(None) for item in index)
     start, stop, step = (argument(node, i, key) for i, key in ((2, "start"), (3, "end"), (4, "step")))
     return start in (None, 0) and stop in (None, sys.maxsize) and step in (None, 1)
 
@@ -140,10 +143,14 @@ def _expands(user: fx.Node, node: fx.Node, source: fx.Node, name: str) -> bool:
     other = user.args[1 - user.args.index(node)]
     if not isinstance(other, fx.Node) or shape_of(other) != shape_of(node):
         return False
+    rank = len(tensor_shape(node))
     if name == "expand_as":
         return argument(node, 1, "other") is other
-    given: Any = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)) else node.args[1:]
-    return bool(given) and all(
+    given: Any = node.args[1:]
+    if len(given) == 1 and isinstance(given[0], fx.Node) and sizes_of(given[0]) == (other, tuple(range(rank))):
+        return True  # expand(x.shape)
+    given = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
+    return len(given) == rank and all(
         any(_is_size(size, dim, value) for value in (source, other)) for dim, size in enumerate(given)
     )
 

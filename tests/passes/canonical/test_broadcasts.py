@@ -43,6 +43,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "expand_as": lambda g, y: g.view(g.size(0), g.size(1), 1, 1).expand_as(y),
     "expand": _expand,
     "expand -1": lambda g, y: g[:, :, None, None].expand(-1, -1, y.size(2), y.size(3)),
+    "expand shape": lambda g, y: g[:, :, None, None].expand(y.shape),
+    "whole": lambda g, y: g[:][:, :, None, None][..., :][...].expand(y.size()),
     "broadcast_to": lambda g, y: torch.broadcast_to(g[:, :, None, None], y.shape[:2] + y.shape[2:]),
 }
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
