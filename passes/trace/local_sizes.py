@@ -99,16 +99,20 @@ class _Localizer:
         return []
 
     def near(self, number: fx.Node, operands: list[fx.Node], local: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """A node that has the same number: read off an operand, or computed from what is, or read off the last value
-        that the operands depend on; the number itself where there is none."""
+        """A node that has the same number: read off an operand, or computed from what is; else the same of the last
+        values that the operands depend on; the number itself where there is none."""
         if (place := self.place(number, operands)) is not None:
             return self.size(*place)
         if self.follows(number, operands):
             return self.graph.node_copy(number, local)
+        parts, read = self.all_parts(number), set[fx.Node]()
         for value in self.before(operands):
             for dim, seen in self.sizes(value):
                 if _multiple(self.number(number), seen) == 1:
                     return self.size(value, dim)
+                read |= {n for n in parts if _multiple(self.number(n), seen) == 1}
+            if self.computed(number, read):
+                return self.graph.node_copy(number, local)
         return self.graph.node_copy(number, local) if self.parts(number) else number
 
     def place(self, number: fx.Node, values: list[fx.Node]) -> tuple[fx.Node, int, int] | None:
@@ -124,6 +128,16 @@ class _Localizer:
         """The numbers that one is computed from; none if it is read off a value."""
         sources = number.all_input_nodes
         return sources if all(self.number(n)[0] is not None for n in sources) else []
+
+    def all_parts(self, number: fx.Node) -> set[fx.Node]:
+        """The numbers that vary and that one is computed from, and those that these are computed from."""
+        parts = {n for n in self.parts(number) if _varies(self.number(n))}
+        return parts.union(*(self.all_parts(n) for n in parts))
+
+    def computed(self, number: fx.Node, known: set[fx.Node]) -> bool:
+        """Whether a number follows from known ones."""
+        parts = [n for n in self.parts(number) if _varies(self.number(n))]
+        return bool(parts) and all(n in known or self.computed(n, known) for n in parts)
 
     def follows(self, number: fx.Node, values: list[fx.Node]) -> bool:
         """Whether a number is computed from sizes of some values."""

@@ -141,3 +141,35 @@ def test_what_is_read_twice_stays_before_both(as_program: bool) -> None:
     for n in (2, 5):
         other = torch.randn(n, 3, 8, 8, dtype=torch.float64)
         torch.testing.assert_close(graph(other), model(other), rtol=1e-12, atol=1e-12)
+
+
+class Heads(nn.Module):
+    """Two parts that work on windows of each head by itself. At images 32 pixels larger those of the second part do not
+    fit, and -1 is another number, so nobody can tell there that the heads are as many times the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+        self.a, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+        self.b = nn.Conv2d(8, 8, 3, padding=1, stride=2)
+
+    def windows(self, y: Tensor, k: int) -> Tensor:
+        n, _, h, w = y.shape
+        z = y.reshape(-1, 2, h // k, k, w // k, k).permute(0, 1, 3, 5, 2, 4).reshape(n * 4, 2, k * k, -1)
+        z = z.softmax(2).reshape(n * 4, 2, k, k, h // k, w // k).permute(0, 1, 4, 2, 5, 3)
+        return z.reshape(n, 8, h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.windows(self.a(self.stem(x)).relu(), 4)
+        return self.c(self.windows(self.b(y).relu(), 8))
+
+
+def test_a_number_is_not_read_off_an_earlier_part_where_it_follows_from_a_size_nearby() -> None:
+    model, x = Heads().double().eval(), torch.randn(1, 3, 128, 128, dtype=torch.float64)
+    graph = lmfx.trace(model, x)
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    (b,) = (node for node in order if node.target == "b")
+    assert all(order[a] >= order[b] for node in order if order[node] > order[b] for a in node.all_input_nodes)
+    for shape in ((3, 3, 128, 128), (1, 3, 256, 128)):
+        y = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(graph(y), model(y))
