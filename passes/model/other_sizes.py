@@ -176,11 +176,20 @@ class Probes:
         return Verdict(verdict.states | dict.fromkeys(kinds, "fixed"), (*verdict.limits, *new))
 
     def _taken(self, trial: Trial) -> Iterator[_Probe]:
+        found = list(self._tried(trial))
+        several = trial.sized and any(sum(bool(v.dims) for v in leaves) > 1 for leaves in self.layouts(trial))
+        if not found and several and trial not in self.inherited:
+            found = list(self._tried(trial, strided=True))
+        yield from found
+
+    def _tried(self, trial: Trial, strided: bool = False) -> Iterator[_Probe]:
         refusals = 0
         batch = 1 if trial is Trial.ONE else 3 if self.batch == 2 else 2
         for leaves in self.layouts(trial):
             for change in trial.changes:
-                shapes = [resized(v, change, batch, leaves) for v in leaves]
+                shapes = [resized(v, change, batch, leaves, strided) for v in leaves]
+                if strided and shapes == [resized(v, change, batch, leaves) for v in leaves]:
+                    continue
                 if (shapes == [v.shape for v in leaves] and trial is not Trial.SAME) or any(s is None for s in shapes):
                     continue
                 made = self._run(trial, leaves, [s for s in shapes if s is not None])

@@ -6,7 +6,8 @@
     same           the example's own sizes                other values only
 
 Along each axis the smallest map changes, and maps that are a multiple of it (an image and its mask at half the size)
-stay that multiple.
+stay that multiple. Others change by as many pixels; or, where no model takes that, by as many times more as they are
+larger (`strided`: an image of 5 pixels and its map of 2, rounded down at a stride).
 """
 
 from __future__ import annotations
@@ -169,15 +170,18 @@ def changes_alone(leaf: Leaf, kind: SizeKind, batch: int) -> list[list[tuple[int
     return [[resized(leaf, _single, 0, (leaf,))], [resized(leaf, change, 0, (leaf,)) for change in _ONE]]
 
 
-def resized(leaf: Leaf, change: SizeChange, batch: int, leaves: tuple[Leaf, ...]) -> tuple[int, ...] | None:
-    """The new shape: along each axis the smallest map changes, and maps that are a multiple of it keep that."""
+def resized(
+    leaf: Leaf, change: SizeChange, batch: int, leaves: tuple[Leaf, ...], strided: bool = False
+) -> tuple[int, ...] | None:
+    """The new shape: along each axis the smallest map changes, and others as the module docstring says."""
     shape = list(leaf.shape)
     for axis, d in enumerate(leaf.dims):
         least = min(v.shape[v.dims[axis]] for v in leaves if len(v.dims) == len(leaf.dims))
         new = change(least, axis)
         if new is None:
             return None
-        shape[d] = shape[d] * new // least if shape[d] % least == 0 else shape[d] + new - least
+        times = shape[d] // least if shape[d] % least == 0 else round(shape[d] / least) if strided else 1
+        shape[d] += times * (new - least)
     if leaf.batched:
         shape[0] = batch
     return tuple(shape)

@@ -279,6 +279,34 @@ def test_several_inputs_vary_together_and_the_error_names_the_one_that_differs()
         again(graph)(given, torch.zeros(3, 5).double())
 
 
+class Strided(nn.Module):
+    """What a conv of stride 2 makes of an image beside another input, and a constant of that size. Found by the fuzzer:
+    other sizes of both by as many pixels are none that the model takes."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.conv, self.inside = nn.Conv2d(3, 2, 3, stride=2, padding=1), inside
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.conv(x)
+        sized = z.new_full((len(z), 1, *z.shape[2:]), 0.3) if self.inside else 0.3
+        return torch.cat((z + sized, y), 1)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inputs_that_belong_to_each_other_by_a_stride_vary_as_it_does(inside: bool) -> None:
+    model = double(Strided(inside))
+    example = torch.randn(1, 3, 9, 5).double(), torch.randn(1, 2, 5, 3).double()
+    graph = trace(model, example)
+    more = torch.randn(2, 3, 13, 11).double(), torch.randn(2, 2, 7, 6).double()
+    if noted(graph).sizes["size"] == "any":
+        torch.testing.assert_close(graph(*more), model(*more))
+    else:
+        assert inside and noted(graph).sizes["size"] == "fixed"
+        with pytest.raises(SizeError, match="9 x 5"):
+            graph(*more)
+
+
 def test_the_callers_random_numbers_and_model_stay() -> None:
     model = double(Caching(TAILS["nothing"]))
     state = torch.get_rng_state()
