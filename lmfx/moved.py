@@ -75,6 +75,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "passes.arithmetic": ("passes.canonical.arithmetic",),
     "passes.bare": ("passes.graph.tensor_inputs",),
     "passes.canonical": ("passes.canonical.canonical_form", "passes.graph.raw_nodes", "passes.graph.graph_edit"),
+    "passes.canonical.inplace": ("passes.trace.inplace",),
     "passes.cats": ("passes.canonical.cats",),
     "passes.cg": ("passes.fit.conjugate_gradients",),
     "passes.configs": ("passes.graph.conv_configs",),

@@ -13,10 +13,14 @@ __all__ = ["escaped", "html_facts", "html_table", "plain_facts"]
 
 def escaped(value: object) -> str:
     """A value as text that HTML shows as it is, control characters written out."""
+    return html.escape(_printable(value), quote=True)
+
+
+def _printable(value: object) -> str:
     text = str(value)
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return html.escape(text, quote=True)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def html_table(
@@ -45,7 +49,7 @@ def html_facts(title: str, facts: Iterable[tuple[str, object]]) -> str:
 
 
 def plain_facts(title: str, facts: Iterable[tuple[str, object]]) -> str:
-    """The same for `print`: a heading, and a line for each fact."""
+    """The same for `print`: a heading, and a line for each fact, control characters written out."""
     listed = list(facts)
     width = max((len(name) for name, _ in listed), default=0)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in listed)])
+    return "\n".join([title, *(f"  {name:<{width}}  {_printable(value)}" for name, value in listed)])

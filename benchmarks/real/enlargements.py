@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.real.mosaics import mean_psnr
 from benchmarks.real.packages import needs, photographs
-from benchmarks.real.subjects import Outputs, Subject
+from benchmarks.real.subjects import Outputs, Subject, mean_psnr
 
 __all__ = ["UpConv7", "UpResNet10", "upconv7", "upresnet10"]
 
@@ -34,8 +32,6 @@ HELD = 64
 
 class UpConv7(nn.Module):
     """Seven layers in a row; 14 pixels of each side of what it makes are missing."""
-
-    edge = 14
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,8 +63,6 @@ class Block(nn.Module):
 
 class UpResNet10(nn.Module):
     """Five blocks; 26 pixels of each side of what it makes are missing."""
-
-    edge = 26
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +122,6 @@ def _pictures(kind: str, count: int, size: int) -> Tensor:
 
 def _with_weights(network: nn.Module, folder: str) -> nn.Module:
     """A network with Chainer's arrays: `res1/conv1/W` is the weight of `res1.conv1`, `b` the bias."""
-    path: Path
     (path,) = needs(f"site/waifu2x/models/{folder}/anime_style_scale_rgb.npz")
     names = {"W": "weight", "b": "bias"}
     with np.load(path, allow_pickle=False) as arrays:

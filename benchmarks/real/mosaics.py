@@ -9,14 +9,13 @@ so the truth is cut to the middle. A module, not a script.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.real.packages import load_module, photographs, root, set_weights
-from benchmarks.real.subjects import Outputs, Subject
+from benchmarks.real.subjects import Outputs, Subject, mean_psnr
 
-__all__ = ["bayer", "mean_psnr", "mosaic"]
+__all__ = ["bayer", "mosaic"]
 
 HELD = 64
 
@@ -55,12 +54,6 @@ def judge(outputs: Outputs, original: Outputs) -> dict[str, float]:
     edge = (pictures.shape[-1] - size) // 2
     truth = pictures[..., edge : edge + size, edge : edge + size]
     return {"psnr": mean_psnr(made, truth), "psnr to the original": mean_psnr(made, original[0].clip(0, 1))}
-
-
-def mean_psnr(made: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over pictures `(n, c, h, w)` of the PSNR in dB; what was made is clipped to 0..1."""
-    errors = ((made.clip(0, 1) - truth) ** 2).mean((1, 2, 3))
-    return float((-10 * np.log10(np.maximum(errors, 1e-10))).mean())
 
 
 def _pictures(kind: str, count: int, size: int) -> Tensor:

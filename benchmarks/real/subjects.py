@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-__all__ = ["Outputs", "Subject", "agreement", "divergence"]
+__all__ = ["Outputs", "Subject", "agreement", "divergence", "mean_psnr"]
 
 Outputs = list[np.ndarray]  # what a network gives for all held-out inputs, an array an output
 
@@ -55,6 +55,12 @@ def divergence(logits: np.ndarray, original: np.ndarray) -> float:
     """Mean KL divergence from the original's softmax to that of `logits`, in nats."""
     p, q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (original.astype(float), logits.astype(float)))
     return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def mean_psnr(made: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over pictures `(n, c, h, w)` of the PSNR in dB; what was made is clipped to 0..1."""
+    errors = ((made.clip(0, 1) - truth) ** 2).mean((1, 2, 3))
+    return float((-10 * np.log10(np.maximum(errors, 1e-10))).mean())
 
 
 def share(hits: Sequence[bool]) -> float:

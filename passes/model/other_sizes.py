@@ -132,7 +132,7 @@ class Probes:
     def taken(self, trial: Trial) -> list[_Probe]:
         """Inputs that the model takes: at most one, and of `MORE` (sizes) one for each that runs."""
         if trial not in self.known:
-            self.known[trial] = list(self._taken(trial))
+            self.known[trial] = self._taken(trial)
         return self.known[trial]
 
     def taken_alone(self, kind: SizeKind) -> list[_Probe]:
@@ -175,12 +175,12 @@ class Probes:
         new = [limit for limit in limits if limit not in verdict.limits]
         return Verdict(verdict.states | dict.fromkeys(kinds, "fixed"), (*verdict.limits, *new))
 
-    def _taken(self, trial: Trial) -> Iterator[_Probe]:
+    def _taken(self, trial: Trial) -> list[_Probe]:
         found = list(self._tried(trial))
         several = trial.sized and any(sum(bool(v.dims) for v in leaves) > 1 for leaves in self.layouts(trial))
         if not found and several and trial not in self.inherited:
             found = list(self._tried(trial, strided=True))
-        yield from found
+        return found
 
     def _tried(self, trial: Trial, strided: bool = False) -> Iterator[_Probe]:
         refusals = 0

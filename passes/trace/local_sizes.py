@@ -103,7 +103,7 @@ class _Localizer:
         values that the operands depend on; the number itself where there is none."""
         if (place := self.place(number, operands)) is not None:
             return self.size(*place)
-        if self.follows(number, operands):
+        if self.follows(number, lambda part: self.place(part, operands) is not None):
             return self.graph.node_copy(number, local)
         parts, read = self.all_parts(number), set[fx.Node]()
         for value in self.before(operands):
@@ -111,7 +111,7 @@ class _Localizer:
                 if _multiple(self.number(number), seen) == 1:
                     return self.size(value, dim)
                 read |= {n for n in parts if _multiple(self.number(n), seen) == 1}
-            if self.computed(number, read):
+            if self.follows(number, read.__contains__):
                 return self.graph.node_copy(number, local)
         return self.graph.node_copy(number, local) if self.parts(number) else number
 
@@ -129,20 +129,28 @@ class _Localizer:
         sources = number.all_input_nodes
         return sources if all(self.number(n)[0] is not None for n in sources) else []
 
-    def all_parts(self, number: fx.Node) -> set[fx.Node]:
-        """The numbers that vary and that one is computed from, and those that these are computed from."""
-        parts = {n for n in self.parts(number) if _varies(self.number(n))}
-        return parts.union(*(self.all_parts(n) for n in parts))
+    def all_parts(self, number: fx.Node) -> list[fx.Node]:
+        """The numbers that vary and that one is computed from, and those that these are computed from, in the order of
+        the graph."""
+        found, queue = set[fx.Node](), [number]
+        while queue:
+            new = {n for n in self.parts(queue.pop()) if _varies(self.number(n))} - found
+            found |= new
+            queue += new
+        return sorted(found, key=self.order.__getitem__)
 
-    def computed(self, number: fx.Node, known: set[fx.Node]) -> bool:
-        """Whether a number follows from known ones."""
-        parts = [n for n in self.parts(number) if _varies(self.number(n))]
-        return bool(parts) and all(n in known or self.computed(n, known) for n in parts)
+    def follows(self, number: fx.Node, known: Callable[[fx.Node], bool]) -> bool:
+        """Whether a number is computed from known ones."""
+        found = set[fx.Node]()
 
-    def follows(self, number: fx.Node, values: list[fx.Node]) -> bool:
-        """Whether a number is computed from sizes of some values."""
-        parts = [n for n in self.parts(number) if _varies(self.number(n))]
-        return bool(parts) and all(self.place(n, values) is not None or self.follows(n, values) for n in parts)
+        def computed(n: fx.Node) -> bool:
+            parts = [part for part in self.parts(n) if _varies(self.number(part))]
+            return bool(parts) and found.issuperset(parts)
+
+        for part in self.all_parts(number):
+            if known(part) or computed(part):
+                found.add(part)
+        return computed(number)
 
     def before(self, values: list[fx.Node]) -> Iterator[fx.Node]:
         """Some values and all that they are computed from, the last ones first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_printed_values_say_in_a_few_lines_what_a_notebook_shows(net: Any) -> No
     changes = str(result.plan).splitlines()[1:]
     assert [line.split()[0] for line in changes] == [c.realization for c in result.plan.candidates]
     assert all(name in line for line, c in zip(changes, result.plan.candidates, strict=True) for name in c.all_convs)
+
+
+def test_names_with_control_characters_are_printed_as_text(frontier: Frontier) -> None:
+    spans = replace(frontier.spans, refusals=(Refusal("why", ("a\x1b[31m",)),))
+    assert str(spans).endswith(r"why (a\x1b[31m)")
 
 
 def test_other_ways_are_drawn_where_they_were_measured(net: Any, frontier: Frontier, tmp_path: Path) -> None:
